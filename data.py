@@ -1,0 +1,156 @@
+"""Text files to token ids, and the [time, batch] layouts of training and evaluation."""
+
+import codecs
+import hashlib
+import platform
+from array import array
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+EOS = "<eos>"
+SPLITS = ("train", "valid", "test")
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used. The message is one line: what, and what to do."""
+
+
+class Dictionary:
+    """A vocabulary: `word2idx` (dict) and `idx2word` (list), ids in order of first occurrence."""
+
+    def __init__(self, words=()):
+        self.idx2word = list(words)
+        self.word2idx = {word: idx for idx, word in enumerate(self.idx2word)}
+
+    def __len__(self):
+        return len(self.idx2word)
+
+    def add_word(self, word):
+        """Returns the id of `word`, giving it the next free one if it is new."""
+        if word not in self.word2idx:
+            self.word2idx[word] = len(self.idx2word)
+            self.idx2word.append(word)
+        return self.word2idx[word]
+
+
+class Corpus:
+    """A corpus in three splits, read anew each time: no cache that could go stale.
+
+    `path` is a folder with train.txt, valid.txt and test.txt (UTF-8, tokens separated by white
+    space, each line ends in an implied <eos>), or "sample" for the corpus that is built from
+    Python's own documentation. `dictionary` covers all three splits, as in published results;
+    `train`, `valid`, `test` are int64 id vectors; `digest` is the SHA-256 of the text read.
+
+    Raises InputError, naming the file, for a split that is missing, empty, binary or not UTF-8.
+    """
+
+    def __init__(self, path):
+        self.dictionary = Dictionary()
+        self.name = str(path)
+        self._hash = hashlib.sha256()
+        if self.name == "sample":
+            from sample_corpus import build  # imported on use: it loads Python's documentation
+
+            self.name = f"sample (documentation of Python {platform.python_version()})"
+            for split, lines in build().items():
+                setattr(self, split, self._encode(lines, f"sample {split}"))
+        else:
+            for split in SPLITS:
+                setattr(self, split, self.tokenize(Path(path) / f"{split}.txt"))
+        self.digest = self._hash.hexdigest()
+
+    def tokenize(self, path):
+        """Reads one text file, adding its words to the dictionary; returns its ids, [N] int64."""
+        try:
+            with open(path, "rb") as lines:
+                return self._encode(lines, path)
+        except FileNotFoundError:
+            raise InputError(
+                f"{path}: no such file; --data wants a folder with train.txt, valid.txt and "
+                "test.txt (./getdata.sh fetches two), or 'sample'"
+            ) from None
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+
+    def _encode(self, lines, name):
+        word2idx = self.dictionary.word2idx
+        setdefault = word2idx.setdefault
+        ids = array("q")
+        eos = None
+        for number, line in enumerate(lines, 1):
+            self._hash.update(line)
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            try:
+                words = line.decode("utf-8").split()
+            except UnicodeDecodeError:
+                raise InputError(f"{name}: line {number} is not UTF-8; convert the file") from None
+            if b"\0" in line:
+                raise InputError(f"{name}: line {number} holds a NUL byte; is this a text file?")
+            # One dictionary look-up a token: a new word gets the next id, an old one keeps its own.
+            ids.extend([setdefault(word, len(word2idx)) for word in words])
+            if eos is None:
+                eos = setdefault(EOS, len(word2idx))
+            ids.append(eos)
+        self.dictionary.idx2word.extend(islice(word2idx, len(self.dictionary), None))
+        if all(idx == eos for idx in ids):
+            raise InputError(f"{name}: holds no words")
+        return torch.frombuffer(ids, dtype=torch.int64)
+
+
+def unigram_loss(train, test, ntoken):
+    """Mean negative log-likelihood (nats) of `test`[1:] under the word frequencies of `train`.
+
+    Add-one smoothed; what a model that ignores all context would score on the same predictions.
+    """
+    counts = torch.bincount(train, minlength=ntoken).double() + 1
+    return -(counts / counts.sum()).log()[test[1:]].mean().item()
+
+
+def batchify(data, bsz, args=None):
+    """Lays a stream of ids [N] out as `bsz` columns read in parallel: [N // bsz, bsz].
+
+    Each column is a contiguous piece of the text; the remainder that does not fill a row is
+    trimmed. With the alphabet for data and bsz 4:
+
+        a g m s
+        b h n t
+        c i o u
+        d j p v        (y and z are trimmed)
+        e k q w
+        f l r x
+
+    The result is moved to `args.device` where `args` has one.
+    """
+    rows = data.size(0) // bsz
+    columns = data[: rows * bsz].view(bsz, rows).t().contiguous()
+    return columns.to(getattr(args, "device", None) or data.device)
+
+
+def get_batch(source, i, args, seq_len=None, evaluation=False):
+    """Rows i to i + seq_len (default `args.bptt`) of `source` [T, B], and the words that follow.
+
+    Returns `(data [L, B], targets [L*B])`, L cut where the source ends. `evaluation` is accepted,
+    and without effect, as in the reference code.
+    """
+    seq_len = min(seq_len or args.bptt, len(source) - 1 - i)
+    return source[i : i + seq_len], source[i + 1 : i + 1 + seq_len].reshape(-1)
+
+
+def batchify_exact(ids, bsz):
+    """Lays out N ids so that each of the N - 1 that follow another is predicted exactly once.
+
+    Returns `(inputs [T, bsz], targets [T, bsz], n)` with n = N - 1. Columns are contiguous pieces
+    of the text that overlap by one token: the last target of one is the first input of the next.
+    Lengths differ by at most one, so only the last row can be incomplete, and the valid
+    predictions are the first n of the flattened [T * bsz]; what follows them is padding.
+    """
+    n = len(ids) - 1
+    length, longer = divmod(n, bsz)  # the first `longer` columns hold one prediction more
+    column = torch.arange(bsz)
+    starts = column * length + column.clamp(max=longer)
+    steps = torch.arange(length + (longer > 0)).unsqueeze(1)
+    index = (starts + steps).clamp(max=n - 1)
+    return ids[index], ids[index + 1], n

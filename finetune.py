@@ -1,0 +1,79 @@
+"""Fine-tunes a model that main.py trained: SGD averaged from its first step.
+
+    python finetune.py --data sample --epochs 10 --save sample.pt
+
+Takes the flags of main.py. Those that are not given, the architecture among them, are as the
+model was trained. Stops when the validation loss meets the trigger; see train.nonmonotone.
+"""
+
+import itertools
+from pathlib import Path
+
+from data import InputError
+from flags import complete, make_parser, run, take_architecture
+from train import (
+    EVAL_BATCH_SIZE, evaluate, fit, loss_columns, prepare, report_test, saved_params,
+)  # fmt: skip
+from utils import log, read_checkpoint, write_atomically
+
+INHERITED = (
+    "data", "lr", "clip", "batch_size", "bptt", "dropout", "dropouth", "dropouti", "dropoute",
+    "wdrop", "alpha", "beta", "wdecay", "nonmono",
+)  # fmt: skip
+
+
+def keep_base(path):
+    """Copies the checkpoint at `path` to `path`.base, or .base2, ... where that is taken.
+
+    Returns the copy's path; an existing copy of the same content serves.
+    """
+    content = Path(path).read_bytes()
+    for suffix in itertools.chain([""], itertools.count(2)):
+        copy = Path(f"{path}.base{suffix}")
+        if not copy.exists():
+            write_atomically(copy, content)
+            return copy
+        if copy.read_bytes() == content:
+            return copy
+
+
+def finetune(corpus, args):
+    """Fine-tunes the model at `args.save` for at most `args.epochs` epochs; returns exit status."""
+    if args.optimizer == "adam":  # its rate is not one for SGD
+        args.lr, args.optimizer = None, "sgd"
+        args = complete(args)
+    args.when = [-1]
+    params = saved_params(args.save, corpus, args)
+    log(f"Fine-tuning {args.save}; its base model stays at {keep_base(args.save)}")
+    base = evaluate(params, corpus.valid, EVAL_BATCH_SIZE, args.bptt)
+    log(f"| base model | {loss_columns(base, 'valid ')}")
+    interrupted = fit(params, corpus, args, best=base, finetuning=True)
+    report_test(corpus, args)
+    return 130 if interrupted else 0
+
+
+def parse_args(argv=None):
+    """The flags of finetune.py as a Namespace, complete. Exits with 2, or raises InputError."""
+    parser = make_parser(__doc__.splitlines()[0])
+    given = parser.parse_args(argv)
+    if not hasattr(given, "save"):
+        raise InputError("--save: name the checkpoint that main.py wrote")
+    checkpoint = read_checkpoint(given.save)
+    trained = checkpoint["flags"]
+    inherited = {flag: trained[flag] for flag in INHERITED if flag in trained}
+    if trained.get("optimizer") == "adam":
+        del inherited["lr"]  # not a rate for SGD
+    args = complete(given, inherited | take_architecture(given, checkpoint, given.save))
+    args.optimizer = "sgd"
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    corpus = prepare(args)
+    status = finetune(corpus, args)
+    return status
+
+
+if __name__ == "__main__":
+    run(main)

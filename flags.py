@@ -1,0 +1,175 @@
+"""The flags that main.py and finetune.py share, their defaults, and their checks."""
+
+import argparse
+import sys
+import time
+
+import torch
+
+from data import InputError
+from model import check_architecture
+
+DEFAULTS = {}  # flag's name in the namespace -> default, filled by `make_parser`
+
+ARCHITECTURE = {"model": "rnn_type", "emsize": "ninp", "nhid": "nhid", "nlayers": "nlayers"}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line on stderr. Prefixes (--epoch 500) work."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def add(self, name, default, help, **kwargs):
+        """Adds a flag that leaves no trace in the namespace unless it is given."""
+        dest = name.lstrip("-").replace("-", "_")
+        DEFAULTS[dest] = default
+        if default not in (None, False, ""):
+            shown = " ".join(map(str, default)) if isinstance(default, list) else default
+            help = f"{help} (default: {shown})"
+        self.add_argument(name, default=argparse.SUPPRESS, help=help, **kwargs)
+
+
+def number(kind, low, high=float("inf"), open_low=False, open_high=True):
+    """An argparse type: `kind` (int or float) between `low` and `high`."""
+    name = "a whole number" if kind is int else "a number"
+    bound = f"above {low}" if open_low else f"of {low} or more"
+    if high != float("inf"):
+        bound = f"in [{low}, {high}{')' if open_high else ']'}"
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {name}") from None
+        below = value <= low if open_low else value < low
+        above = value >= high if open_high else value > high
+        if below or above or value != value:
+            raise argparse.ArgumentTypeError(f"must be {name} {bound}, not {text}")
+        return value
+
+    return parse
+
+
+count = number(int, 1)
+rate = number(float, 0, 1)
+coefficient = number(float, 0)
+
+
+def rnn_type(text):
+    """An argparse type: the name of a recurrent layer that model.py builds."""
+    try:
+        check_architecture(text, 2, 2)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def device(text):
+    """An argparse type: cpu, cuda, cuda:N or mps, refused where this machine lacks it."""
+    try:
+        found = torch.device(text)
+    except RuntimeError:
+        found = None
+    if found is None or found.type not in ("cpu", "cuda", "mps"):
+        raise argparse.ArgumentTypeError(f"must be cpu, cuda, cuda:N or mps, not {text!r}")
+    lacking = {
+        "cpu": False,
+        "cuda": not torch.cuda.is_available() or (found.index or 0) >= torch.cuda.device_count(),
+        "mps": not torch.backends.mps.is_available(),
+    }
+    if lacking[found.type]:
+        raise argparse.ArgumentTypeError(f"this machine has no device {text}; try --device cpu")
+    return found
+
+
+def make_parser(description):
+    """A parser for the flags of AWD-LSTM, with the reference's names and defaults."""
+    parser = Parser(description=description)
+    add = parser.add
+    add("--data", "data/penn", "folder with train.txt, valid.txt and test.txt, or 'sample'")
+    add("--model", "LSTM", "recurrent layer: LSTM, GRU or biLSTM", type=rnn_type)
+    add("--emsize", 400, "size of word embeddings", type=count)
+    add("--nhid", 1150, "hidden units per layer", type=count)
+    add("--nlayers", 3, "number of layers", type=count)
+    add("--lr", None, "learning rate (default: 30 with sgd, 10 for GRU; 0.001 with adam)",
+        type=number(float, 0, open_low=True))  # fmt: skip
+    add("--clip", 0.25, "largest gradient norm, 0 for no clipping", type=coefficient)
+    add("--epochs", 8000, "upper epoch limit", type=count)
+    add("--batch_size", 80, "columns read in parallel", type=count, metavar="N")
+    add("--bptt", 70, "sequence length, in expectation", type=count)
+    add("--dropout", 0.4, "dropout of the last layer's output", type=rate)
+    add("--dropouth", 0.3, "dropout between recurrent layers", type=rate)
+    add("--dropouti", 0.65, "dropout of the embedded input", type=rate)
+    add("--dropoute", 0.1, "dropout of whole words from the embedding", type=rate)
+    add("--wdrop", 0.5, "dropout of the hidden-to-hidden weights", type=rate)
+    add("--alpha", 2.0, "coefficient of activation regularization (AR)", type=coefficient)
+    add("--beta", 1.0, "coefficient of temporal activation regularization (TAR)", type=coefficient)
+    add("--wdecay", 1.2e-6, "weight decay", type=coefficient)
+    add("--nonmono", 5, "non-monotone interval of the trigger, in epochs", type=number(int, 0))
+    add("--seed", 1111, "random seed", type=number(int, 0, 2**32))
+    add("--save", None, "path of the best model (default: a name made from the time)")
+    add("--log-interval", 200, "batches between log lines", type=count, metavar="N")
+    add("--cuda", False, "require CUDA (without this flag it is used where there is one)",
+        action="store_true")  # fmt: skip
+    add("--device", None, "cpu, cuda, cuda:N or mps (default: cuda where there is one, else cpu)",
+        type=device)  # fmt: skip
+    add("--tied", True, "accepted as in the reference: the weights are always tied",
+        action="store_true")  # fmt: skip
+    return parser
+
+
+def complete(given, inherited=None):
+    """The flags of a run: what was `given`, else `inherited`, else the default.
+
+    Settles the device, the learning rate and the name of the checkpoint. Raises InputError.
+    """
+    args = argparse.Namespace(**{**DEFAULTS, **(inherited or {}), **vars(given)})
+    if args.cuda and not torch.cuda.is_available():
+        raise InputError("--cuda: torch finds no CUDA device here; leave the flag out")
+    if args.cuda and args.device is not None and args.device.type != "cuda":
+        raise InputError(f"--cuda contradicts --device {args.device}; give one of them")
+    if args.device is None:
+        args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.lr is None:
+        # The report's GRU diverged at the LSTM's rate of 30.
+        sgd = 10.0 if args.model == "GRU" else 30.0
+        args.lr = 1e-3 if getattr(args, "optimizer", "sgd") == "adam" else sgd
+    if args.save is None:
+        args.save = f"{time.time():.6f}".replace(".", "") + ".pt"
+    try:
+        check_architecture(args.model, args.emsize, args.nhid)
+    except ValueError as error:
+        raise InputError(f"--{error}") from None
+    return args
+
+
+def plain(args):
+    """The flags as plain data (strings, numbers, lists), for logs and checkpoints."""
+    return {name: str(v) if isinstance(v, torch.device) else v for name, v in vars(args).items()}
+
+
+def take_architecture(given, checkpoint, path):
+    """The checkpoint's architecture as flags; InputError when a flag that was given differs."""
+    flags = {flag: checkpoint["architecture"][key] for flag, key in ARCHITECTURE.items()}
+    for flag, value in flags.items():
+        if getattr(given, flag, value) != value:
+            raise InputError(
+                f"--{flag} {getattr(given, flag)}: {path} holds a model with {flag} {value}; leave "
+                "the flag out"
+            )
+    return flags
+
+
+def run(main):
+    """Calls `main()` and exits with its status: 2 for bad input, 130 for Ctrl-C, one line each."""
+    prog = sys.argv[0].rpartition("/")[2]
+    try:
+        status = main()
+    except InputError as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        status = 130
+    sys.exit(status)

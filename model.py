@@ -1,0 +1,129 @@
+"""The model: embedding -> recurrent layers, each regularizer in its place -> decoder."""
+
+from torch import nn
+
+from embed_regularize import embedded_dropout
+from locked_dropout import LockedDropout
+from weight_drop import WeightDrop
+
+RNN_TYPES = ("LSTM", "GRU", "biLSTM")
+
+
+def check_architecture(rnn_type, ninp, nhid):
+    """Raises ValueError, saying what to do, for a model that cannot be built."""
+    if rnn_type not in RNN_TYPES:
+        what = "not supported yet" if rnn_type == "QRNN" else "unknown"
+        raise ValueError(f"model {rnn_type} is {what}; choose from {', '.join(RNN_TYPES)}")
+    if rnn_type == "biLSTM":
+        for name, size in (("nhid", nhid), ("emsize", ninp)):
+            if size % 2:
+                raise ValueError(
+                    f"{name} {size} is odd; biLSTM wants it even, each direction has half of it"
+                )
+
+
+class RNNModel(nn.Module):
+    """A weight-dropped recurrent language model (Merity et al. 2017, 1708.02182).
+
+    rnn_type: "LSTM", "GRU" or "biLSTM" (each direction half as wide). ntoken: vocabulary size V.
+    ninp: embedding size E. nhid: hidden size of all layers but the last, which has E where the
+    weights are tied (then `decoder.weight is encoder.weight`).
+
+    Dropout rates, in the order in which a word meets them: `dropoute` drops the word from the
+    embedding, `dropouti` the input of the first layer, `wdrop` the hidden-to-hidden weights of
+    each layer (both directions), `dropouth` what passes between layers, `dropout` the output.
+
+    biLSTM is the report's model. Its backward direction has read the word to be predicted, so its
+    perplexity is not a language model's.
+
+    Raises ValueError for an unknown type or an odd size with biLSTM.
+    """
+
+    def __init__(
+        self,
+        rnn_type,
+        ntoken,
+        ninp,
+        nhid,
+        nlayers,
+        dropout=0.5,
+        dropouth=0.5,
+        dropouti=0.5,
+        dropoute=0.1,
+        wdrop=0,
+        tie_weights=False,
+    ):
+        super().__init__()
+        check_architecture(rnn_type, ninp, nhid)
+        # All that is needed to build this model again, as plain data for checkpoints.
+        self.architecture = {
+            "rnn_type": rnn_type, "ntoken": ntoken, "ninp": ninp, "nhid": nhid,
+            "nlayers": nlayers, "tie_weights": tie_weights,
+        }  # fmt: skip
+        self.rnn_type = rnn_type
+        self.dropout, self.dropouth, self.dropouti = dropout, dropouth, dropouti
+        self.dropoute, self.wdrop = dropoute, wdrop
+
+        bidirectional = rnn_type == "biLSTM"
+        cell = nn.GRU if rnn_type == "GRU" else nn.LSTM
+        recurrent = ["weight_hh_l0"] + ["weight_hh_l0_reverse"] * bidirectional
+        widths = [nhid] * (nlayers - 1) + [ninp if tie_weights else nhid]
+
+        self.encoder = nn.Embedding(ntoken, ninp)
+        self.lockdrop = LockedDropout()
+        self.rnns = nn.ModuleList(
+            WeightDrop(
+                cell(below, width // (1 + bidirectional), bidirectional=bidirectional),
+                recurrent,
+                dropout=wdrop,
+            )
+            for below, width in zip([ninp, *widths], widths)
+        )
+        self.decoder = nn.Linear(widths[-1], ntoken)
+        if tie_weights:  # Press and Wolf 2016 (1608.05859), Inan et al. 2016 (1611.01462)
+            self.decoder.weight = self.encoder.weight
+        self.init_weights()
+
+    def init_weights(self):
+        """Embedding and decoder uniform in [-0.1, 0.1], decoder bias 0 (section 5 of the paper).
+
+        The recurrent layers keep torch's uniform in [-1/sqrt(H), 1/sqrt(H)], which is the paper's.
+        """
+        nn.init.uniform_(self.encoder.weight, -0.1, 0.1)
+        nn.init.uniform_(self.decoder.weight, -0.1, 0.1)
+        nn.init.zeros_(self.decoder.bias)
+
+    def forward(self, input, hidden, return_h=False):
+        """input [T, B] int64, hidden as from `init_hidden` -> (output, hidden).
+
+        output [T*B, E] is the last layer after its dropout, before the decoder. With `return_h`,
+        (output, hidden, raw_outputs, outputs): what each layer gave, [T, B, H], before and after
+        dropout; TAR and AR take the last of them.
+        """
+        embedded = embedded_dropout(self.encoder, input, self.dropoute if self.training else 0)
+        x = self.lockdrop(embedded, self.dropouti)  # [T, B, E]
+        new_hidden, raw_outputs, outputs = [], [], []
+        for layer, rnn in enumerate(self.rnns):
+            x, state = rnn(x, hidden[layer])  # [T, B, H]
+            new_hidden.append(state)
+            raw_outputs.append(x)
+            x = self.lockdrop(x, self.dropout if layer == len(self.rnns) - 1 else self.dropouth)
+            outputs.append(x)
+        output = x.flatten(0, 1)
+        if return_h:
+            return output, new_hidden, raw_outputs, outputs
+        return output, new_hidden
+
+    def init_hidden(self, bsz):
+        """A zero state for `bsz` columns, on the model's device: one entry a layer.
+
+        (h, c) for the LSTMs, h for GRU; each [directions, bsz, H].
+        """
+        directions = 2 if self.rnn_type == "biLSTM" else 1
+        states = [
+            self.encoder.weight.new_zeros(directions, bsz, rnn.module.hidden_size)
+            for rnn in self.rnns
+        ]
+        if self.rnn_type == "GRU":
+            return states
+        return [(h, h.clone()) for h in states]

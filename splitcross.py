@@ -1,0 +1,111 @@
+"""The loss: cross-entropy over a softmax that may be split into a head and tails by frequency.
+
+Grave et al. 2016 (1609.04309), in the form of section 3 of Merity et al. 2018 (1803.08240).
+"""
+
+from itertools import pairwise
+
+import torch
+from torch import nn
+from torch.nn import LinearCrossEntropyOptions
+from torch.nn import functional as F
+
+# Above this many logits (256 MiB of float32) they are made and used chunk by chunk; below it one
+# product is faster.
+CHUNK_ABOVE = 2**26
+CHUNK_LOGITS = 2**24
+
+
+def default_splits(ntoken):
+    """Where the vocabulary is split, by its size: the reference's thresholds."""
+    if ntoken > 500_000:  # One Billion Words
+        return [4200, 35000, 180000]
+    if ntoken > 75_000:  # WikiText-103
+        return [2800, 20000, 76000]
+    return []
+
+
+def linear_nll(hiddens, weight, bias, targets, reduction):
+    """Cross-entropy (nats) of targets [N] under softmax(hiddens [N, H] @ weight.T [H, V] + bias).
+
+    Past CHUNK_ABOVE logits its gradient is made in the forward pass and can be used once: a
+    second backward through the same loss is refused by torch.
+    """
+    options = None
+    if len(hiddens) * len(weight) > CHUNK_ABOVE:
+        rows = max(1, CHUNK_LOGITS // len(weight))
+        options = LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=rows)
+    return F.linear_cross_entropy(
+        hiddens, weight, targets, linear_bias=bias, reduction=reduction, options=options
+    )
+
+
+class SplitCrossEntropyLoss(nn.Module):
+    """Softmax over a vocabulary whose words are sorted, roughly, from frequent to rare.
+
+    `splits`, increasing, cut the vocabulary into a head [0, splits[0]) and tails. The head's
+    softmax holds one "tombstone" for each tail, and a word of a tail has
+
+        p(word) = p(tombstone of its tail) * p(word within the tail).
+
+    With no split this is the ordinary softmax. A split at or past the end of the vocabulary, as
+    the default ones can be, makes no tail: probabilities sum to 1 whatever the size.
+
+    `tail_vectors` [tails, hidden_size] and `tail_bias` [tails] are parameters of the loss and have
+    to be trained with the model's.
+    """
+
+    def __init__(self, hidden_size, splits=()):
+        super().__init__()
+        self.splits = list(splits)
+        if any(low >= high for low, high in pairwise([0, *self.splits])):
+            raise ValueError(f"splits must be positive and increasing, not {self.splits}")
+        if self.splits:
+            self.tail_vectors = nn.Parameter(torch.zeros(len(self.splits), hidden_size))
+            self.tail_bias = nn.Parameter(torch.zeros(len(self.splits)))
+
+    def _cut(self, weight, bias):
+        """Head weight and bias with the tombstones behind the words; the (start, end) of tails."""
+        edges = [split for split in self.splits if split < len(weight)] + [len(weight)]
+        tails = list(pairwise(edges))
+        if not tails:
+            return weight, bias, tails
+        head_weight = torch.cat([weight[: edges[0]], self.tail_vectors[: len(tails)]])
+        head_bias = torch.cat([bias[: edges[0]], self.tail_bias[: len(tails)]])
+        return head_weight, head_bias, tails
+
+    def forward(self, weight, bias, hiddens, targets):
+        """Mean negative log-likelihood in nats.
+
+        weight [V, H], bias [V], hiddens [..., H], targets [...] int64 -> scalar. With tails, how
+        many targets each has decides the shapes, so on a GPU the host waits for that count.
+        """
+        hiddens, targets = hiddens.flatten(0, -2), targets.flatten()
+        head_weight, head_bias, tails = self._cut(weight, bias)
+        if not tails:
+            return linear_nll(hiddens, weight, bias, targets, "mean")
+        head_targets, total = targets, 0.0
+        head_size = tails[0][0]
+        for tombstone, (start, end) in enumerate(tails, head_size):
+            member = (targets >= start) & (targets < end)
+            head_targets = torch.where(member, tombstone, head_targets)
+            rows = member.nonzero().squeeze(1)
+            if len(rows):
+                total = total + linear_nll(
+                    hiddens[rows], weight[start:end], bias[start:end], targets[rows] - start, "sum"
+                )
+        total = total + linear_nll(hiddens, head_weight, head_bias, head_targets, "sum")
+        return total / len(targets)
+
+    def logprob(self, weight, bias, hiddens):
+        """Log-probabilities (nats) of every word: hiddens [N, H] -> [N, V]."""
+        head_weight, head_bias, tails = self._cut(weight, bias)
+        head = F.log_softmax(F.linear(hiddens, head_weight, head_bias), dim=-1)
+        if not tails:
+            return head
+        head_size = tails[0][0]
+        words = [head[:, :head_size]]
+        for tombstone, (start, end) in enumerate(tails, head_size):
+            tail = F.log_softmax(F.linear(hiddens, weight[start:end], bias[start:end]), dim=-1)
+            words.append(head[:, tombstone, None] + tail)
+        return torch.cat(words, dim=-1)

@@ -1,0 +1,340 @@
+"""The training loop: one step, one epoch, one evaluation, and NT-ASGD around them."""
+
+import json
+import math
+import random
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.utils import clip_grad_norm_
+from torch.optim.swa_utils import AveragedModel
+from tqdm import tqdm
+
+from data import SPLITS, Corpus, InputError, batchify, batchify_exact, get_batch, unigram_loss
+from flags import plain
+from model import RNNModel
+from splitcross import SplitCrossEntropyLoss, default_splits
+from utils import (
+    RATES, build, check_writable, log, read_checkpoint, repackage_hidden, save_checkpoint,
+)  # fmt: skip
+
+EVAL_BATCH_SIZE, TEST_BATCH_SIZE = 10, 1
+
+
+def perplexity(loss):
+    """exp of a loss in nats; inf where that overflows."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+def random_seq_len(bptt):
+    """The length of the next window (section 5 of the paper), at least 5.
+
+    N(bptt, 5) with probability 0.95, else N(bptt / 2, 5): the windows' borders fall elsewhere in
+    each epoch. Capped at five standard deviations above bptt (one draw in 3.5 million), so that
+    memory is bounded.
+    """
+    mean = bptt if np.random.random() < 0.95 else bptt / 2
+    return min(max(5, int(np.random.normal(mean, 5))), bptt + 25)
+
+
+def activation_regularization(raw_output, output, alpha, beta):
+    """AR + TAR of the last layer (Merity et al. 2017, 1708.01009), each a mean of squares.
+
+    AR is alpha * mean(output^2), over the output after dropout; TAR is beta * mean((h_t+1 -
+    h_t)^2), over the output before dropout. Both [T, B, H]; TAR is 0 where T is 1. The papers
+    print norms; the published results were made with means of squares.
+    """
+    penalty = 0.0
+    if alpha:
+        penalty = penalty + alpha * output.pow(2).mean()
+    if beta and len(raw_output) > 1:
+        penalty = penalty + beta * (raw_output[1:] - raw_output[:-1]).pow(2).mean()
+    return penalty
+
+
+def train_step(params, optimizer, data, targets, hidden, args):
+    """One step of truncated BPTT on `data` [L, B] and `targets` [L*B].
+
+    `params` is nn.ModuleList([model, criterion]). The learning rate of this step is scaled by
+    L / bptt, so that short windows do not weigh as much as long ones. Returns the loss in nats
+    without AR and TAR, a tensor that stays on its device, and the new hidden state.
+    """
+    model, criterion = params
+    hidden = repackage_hidden(hidden)
+    optimizer.zero_grad()
+    output, hidden, raw_outputs, outputs = model(data, hidden, return_h=True)
+    raw_loss = criterion(model.decoder.weight, model.decoder.bias, output, targets)
+    penalty = activation_regularization(raw_outputs[-1], outputs[-1], args.alpha, args.beta)
+    (raw_loss + penalty).backward()
+    if args.clip:
+        clip_grad_norm_(params.parameters(), args.clip)
+    group = optimizer.param_groups[0]
+    lr = group["lr"]
+    group["lr"] = lr * len(data) / args.bptt
+    optimizer.step()
+    group["lr"] = lr
+    return raw_loss.detach(), hidden
+
+
+def train_epoch(params, optimizer, source, args, epoch, averaged=None):
+    """One pass over `source` [T, B]. Returns (mean loss in nats per token, tokens per second).
+
+    With `averaged`, an AveragedModel, each iterate enters its mean. Raises FloatingPointError
+    when the loss is no longer finite.
+    """
+    params.train()
+    hidden = params[0].init_hidden(source.size(1))
+    # Reading a loss makes the host wait for a GPU, so there they are read only for a log line.
+    read_every = 1 if source.device.type == "cpu" else args.log_interval
+    unread, read = [], []  # losses on the device; (loss, tokens) on the host
+    logged, batch, i = 0, 0, 0
+    start = log_start = time.perf_counter()
+    lr = optimizer.param_groups[0]["lr"]
+    bar = tqdm(
+        desc=f"epoch {epoch}", total=(len(source) - 1) * source.size(1), unit=" tokens",
+        unit_scale=True, leave=False, file=sys.stderr, disable=not sys.stderr.isatty(),
+    )  # fmt: skip
+    with bar:
+        while i < len(source) - 1:
+            data, targets = get_batch(source, i, args, seq_len=random_seq_len(args.bptt))
+            loss, hidden = train_step(params, optimizer, data, targets, hidden, args)
+            if averaged is not None:
+                averaged.update_parameters(params)
+            unread.append((loss, data.numel()))
+            batch += 1
+            i += len(data)
+            bar.update(data.numel())
+            log_now = batch % args.log_interval == 0
+            if not (log_now or batch % read_every == 0 or i >= len(source) - 1):
+                continue
+            for value, (_, tokens) in zip(torch.stack([u[0] for u in unread]).tolist(), unread):
+                read.append((value, tokens))
+                if not math.isfinite(value):
+                    raise FloatingPointError(
+                        f"the loss is {value} at epoch {epoch}, batch {len(read)}, lr {lr:g}"
+                    )
+            unread.clear()
+            recent = mean_loss(read[logged:])
+            bar.set_postfix(ppl=f"{perplexity(recent):.2f}", refresh=False)
+            if log_now:
+                now = time.perf_counter()
+                ms = (now - log_start) * 1000 / args.log_interval
+                log(
+                    f"| epoch {epoch:3d} | {batch:5d}/{len(source) // args.bptt:5d} batches "
+                    f"| lr {lr:05.5f} | ms/batch {ms:5.2f}"
+                    f" | {loss_columns(recent)}"
+                )
+                log_start, logged = now, len(read)
+    tokens_per_s = (len(source) - 1) * source.size(1) / (time.perf_counter() - start)
+    return mean_loss(read), tokens_per_s
+
+
+def mean_loss(losses):
+    """The mean of (loss, tokens) pairs, each loss weighted by its tokens."""
+    return math.fsum(loss * n for loss, n in losses) / sum(n for _, n in losses)
+
+
+def loss_columns(loss, kind=""):
+    """The columns of a log line: loss in nats, perplexity, bits per token."""
+    return (
+        f"{kind}loss {loss:5.2f} | {kind}ppl {perplexity(loss):8.2f} "
+        f"| {kind}bpc {loss / math.log(2):8.3f}"
+    )
+
+
+@torch.no_grad()
+def evaluate(params, ids, batch_size, bptt):
+    """Mean negative log-likelihood, in nats, of the N - 1 tokens of `ids` [N] that follow another.
+
+    Each is predicted exactly once. Read in `batch_size` columns, whose first state is zero, in
+    windows of `bptt` that carry the state along: the window does not change the result.
+    """
+    model, criterion = params
+    params.eval()
+    device = model.encoder.weight.device
+    inputs, targets, n = batchify_exact(ids, batch_size)
+    inputs, targets = inputs.to(device), targets.to(device)
+    hidden = model.init_hidden(batch_size)
+    losses, counts = [], []
+    for i in range(0, len(inputs), bptt):
+        output, hidden = model(inputs[i : i + bptt], hidden)
+        # All but the end of the last window is predicted; what follows n is padding.
+        count = min(len(output), n - i * batch_size)
+        weight, bias = model.decoder.weight, model.decoder.bias
+        window = targets[i : i + bptt].flatten()
+        losses.append(criterion(weight, bias, output[:count], window[:count]))
+        counts.append(count)
+    return mean_loss(list(zip(torch.stack(losses).tolist(), counts)))
+
+
+def nonmonotone(logs, loss, nonmono):
+    """The trigger of NT-ASGD: is `loss` worse than the best of `logs`, its last n left out?
+
+    `logs` holds the validation losses of the earlier epochs. The paper's Algorithm 1 misprints
+    the range; this is the published code's, which its authors confirmed.
+    """
+    return len(logs) > nonmono and loss > min(logs[: len(logs) - nonmono])
+
+
+def fit(params, corpus, args, best=math.inf, finetuning=False):
+    """Trains for at most `args.epochs` epochs with NT-ASGD, saving the best model at `args.save`.
+
+    SGD runs until the validation loss meets the trigger; from then on the plain mean of the
+    iterates since is what is evaluated and saved, while SGD goes on from its own. With
+    `finetuning` the mean is kept from the first step, and the trigger ends the run. Ctrl-C ends
+    it too. Only a model with a validation loss below `best` is saved.
+
+    Returns True when it was interrupted. Raises InputError when a loss is not finite.
+    """
+    source = batchify(corpus.train, args.batch_size, args)
+    optimizer = make_optimizer(params, args)
+    averaged = AveragedModel(params) if finetuning else None
+    logs = []  # validation losses of the epochs so far
+    try:
+        for epoch in range(1, args.epochs + 1):
+            start = time.perf_counter()
+            lr = optimizer.param_groups[0]["lr"]
+            train_loss, tokens_per_s = train_epoch(
+                params, optimizer, source, args, epoch, averaged
+            )
+            evaluated = params if averaged is None else averaged.module
+            loss = evaluate(evaluated, corpus.valid, EVAL_BATCH_SIZE, args.bptt)
+            seconds = time.perf_counter() - start
+            rule = "-" * 89
+            columns = loss_columns(loss, "valid ")
+            log(f"{rule}\n| end of epoch {epoch:3d} | time: {seconds:5.2f}s | {columns}\n{rule}")
+            if not math.isfinite(loss):
+                raise FloatingPointError(
+                    f"the validation loss is {loss} after epoch {epoch}, lr {lr:g}"
+                )
+            progress = {
+                "epoch": epoch, "valid_loss": loss, "averaged": averaged is not None,
+                "finetuned": finetuning,
+            }  # fmt: skip
+            if loss < best:
+                best = loss
+                save_checkpoint(args.save, evaluated, corpus, plain(args), **progress)
+                what = "model" if averaged is None else "averaged weights"
+                log(f"Saving {what} (new best validation)")
+            write_record(
+                args.save, finetuning,
+                epoch=epoch, seconds=round(seconds, 2),
+                train_loss=train_loss, train_ppl=perplexity(train_loss),
+                valid_loss=loss, valid_ppl=perplexity(loss),
+                lr=lr, averaging=averaged is not None, tokens_per_s=round(tokens_per_s, 1),
+            )  # fmt: skip
+            if nonmonotone(logs, loss, args.nonmono):
+                if finetuning:
+                    log("Done: validation has stopped improving")
+                    break
+                if averaged is None and args.optimizer == "sgd":
+                    log("Switching to averaged SGD (NT-ASGD)")
+                    averaged = AveragedModel(params)
+            logs.append(loss)
+            if epoch in args.when:
+                save_checkpoint(
+                    f"{args.save}.e{epoch}", evaluated, corpus, plain(args), **progress
+                )
+                log(f"Saving model to {args.save}.e{epoch}; dividing the learning rate by 10")
+                optimizer.param_groups[0]["lr"] /= 10
+    except FloatingPointError as error:
+        advice = "try a lower --lr" + ("" if args.clip else " or --clip 0.25")
+        kept = f"{args.save} keeps the best model so far" if math.isfinite(best) else "none saved"
+        raise InputError(f"{error}; {advice}; {kept}") from None
+    except KeyboardInterrupt:
+        log("-" * 89 + "\nExiting from training early")
+        return True
+    return False
+
+
+def make_optimizer(params, args):
+    """SGD or Adam over the parameters of model and criterion alike."""
+    kind = torch.optim.Adam if args.optimizer == "adam" else torch.optim.SGD
+    return kind(params.parameters(), lr=args.lr, weight_decay=args.wdecay)
+
+
+def write_record(save, finetuning, **record):
+    """Adds one epoch's JSON line to the file beside the checkpoint; epoch 1 starts it anew."""
+    mode = "w" if record["epoch"] == 1 else "a"
+    # JSON has no infinity: a perplexity past the largest float becomes null.
+    record = {k: None if v == math.inf else v for k, v in record.items()}
+    with open(f"{save}{'.finetune' * finetuning}.jsonl", mode, encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def prepare(args):
+    """Seeds the generators, checks `--save`, reads the corpus, logs what will run.
+
+    Returns the Corpus. Raises InputError, before anything is written, for what cannot work.
+    """
+    check_writable(args.save)
+    corpus = Corpus(args.data)
+    if len(corpus.train) // args.batch_size < 2:
+        raise InputError(
+            f"--batch_size {args.batch_size}: the training split has {len(corpus.train)} tokens, "
+            f"too few for {args.batch_size} columns of 2; lower it"
+        )
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    sizes = ", ".join(f"{split} {len(getattr(corpus, split)):,}" for split in SPLITS)
+    log(f"Corpus {corpus.name}: tokens {sizes}; {len(corpus.dictionary):,} words")
+    log(f"Corpus sha256: {corpus.digest}")
+    log(f"PyTorch {torch.__version__}, device {args.device}, {torch.get_num_threads()} threads")
+    log(f"Args: {plain(args)}")
+    if args.model == "biLSTM":
+        log(
+            "Note: biLSTM reads the word it predicts; its loss is no language model's (the "
+            "report's model, kept as a replication)"
+        )
+    return corpus
+
+
+def new_params(corpus, args):
+    """A new nn.ModuleList([model, criterion]) for the corpus, on `args.device`."""
+    ntoken = len(corpus.dictionary)
+    model = RNNModel(
+        args.model, ntoken, args.emsize, args.nhid, args.nlayers, args.dropout, args.dropouth,
+        args.dropouti, args.dropoute, args.wdrop, tie_weights=True,
+    )  # fmt: skip
+    criterion = SplitCrossEntropyLoss(args.emsize, default_splits(ntoken))
+    return nn.ModuleList([model, criterion]).to(args.device)
+
+
+def saved_params(path, corpus, args):
+    """nn.ModuleList([model, criterion]) from the checkpoint at `path`, with `args`' dropouts.
+
+    Raises InputError when it is unusable or its vocabulary is not the corpus's.
+    """
+    checkpoint = read_checkpoint(path, args.device)
+    if checkpoint["vocabulary"] != corpus.dictionary.idx2word:
+        raise InputError(
+            f"--data {args.data}: its vocabulary is not that of {path}; name the corpus that the "
+            "model was trained on"
+        )
+    return build(checkpoint, path, **{rate: getattr(args, rate) for rate in RATES})
+
+
+def log_size(params):
+    """Logs the number of parameters, the tied matrix counted once."""
+    log(f"Model total parameters: {sum(p.numel() for p in params.parameters())}")
+
+
+def report_test(corpus, args):
+    """Loads the best model from `args.save` and logs its test loss beside the unigram model's."""
+    if not Path(args.save).exists():
+        log("No epoch was finished, so there is no model to test")
+        return
+    params = saved_params(args.save, corpus, args)
+    loss = evaluate(params, corpus.test, TEST_BATCH_SIZE, args.bptt)
+    rule = "=" * 89
+    log(f"{rule}\n| End of training | {loss_columns(loss, 'test ')}\n{rule}")
+    unigram = perplexity(unigram_loss(corpus.train, corpus.test, len(corpus.dictionary)))
+    log(f"For comparison: word frequencies alone (a unigram model) give test ppl {unigram:.2f}")
