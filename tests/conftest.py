@@ -1,0 +1,70 @@
+"""Fixtures: small corpora, the real ones where they are present, and the command lines."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = Path(os.environ.get("AWD_LSTM_DATA", ROOT / "data"))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+    np.random.seed(0)
+
+
+@pytest.fixture
+def corpus_dir(tmp_path):
+    """A folder with a small corpus: sentences that a grammar of four words' reach generates."""
+    generator = np.random.default_rng(7)
+    names, verbs = ["ann", "bob", "cat", "dog"], ["sees", "hears", "likes"]
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for split, lines in (("train", 250), ("valid", 40), ("test", 30)):
+        text = [
+            f"{generator.choice(names)} {generator.choice(verbs)} the {generator.choice(names)}"
+            for _ in range(lines)
+        ]
+        (folder / f"{split}.txt").write_text("\n".join(text) + "\n")
+    return folder
+
+
+@pytest.fixture
+def real_corpus():
+    """A function from a folder's name to the path of the real corpus; skips, by name, if absent."""
+
+    def find(name):
+        if not (DATA / name / "train.txt").exists():
+            pytest.skip(f"corpus {name} is absent; ./getdata.sh fetches it")
+        return DATA / name
+
+    return find
+
+
+@pytest.fixture
+def cli(tmp_path):
+    """A function that runs a script in a process of its own, in an empty folder."""
+    folder = tmp_path / "cwd"
+    folder.mkdir()
+
+    def run(script, *argv, **kwargs):
+        return subprocess.run(
+            [sys.executable, str(ROOT / script), *map(str, argv)],
+            cwd=folder, capture_output=True, text=True, timeout=240, **kwargs,
+        )  # fmt: skip
+
+    run.folder = folder
+    return run
+
+
+@pytest.fixture
+def small():
+    """Flags of a model that trains in a second."""
+    flags = "--emsize 8 --nhid 12 --nlayers 2 --batch_size 4 --bptt 10 --lr 5 --log-interval 20"
+    return flags.split()

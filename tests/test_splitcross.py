@@ -1,0 +1,102 @@
+"""The loss against a float64 restatement, with no split, one, and several."""
+
+import pytest
+import torch
+
+import splitcross
+from splitcross import SplitCrossEntropyLoss, default_splits
+
+
+def setup(ntoken, splits, hidden_size=6, n=50):
+    criterion = SplitCrossEntropyLoss(hidden_size, splits)
+    for parameter in criterion.parameters():
+        torch.nn.init.normal_(parameter)
+    weight, bias = torch.randn(ntoken, hidden_size), torch.randn(ntoken)
+    return criterion, weight, bias, torch.randn(n, hidden_size), torch.randint(ntoken, (n,))
+
+
+def restated(criterion, weight, bias, hidden, word):
+    """log p(word) in float64, by the definition: p(tombstone) * p(word within its tail)."""
+    weight, bias, hidden = weight.double(), bias.double(), hidden.double()
+    splits = [s for s in criterion.splits if s < len(weight)]
+    scores = weight @ hidden + bias
+    if not splits:
+        return scores[word] - scores.logsumexp(0)
+    tombstones = criterion.tail_vectors.double() @ hidden + criterion.tail_bias.double()
+    tombstones = tombstones[: len(splits)]
+    head = torch.cat([scores[: splits[0]], tombstones])
+    if word < splits[0]:
+        return scores[word] - head.logsumexp(0)
+    k = max(k for k, split in enumerate(splits) if word >= split)
+    end = [*splits, len(weight)][k + 1]
+    tail = scores[splits[k] : end]
+    return tombstones[k] - head.logsumexp(0) + scores[word] - tail.logsumexp(0)
+
+
+# A vocabulary past the last split, ending inside a tail, at a split's edge, inside the head; with
+# a tail of one word; and no split at all.
+CASES = [(40, [10, 20, 30]), (25, [10, 20, 30]), (20, [10, 20, 30]), (7, [10, 20, 30]),
+         (21, [10, 20]), (11, [1]), (12, [])]  # fmt: skip
+
+
+@pytest.mark.parametrize(("ntoken", "splits"), CASES)
+def test_distribution_and_loss(ntoken, splits):
+    criterion, weight, bias, hiddens, targets = setup(ntoken, splits)
+    logprob = criterion.logprob(weight, bias, hiddens)
+    assert logprob.shape == (50, ntoken)
+    torch.testing.assert_close(logprob.exp().sum(dim=1), torch.ones(50))
+    expected = torch.stack(
+        [restated(criterion, weight, bias, h, t) for h, t in zip(hiddens, targets)]
+    )
+    taken = logprob.gather(1, targets[:, None]).squeeze(1)
+    torch.testing.assert_close(taken.double(), expected, rtol=1e-5, atol=1e-5)
+    loss = criterion(weight, bias, hiddens, targets)
+    torch.testing.assert_close(loss.double(), -expected.mean(), rtol=1e-5, atol=1e-5)
+    # [T, B, H] with [T, B] is accepted as well.
+    again = criterion(weight, bias, hiddens.view(5, 10, -1), targets.view(5, 10))
+    torch.testing.assert_close(again, loss)
+
+
+@pytest.mark.parametrize(("ntoken", "splits"), CASES)
+@pytest.mark.parametrize("chunked", [False, True])
+def test_gradients(ntoken, splits, chunked, monkeypatch):
+    if chunked:
+        monkeypatch.setattr(splitcross, "CHUNK_ABOVE", 0)
+        monkeypatch.setattr(splitcross, "CHUNK_LOGITS", 64)
+    criterion, weight, bias, hiddens, targets = setup(ntoken, splits)
+    leaves = [weight, bias, hiddens, *criterion.parameters()]
+    for leaf in leaves:
+        leaf.requires_grad_(True)
+    loss = criterion(weight, bias, hiddens, targets)
+    found = torch.autograd.grad(loss, leaves, allow_unused=True)
+    reference = -torch.stack(
+        [restated(criterion, weight, bias, h, t) for h, t in zip(hiddens, targets)]
+    ).mean()
+    torch.testing.assert_close(loss.double(), reference, rtol=1e-5, atol=1e-5)
+    expected = torch.autograd.grad(reference, leaves, allow_unused=True)
+    for a, b in zip(found, expected):
+        if a is not None or b is not None:
+            a, b = (torch.zeros(()) if g is None else g for g in (a, b))
+            torch.testing.assert_close(*torch.broadcast_tensors(a, b), rtol=1e-4, atol=1e-6)
+
+
+def test_default_splits_are_the_reference_thresholds():
+    assert default_splits(75_000) == []
+    assert default_splits(75_001) == default_splits(500_000) == [2800, 20000, 76000]
+    assert default_splits(500_001) == [4200, 35000, 180000]
+
+
+def test_vocabulary_between_threshold_and_last_split():
+    """75,500 words: the reference's third split, at 76,000, lies past the end."""
+    criterion, weight, bias, hiddens, _ = setup(75_500, default_splits(75_500), n=2)
+    logprob = criterion.logprob(weight, bias, hiddens)
+    torch.testing.assert_close(logprob.exp().sum(dim=1), torch.ones(2))
+    targets = torch.tensor([75_499, 2_799])
+    loss = criterion(weight, bias, hiddens, targets)
+    torch.testing.assert_close(loss, -logprob[[0, 1], targets].mean())
+
+
+@pytest.mark.parametrize("splits", [[0, 5], [5, 5], [7, 3]])
+def test_splits_must_increase(splits):
+    with pytest.raises(ValueError, match="increasing"):
+        SplitCrossEntropyLoss(4, splits)
