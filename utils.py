@@ -102,11 +102,13 @@ def read_checkpoint(path, device="cpu"):
     Raises InputError, naming the file, when it is missing, damaged, or of another kind.
     """
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        content = io.BytesIO(Path(path).read_bytes())
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint; train one with main.py --save") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    try:
+        checkpoint = torch.load(content, map_location=device, weights_only=True)
     except Exception:  # torch meets a damaged or foreign file with many types of error
         raise InputError(
             f"{path}: is damaged, or no checkpoint of main.py (one that pickles whole modules, as "

@@ -48,21 +48,23 @@ def plain_data(value):
 
 def test_train_finetune_test(cli, corpus_dir, small):
     """The whole way: train, hand over to fine-tuning, reload the checkpoint elsewhere."""
-    done = cli("main.py", "--data", corpus_dir, *small, "--epoch", 3, "--save", "m.pt",
-               "--finetune", 2)  # fmt: skip
+    learning = "--emsize 16 --nhid 24 --lr 20 --dropout 0 --dropouth 0 --dropouti 0 --dropoute 0"
+    done = cli("main.py", "--data", corpus_dir, *small, *learning.split(), "--wdrop", 0.2,
+               "--epoch", 4, "--save", "m.pt", "--finetune", 2)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""  # no progress bar but on a terminal
     assert BATCHES.search(done.stdout)
     epochs = END_OF_EPOCH.findall(done.stdout)
-    assert [int(e[0]) for e in epochs] == [1, 2, 3, 1, 2]
+    assert [int(e[0]) for e in epochs] == [1, 2, 3, 4, 1, 2]
     tests = END_OF_TRAINING.findall(done.stdout)
     assert len(tests) == 2
     model, vocabulary = load(cli.folder / "m.pt")
     assert f"Model total parameters: {sum(p.numel() for p in model.parameters())}\n" in done.stdout
     assert "m.pt.base" in done.stdout
     unigram = re.search(r"word frequencies alone .* give test ppl ([\d.]+)", done.stdout)[1]
-    # It learns: each sentence's shape is certain, and only its words are drawn.
-    assert float(epochs[2][2]) < float(unigram)
+    # It learns that a sentence's shape is certain; no model could know more than that.
+    limit = math.exp((math.log(4) + math.log(3) + math.log(4)) / 5)
+    assert limit * 0.9 < float(tests[0][1]) < float(unigram) / 2
 
     # One JSON line an epoch, as the log has it.
     lines = (cli.folder / "m.pt.jsonl").read_text().splitlines()
@@ -70,11 +72,11 @@ def test_train_finetune_test(cli, corpus_dir, small):
     for number, (line, logged) in enumerate(zip(lines + tuned, epochs)):
         record = json.loads(line)
         assert record["epoch"] == int(logged[0])
-        assert record["averaging"] == (number >= 3)
+        assert record["averaging"] == (number >= 4)
         assert record["valid_loss"] == pytest.approx(float(logged[1]), abs=0.006)
         assert record["valid_ppl"] == pytest.approx(math.exp(record["valid_loss"]))
         assert record["train_ppl"] == pytest.approx(math.exp(record["train_loss"]))
-        assert record["lr"] == 5
+        assert record["lr"] == 20
         assert record["seconds"] > 0
         assert record["tokens_per_s"] > 0
     assert len(lines) + len(tuned) == len(epochs)
@@ -83,15 +85,15 @@ def test_train_finetune_test(cli, corpus_dir, small):
     checkpoint = torch.load(cli.folder / "m.pt", weights_only=True)
     assert plain_data(checkpoint)
     base = read_checkpoint(cli.folder / "m.pt.base")
-    assert (base["finetuned"], base["epoch"] in (1, 2, 3)) == (False, True)
+    assert (base["finetuned"], base["epoch"] in (3, 4)) == (False, True)
     assert checkpoint["valid_loss"] <= base["valid_loss"]
     corpus = Corpus(corpus_dir)
     assert checkpoint["corpus"]["sha256"] == corpus.digest
     assert vocabulary.idx2word == corpus.dictionary.idx2word
     assert not model.training
-    assert model.wdrop == 0.5
+    assert model.wdrop == 0.2
     params = build(checkpoint, dropout=0, dropouth=0, dropouti=0, dropoute=0, wdrop=0)
-    loss = evaluate(params, corpus.test, TEST_BATCH_SIZE, 10)
+    loss = evaluate(params, corpus.test, TEST_BATCH_SIZE, 7)
     assert f"{perplexity(loss):.2f}" == tests[1][1]
     assert sorted(p.name for p in cli.folder.iterdir()) == [
         "m.pt", "m.pt.base", "m.pt.finetune.jsonl", "m.pt.jsonl",
