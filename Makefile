@@ -2,9 +2,9 @@
 PYTHON ?= python3
 
 demo: .venv/ready
-	.venv/bin/python main.py --data sample --emsize 200 --nhid 400 --batch_size 10 --lr 20 \
-	    --dropout 0.2 --dropouth 0.1 --dropouti 0.2 --dropoute 0 --wdrop 0.2 --bptt 35 \
-	    --epochs 12 --finetune 4 --save sample.pt
+	.venv/bin/python main.py --data sample --emsize 200 --nhid 300 --nlayers 2 --batch_size 10 \
+	    --bptt 35 --lr 20 --dropout 0.3 --dropouth 0.2 --dropouti 0.3 --dropoute 0.05 --wdrop 0.3 \
+	    --epochs 16 --finetune 6 --save sample.pt
 
 test: .venv/ready
 	.venv/bin/ruff check .

@@ -166,7 +166,7 @@ def run(main):
     prog = sys.argv[0].rpartition("/")[2]
     try:
         status = main()
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:

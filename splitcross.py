@@ -1,6 +1,6 @@
 """The loss: cross-entropy over a softmax that may be split into a head and tails by frequency.
 
-Grave et al. 2016 (1609.04309), in the form of section 3 of Merity et al. 2018 (1803.08240).
+Grave et al. 2016 (1609.04309), in the form of Merity et al. 2018 (1803.08240).
 """
 
 from itertools import pairwise

@@ -34,7 +34,7 @@ def perplexity(loss):
 
 
 def random_seq_len(bptt):
-    """The length of the next window (section 5 of the paper), at least 5.
+    """The length of the next window (section 4.1 of Merity et al. 2017, 1708.02182), at least 5.
 
     N(bptt, 5) with probability 0.95, else N(bptt / 2, 5): the windows' borders fall elsewhere in
     each epoch. Capped at five standard deviations above bptt (one draw in 3.5 million), so that
@@ -83,6 +83,35 @@ def train_step(params, optimizer, data, targets, hidden, args):
     return raw_loss.detach(), hidden
 
 
+class Losses:
+    """The losses of a pass. They stay on their device until `read`, which makes the host wait."""
+
+    def __init__(self):
+        self.on_device, self.on_host = [], []  # (loss, tokens) pairs
+
+    def add(self, loss, tokens):
+        self.on_device.append((loss, tokens))
+
+    def read(self):
+        """Fetches what has been added."""
+        if not self.on_device:
+            return
+        losses, tokens = zip(*self.on_device)
+        self.on_device.clear()
+        self.on_host.extend(zip(torch.stack(losses).tolist(), tokens))
+
+    def check(self):
+        """Raises FloatingPointError, naming the batch, when a loss that was read is not finite."""
+        for batch, (loss, _) in enumerate(self.on_host, 1):
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"the loss is {loss} at batch {batch}")
+
+    def mean(self, last=0):
+        """The mean loss per token of the `last` batches read, or of all."""
+        chosen = self.on_host[-last:]
+        return math.fsum(loss * n for loss, n in chosen) / sum(n for _, n in chosen)
+
+
 def train_epoch(params, optimizer, source, args, epoch, averaged=None):
     """One pass over `source` [T, B]. Returns (mean loss in nats per token, tokens per second).
 
@@ -91,15 +120,13 @@ def train_epoch(params, optimizer, source, args, epoch, averaged=None):
     """
     params.train()
     hidden = params[0].init_hidden(source.size(1))
-    # Reading a loss makes the host wait for a GPU, so there they are read only for a log line.
-    read_every = 1 if source.device.type == "cpu" else args.log_interval
-    unread, read = [], []  # losses on the device; (loss, tokens) on the host
-    logged, batch, i = 0, 0, 0
+    losses, interval = Losses(), args.log_interval
+    batch, i = 0, 0
     start = log_start = time.perf_counter()
-    lr = optimizer.param_groups[0]["lr"]
+    predictions = (len(source) - 1) * source.size(1)
     bar = tqdm(
-        desc=f"epoch {epoch}", total=(len(source) - 1) * source.size(1), unit=" tokens",
-        unit_scale=True, leave=False, file=sys.stderr, disable=not sys.stderr.isatty(),
+        desc=f"epoch {epoch}", total=predictions, unit=" tokens", unit_scale=True, leave=False,
+        file=sys.stderr, disable=not sys.stderr.isatty(),
     )  # fmt: skip
     with bar:
         while i < len(source) - 1:
@@ -107,38 +134,29 @@ def train_epoch(params, optimizer, source, args, epoch, averaged=None):
             loss, hidden = train_step(params, optimizer, data, targets, hidden, args)
             if averaged is not None:
                 averaged.update_parameters(params)
-            unread.append((loss, data.numel()))
+            losses.add(loss, data.numel())
             batch += 1
             i += len(data)
             bar.update(data.numel())
-            log_now = batch % args.log_interval == 0
-            if not (log_now or batch % read_every == 0 or i >= len(source) - 1):
-                continue
-            for value, (_, tokens) in zip(torch.stack([u[0] for u in unread]).tolist(), unread):
-                read.append((value, tokens))
-                if not math.isfinite(value):
-                    raise FloatingPointError(
-                        f"the loss is {value} at epoch {epoch}, batch {len(read)}, lr {lr:g}"
-                    )
-            unread.clear()
-            recent = mean_loss(read[logged:])
-            bar.set_postfix(ppl=f"{perplexity(recent):.2f}", refresh=False)
-            if log_now:
+            # On the CPU reading costs nothing. A GPU has to be waited for: only for a log line.
+            if source.device.type == "cpu" or batch % interval == 0:
+                losses.read()
+                recent = losses.mean(last=(batch - 1) % interval + 1)
+                if not math.isfinite(recent):
+                    break
+                bar.set_postfix(ppl=f"{perplexity(recent):.2f}", refresh=False)
+            if batch % interval == 0:
                 now = time.perf_counter()
-                ms = (now - log_start) * 1000 / args.log_interval
                 log(
                     f"| epoch {epoch:3d} | {batch:5d}/{len(source) // args.bptt:5d} batches "
-                    f"| lr {lr:05.5f} | ms/batch {ms:5.2f}"
-                    f" | {loss_columns(recent)}"
+                    f"| lr {optimizer.param_groups[0]['lr']:05.5f} "
+                    f"| ms/batch {(now - log_start) * 1000 / interval:5.2f} "
+                    f"| {loss_columns(recent)}"
                 )
-                log_start, logged = now, len(read)
-    tokens_per_s = (len(source) - 1) * source.size(1) / (time.perf_counter() - start)
-    return mean_loss(read), tokens_per_s
-
-
-def mean_loss(losses):
-    """The mean of (loss, tokens) pairs, each loss weighted by its tokens."""
-    return math.fsum(loss * n for loss, n in losses) / sum(n for _, n in losses)
+                log_start = now
+    losses.read()
+    losses.check()
+    return losses.mean(), predictions / (time.perf_counter() - start)
 
 
 def loss_columns(loss, kind=""):
@@ -162,16 +180,16 @@ def evaluate(params, ids, batch_size, bptt):
     inputs, targets, n = batchify_exact(ids, batch_size)
     inputs, targets = inputs.to(device), targets.to(device)
     hidden = model.init_hidden(batch_size)
-    losses, counts = [], []
+    losses = Losses()
     for i in range(0, len(inputs), bptt):
         output, hidden = model(inputs[i : i + bptt], hidden)
         # All but the end of the last window is predicted; what follows n is padding.
         count = min(len(output), n - i * batch_size)
         weight, bias = model.decoder.weight, model.decoder.bias
         window = targets[i : i + bptt].flatten()
-        losses.append(criterion(weight, bias, output[:count], window[:count]))
-        counts.append(count)
-    return mean_loss(list(zip(torch.stack(losses).tolist(), counts)))
+        losses.add(criterion(weight, bias, output[:count], window[:count]), count)
+    losses.read()
+    return losses.mean()
 
 
 def nonmonotone(logs, loss, nonmono):
@@ -211,9 +229,7 @@ def fit(params, corpus, args, best=math.inf, finetuning=False):
             columns = loss_columns(loss, "valid ")
             log(f"{rule}\n| end of epoch {epoch:3d} | time: {seconds:5.2f}s | {columns}\n{rule}")
             if not math.isfinite(loss):
-                raise FloatingPointError(
-                    f"the validation loss is {loss} after epoch {epoch}, lr {lr:g}"
-                )
+                raise FloatingPointError(f"the validation loss is {loss}")
             progress = {
                 "epoch": epoch, "valid_loss": loss, "averaged": averaged is not None,
                 "finetuned": finetuning,
@@ -247,7 +263,7 @@ def fit(params, corpus, args, best=math.inf, finetuning=False):
     except FloatingPointError as error:
         advice = "try a lower --lr" + ("" if args.clip else " or --clip 0.25")
         kept = f"{args.save} keeps the best model so far" if math.isfinite(best) else "none saved"
-        raise InputError(f"{error}; {advice}; {kept}") from None
+        raise InputError(f"epoch {epoch}, lr {lr:g}: {error}; {advice}; {kept}") from None
     except KeyboardInterrupt:
         log("-" * 89 + "\nExiting from training early")
         return True

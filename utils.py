@@ -55,7 +55,10 @@ def check_writable(path):
 
 
 def write_atomically(path, content):
-    """Puts the bytes `content` at `path`, which at every moment is the old file or the new one."""
+    """Puts the bytes `content` at `path`, which at every moment is the old file or the new one.
+
+    Raises InputError, naming the file, when that fails.
+    """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -64,9 +67,11 @@ def write_atomically(path, content):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:  # a full disk or Ctrl-C alike: leave no half-written file behind
+    except BaseException as error:  # a full disk or Ctrl-C alike: leave no half-written file
         with contextlib.suppress(OSError):
             temporary.unlink()
+        if isinstance(error, OSError):
+            raise InputError(f"{path}: cannot be written ({error.strerror})") from None
         raise
 
 

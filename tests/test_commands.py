@@ -164,6 +164,12 @@ def test_finetune_after_adam_does_not_take_its_rate(corpus_dir, small, tmp_path)
     assert status == 0
     assert "| lr 0.00100 |" in out
     assert finetune.parse_args(["--save", str(path)]).lr == 30
+    status, out, _ = invoke(
+        main.main, "--data", corpus_dir, *plain, "--epochs", 1, "--optimizer", "adam",
+        "--save", path, "--finetune", 1,
+    )  # fmt: skip
+    assert status == 0
+    assert "| lr 30.00000 |" in out.partition("Fine-tuning")[2]
 
 
 def test_resume_is_a_warm_start_with_the_flags_given(trained, corpus_dir, tmp_path):
@@ -344,7 +350,7 @@ def test_a_diverging_run_says_so(cli, corpus_dir, small):
                "--save", "m.pt")  # fmt: skip
     assert done.returncode == 2
     assert re.fullmatch(
-        r"main\.py: error: the loss is (nan|inf) at epoch 1, batch \d+, lr 1e\+30; try a lower "
+        r"main\.py: error: epoch 1, lr 1e\+30: the loss is (nan|inf) at batch \d+; try a lower "
         r"--lr or --clip 0\.25; none saved\n", done.stderr,
     )  # fmt: skip
     assert list(cli.folder.iterdir()) == []
@@ -359,7 +365,7 @@ def test_a_save_that_fails_leaves_the_old_checkpoint(trained, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(utils.os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(InputError, match=r"trained\.pt: cannot be written \(No space left"):
         utils.write_atomically(trained, b"new")
     assert trained.read_bytes() == content
     assert not list(trained.parent.glob("*.tmp"))

@@ -1,0 +1,38 @@
+#!/bin/sh
+# Switches off each regularizer in turn, from the same seed, on a tenth of Penn Treebank.
+#
+#     records/ablation/run.sh data/penn OUT
+#
+# trains one model after the other and writes its log and JSON lines into the folder OUT; run by
+# run the best validation perplexity is then printed by records/ablation/table.py OUT.
+set -eu
+here=$(cd "$(dirname "$0")" && pwd)
+penn=$1
+out=$2
+python=${PYTHON:-python}
+
+# The first tenth of the training text and the first quarter of validation and test: few enough
+# tokens for a small model to overfit within minutes, which is what regularizers are against.
+mkdir -p "$out/penn-tenth"
+head -n 4200 "$penn/train.txt" >"$out/penn-tenth/train.txt"
+head -n 840 "$penn/valid.txt" >"$out/penn-tenth/valid.txt"
+head -n 940 "$penn/test.txt" >"$out/penn-tenth/test.txt"
+
+run() { # NAME FLAGS...
+    name=$1
+    shift
+    set -- --data "$out/penn-tenth" --emsize 200 --nhid 300 --batch_size 20 --bptt 35 --lr 20 \
+        --dropout 0.4 --dropouth 0.25 --dropouti 0.4 --dropoute 0.1 --wdrop 0.5 --nonmono 2 \
+        --epochs "${EPOCHS:-22}" --seed 141 --save "$out/$name.pt" "$@"
+    echo "python main.py $*" >"$out/$name.log"
+    "$python" "$here/../../main.py" "$@" >>"$out/$name.log" 2>&1
+}
+
+run all
+run all-seed-142 --seed 142
+run no-weight-drop --wdrop 0
+run no-embedding-dropout --dropoute 0
+run no-locked-dropout --dropout 0 --dropouth 0 --dropouti 0
+run no-ar-tar --alpha 0 --beta 0
+run no-averaging --nonmono 1000
+run none --wdrop 0 --dropoute 0 --dropout 0 --dropouth 0 --dropouti 0 --alpha 0 --beta 0 --nonmono 1000
