@@ -77,6 +77,7 @@ class Corpus:
     def _encode(self, lines, name):
         word2idx = self.dictionary.word2idx
         setdefault = word2idx.setdefault
+        self._hash.update(b"\0split\0")  # so that moving text between splits changes the digest
         ids = array("q")
         eos = None
         for number, line in enumerate(lines, 1):

@@ -10,7 +10,7 @@ import itertools
 from pathlib import Path
 
 from data import InputError
-from flags import complete, make_parser, run, take_architecture
+from flags import ARCHITECTURE, complete, make_parser, run, take_architecture
 from train import (
     EVAL_BATCH_SIZE, evaluate, fit, loss_columns, prepare, report_test, saved_params,
 )  # fmt: skip
@@ -41,20 +41,20 @@ def finetune(corpus, args):
     """Fine-tunes the model at `args.save` for at most `args.epochs` epochs; returns exit status."""
     if args.optimizer == "adam":  # its rate is not one for SGD
         args.lr, args.optimizer = None, "sgd"
-        args = complete(args)
-    args.when = [-1]
+        args = complete(args, {})
+    args.when = []
     params = saved_params(args.save, corpus, args)
     log(f"Fine-tuning {args.save}; its base model stays at {keep_base(args.save)}")
     base = evaluate(params, corpus.valid, EVAL_BATCH_SIZE, args.bptt)
     log(f"| base model | {loss_columns(base, 'valid ')}")
-    interrupted = fit(params, corpus, args, best=base, finetuning=True)
+    interrupted, _ = fit(params, corpus, args, best=base, finetuning=True)
     report_test(corpus, args)
     return 130 if interrupted else 0
 
 
 def parse_args(argv=None):
     """The flags of finetune.py as a Namespace, complete. Exits with 2, or raises InputError."""
-    parser = make_parser(__doc__.splitlines()[0])
+    parser = make_parser(__doc__.splitlines()[0], inherited=(*INHERITED, *ARCHITECTURE))
     given = parser.parse_args(argv)
     if not hasattr(given, "save"):
         raise InputError("--save: name the checkpoint that main.py wrote")
@@ -63,16 +63,15 @@ def parse_args(argv=None):
     inherited = {flag: trained[flag] for flag in INHERITED if flag in trained}
     if trained.get("optimizer") == "adam":
         del inherited["lr"]  # not a rate for SGD
-    args = complete(given, inherited | take_architecture(given, checkpoint, given.save))
-    args.optimizer = "sgd"
+    inherited |= take_architecture(given, checkpoint, given.save)
+    args = complete(given, parser.defaults | inherited)
+    args.optimizer, args.when = "sgd", []
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
-    corpus = prepare(args)
-    status = finetune(corpus, args)
-    return status
+    return finetune(prepare(args), args)
 
 
 if __name__ == "__main__":

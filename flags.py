@@ -1,6 +1,7 @@
 """The flags that main.py and finetune.py share, their defaults, and their checks."""
 
 import argparse
+import re
 import sys
 import time
 
@@ -8,8 +9,6 @@ import torch
 
 from data import InputError
 from model import check_architecture
-
-DEFAULTS = {}  # flag's name in the namespace -> default, filled by `make_parser`
 
 ARCHITECTURE = {"model": "rnn_type", "emsize": "ninp", "nhid": "nhid", "nlayers": "nlayers"}
 
@@ -20,40 +19,45 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
+    def __init__(self, inherited=(), **kwargs):
+        super().__init__(**kwargs)
+        self.inherited = inherited
+        self.defaults = {}  # flag's name in the namespace -> default
+
     def add(self, name, default, help, **kwargs):
         """Adds a flag that leaves no trace in the namespace unless it is given."""
         dest = name.lstrip("-").replace("-", "_")
-        DEFAULTS[dest] = default
-        if default not in (None, False, ""):
+        self.defaults[dest] = default
+        if dest in self.inherited:
+            help = f"{help.partition(' (default:')[0]} (default: as the model was trained)"
+        elif default not in (None, False, ""):
             shown = " ".join(map(str, default)) if isinstance(default, list) else default
             help = f"{help} (default: {shown})"
         self.add_argument(name, default=argparse.SUPPRESS, help=help, **kwargs)
 
 
-def number(kind, low, high=float("inf"), open_low=False, open_high=True):
-    """An argparse type: `kind` (int or float) between `low` and `high`."""
+def number(kind, low, high=float("inf"), open_low=False):
+    """An argparse type: `kind` (int or float) from `low`, or above it, to below `high`."""
     name = "a whole number" if kind is int else "a number"
     bound = f"above {low}" if open_low else f"of {low} or more"
     if high != float("inf"):
-        bound = f"in [{low}, {high}{')' if open_high else ']'}"
+        bound = f"in {'(' if open_low else '['}{low}, {high:g})"
 
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not {name}") from None
-        below = value <= low if open_low else value < low
-        above = value >= high if open_high else value > high
-        if below or above or value != value:
+        if not (low < value < high or (value == low and not open_low)):  # NaN is neither
             raise argparse.ArgumentTypeError(f"must be {name} {bound}, not {text}")
         return value
 
     return parse
 
 
-count = number(int, 1)
+count = number(int, 1, 2**31)
 rate = number(float, 0, 1)
-coefficient = number(float, 0)
+coefficient = number(float, 0, 1e30)  # float32 ends at 3.4e38
 
 
 def rnn_type(text):
@@ -67,12 +71,9 @@ def rnn_type(text):
 
 def device(text):
     """An argparse type: cpu, cuda, cuda:N or mps, refused where this machine lacks it."""
-    try:
-        found = torch.device(text)
-    except RuntimeError:
-        found = None
-    if found is None or found.type not in ("cpu", "cuda", "mps"):
+    if not re.fullmatch(r"cpu|mps|cuda(:\d{1,3})?", text):
         raise argparse.ArgumentTypeError(f"must be cpu, cuda, cuda:N or mps, not {text!r}")
+    found = torch.device(text)
     lacking = {
         "cpu": False,
         "cuda": not torch.cuda.is_available() or (found.index or 0) >= torch.cuda.device_count(),
@@ -83,9 +84,12 @@ def device(text):
     return found
 
 
-def make_parser(description):
-    """A parser for the flags of AWD-LSTM, with the reference's names and defaults."""
-    parser = Parser(description=description)
+def make_parser(description, inherited=()):
+    """A parser for the flags of AWD-LSTM, with the reference's names and defaults.
+
+    Those named in `inherited` are, when not given, as a checkpoint's model was trained.
+    """
+    parser = Parser(inherited, description=description)
     add = parser.add
     add("--data", "data/penn", "folder with train.txt, valid.txt and test.txt, or 'sample'")
     add("--model", "LSTM", "recurrent layer: LSTM, GRU or biLSTM", type=rnn_type)
@@ -93,7 +97,7 @@ def make_parser(description):
     add("--nhid", 1150, "hidden units per layer", type=count)
     add("--nlayers", 3, "number of layers", type=count)
     add("--lr", None, "learning rate (default: 30 with sgd, 10 for GRU; 0.001 with adam)",
-        type=number(float, 0, open_low=True))  # fmt: skip
+        type=number(float, 0, 1e30, open_low=True))  # fmt: skip
     add("--clip", 0.25, "largest gradient norm, 0 for no clipping", type=coefficient)
     add("--epochs", 8000, "upper epoch limit", type=count)
     add("--batch_size", 80, "columns read in parallel", type=count, metavar="N")
@@ -119,12 +123,12 @@ def make_parser(description):
     return parser
 
 
-def complete(given, inherited=None):
-    """The flags of a run: what was `given`, else `inherited`, else the default.
+def complete(given, defaults):
+    """The flags of a run: what was `given`, else the default.
 
     Settles the device, the learning rate and the name of the checkpoint. Raises InputError.
     """
-    args = argparse.Namespace(**{**DEFAULTS, **(inherited or {}), **vars(given)})
+    args = argparse.Namespace(**{**defaults, **vars(given)})
     if args.cuda and not torch.cuda.is_available():
         raise InputError("--cuda: torch finds no CUDA device here; leave the flag out")
     if args.cuda and args.device is not None and args.device.type != "cuda":
@@ -164,10 +168,20 @@ def take_architecture(given, checkpoint, path):
 def run(main):
     """Calls `main()` and exits with its status: 2 for bad input, 130 for Ctrl-C, one line each."""
     prog = sys.argv[0].rpartition("/")[2]
+    if hasattr(sys.stdout, "reconfigure"):  # a name the terminal cannot show must not end a run
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = main()
     except (InputError, OSError) as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
+        status = 2
+    except (MemoryError, RuntimeError) as error:
+        # On the CPU torch raises a plain RuntimeError where memory is short.
+        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not known and "allocate memory" not in str(error):
+            raise
+        advice = "lower --batch_size, --bptt, --nhid or --emsize"
+        print(f"{prog}: error: out of memory; {advice}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)

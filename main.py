@@ -11,7 +11,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from finetune import finetune
-from flags import complete, count, make_parser, run, take_architecture
+from flags import complete, make_parser, number, run, take_architecture
 from train import (
     EVAL_BATCH_SIZE, evaluate, fit, log_size, new_params, prepare, report_test, saved_params,
 )  # fmt: skip
@@ -27,32 +27,39 @@ def parse_args(argv=None):
         "--when", [-1], "epochs after which the learning rate is divided by 10", nargs="+", type=int
     )
     parser.add(
-        "--finetune", 0, "then fine-tune for at most N epochs", type=count, metavar="N"
+        "--finetune", 0, "then fine-tune for at most N epochs", type=number(int, 0), metavar="N"
     )
     given = parser.parse_args(argv)
-    inherited = {}
+    defaults = parser.defaults
     if getattr(given, "resume", ""):
-        inherited = take_architecture(given, read_checkpoint(given.resume), given.resume)
-    return complete(given, inherited)
+        defaults |= take_architecture(given, read_checkpoint(given.resume), given.resume)
+    args = complete(given, defaults)
+    if args.resume and Path(args.resume).resolve() == Path(args.save).resolve():
+        args.resume = args.save  # two spellings of one file
+    return args
 
 
 def main(argv=None):
     args = parse_args(argv)
     corpus = prepare(args)
     best = math.inf
+    onto_itself = args.resume == args.save
+    if Path(args.save).exists() and not onto_itself:
+        log(f"Note: {args.save} exists; the model of the first epoch will replace it")
     if args.resume:
         params = saved_params(args.resume, corpus, args)
         log(f"Warm start from the weights of {args.resume}")
-        if Path(args.resume).resolve() == Path(args.save).resolve():
+        if onto_itself:
             # The file is only replaced by something better than what it holds.
             best = evaluate(params, corpus.valid, EVAL_BATCH_SIZE, args.bptt)
     else:
         params = new_params(corpus, args)
-        if Path(args.save).exists():
-            log(f"{args.save} exists; the model of the first epoch will replace it")
     log_size(params)
-    interrupted = fit(params, corpus, args, best)
-    report_test(corpus, args)
+    interrupted, saved = fit(params, corpus, args, best)
+    if saved or onto_itself:
+        report_test(corpus, args)
+    else:
+        log("No epoch was finished, so there is no model to test")
     if interrupted:
         return 130
     if args.finetune:

@@ -5,7 +5,6 @@ import math
 import random
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,10 +18,11 @@ from flags import plain
 from model import RNNModel
 from splitcross import SplitCrossEntropyLoss, default_splits
 from utils import (
-    RATES, build, check_writable, log, read_checkpoint, repackage_hidden, save_checkpoint,
+    FINETUNE_RECORDS, RATES, RECORDS, build, check_writable, log, read_checkpoint, repackage_hidden,
+    save_checkpoint,
 )  # fmt: skip
 
-EVAL_BATCH_SIZE, TEST_BATCH_SIZE = 10, 1
+EVAL_BATCH_SIZE, TEST_BATCH_SIZE = 10, 1  # as in the reference
 
 
 def perplexity(loss):
@@ -209,12 +209,13 @@ def fit(params, corpus, args, best=math.inf, finetuning=False):
     `finetuning` the mean is kept from the first step, and the trigger ends the run. Ctrl-C ends
     it too. Only a model with a validation loss below `best` is saved.
 
-    Returns True when it was interrupted. Raises InputError when a loss is not finite.
+    Returns (interrupted, saved): whether Ctrl-C ended it, whether it saved a model. Raises
+    InputError when a loss is not finite.
     """
     source = batchify(corpus.train, args.batch_size, args)
     optimizer = make_optimizer(params, args)
     averaged = AveragedModel(params) if finetuning else None
-    logs = []  # validation losses of the epochs so far
+    logs, saved = [], False  # validation losses of the epochs so far
     try:
         for epoch in range(1, args.epochs + 1):
             start = time.perf_counter()
@@ -235,12 +236,12 @@ def fit(params, corpus, args, best=math.inf, finetuning=False):
                 "finetuned": finetuning,
             }  # fmt: skip
             if loss < best:
-                best = loss
                 save_checkpoint(args.save, evaluated, corpus, plain(args), **progress)
+                best, saved = loss, True
                 what = "model" if averaged is None else "averaged weights"
                 log(f"Saving {what} (new best validation)")
             write_record(
-                args.save, finetuning,
+                args, finetuning,
                 epoch=epoch, seconds=round(seconds, 2),
                 train_loss=train_loss, train_ppl=perplexity(train_loss),
                 valid_loss=loss, valid_ppl=perplexity(loss),
@@ -262,12 +263,12 @@ def fit(params, corpus, args, best=math.inf, finetuning=False):
                 optimizer.param_groups[0]["lr"] /= 10
     except FloatingPointError as error:
         advice = "try a lower --lr" + ("" if args.clip else " or --clip 0.25")
-        kept = f"{args.save} keeps the best model so far" if math.isfinite(best) else "none saved"
+        kept = f"{args.save} keeps the best model so far" if saved else "no model was saved"
         raise InputError(f"epoch {epoch}, lr {lr:g}: {error}; {advice}; {kept}") from None
     except KeyboardInterrupt:
         log("-" * 89 + "\nExiting from training early")
-        return True
-    return False
+        return True, saved
+    return False, saved
 
 
 def make_optimizer(params, args):
@@ -276,21 +277,25 @@ def make_optimizer(params, args):
     return kind(params.parameters(), lr=args.lr, weight_decay=args.wdecay)
 
 
-def write_record(save, finetuning, **record):
-    """Adds one epoch's JSON line to the file beside the checkpoint; epoch 1 starts it anew."""
-    mode = "w" if record["epoch"] == 1 else "a"
+def write_record(args, finetuning, **record):
+    """Adds one epoch's JSON line to the file beside the checkpoint.
+
+    Epoch 1 starts it anew, except in a run that resumes the very checkpoint it belongs to.
+    """
+    anew = record["epoch"] == 1 and (finetuning or args.resume != args.save)
     # JSON has no infinity: a perplexity past the largest float becomes null.
     record = {k: None if v == math.inf else v for k, v in record.items()}
-    with open(f"{save}{'.finetune' * finetuning}.jsonl", mode, encoding="utf-8") as file:
+    path = f"{args.save}{FINETUNE_RECORDS if finetuning else RECORDS}"
+    with open(path, "w" if anew else "a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
 
 
 def prepare(args):
-    """Seeds the generators, checks `--save`, reads the corpus, logs what will run.
+    """Seeds the generators, checks `args.save`, reads the corpus, logs what will run.
 
     Returns the Corpus. Raises InputError, before anything is written, for what cannot work.
     """
-    check_writable(args.save)
+    check_writable(args.save, [f"{args.save}.e{epoch}" for epoch in args.when])
     corpus = Corpus(args.data)
     if len(corpus.train) // args.batch_size < 2:
         raise InputError(
@@ -345,9 +350,6 @@ def log_size(params):
 
 def report_test(corpus, args):
     """Loads the best model from `args.save` and logs its test loss beside the unigram model's."""
-    if not Path(args.save).exists():
-        log("No epoch was finished, so there is no model to test")
-        return
     params = saved_params(args.save, corpus, args)
     loss = evaluate(params, corpus.test, TEST_BATCH_SIZE, args.bptt)
     rule = "=" * 89

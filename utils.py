@@ -4,7 +4,6 @@ import contextlib
 import io
 import os
 import sys
-import zipfile
 from pathlib import Path
 
 import torch
@@ -21,6 +20,8 @@ __all__ = [
 ]  # fmt: skip
 
 FORMAT, VERSION = "awd-lstm checkpoint", 1
+KEYS = ("architecture", "flags", "vocabulary", "corpus", "model", "criterion", "splits")
+RECORDS, FINETUNE_RECORDS = ".jsonl", ".finetune.jsonl"  # appended to the checkpoint's path
 RATES = ("dropout", "dropouth", "dropouti", "dropoute", "wdrop")  # RNNModel's dropout rates
 
 
@@ -37,13 +38,22 @@ def log(line):
     sys.stdout.flush()
 
 
-def check_writable(path):
-    """Raises InputError unless a file can be created beside `path` and renamed to it."""
-    path = Path(path)
-    if path.is_dir():
+def check_writable(path, checkpoints=()):
+    """Raises InputError unless a checkpoint, and the files beside it, can be written at `path`.
+
+    What exists at `path`, at the paths in `checkpoints`, or where the JSON lines go, may be
+    replaced only if it is of the same kind: nothing of the user's own is written over.
+    """
+    if Path(path).is_dir() or str(path).endswith("/"):
         raise InputError(f"--save {path}: is a folder; name a file in it")
-    if path.exists() and not zipfile.is_zipfile(path):  # what torch.save writes is a zip file
-        raise InputError(f"--save {path}: exists and is no checkpoint; name another file")
+    for file in map(Path, [path, *checkpoints]):
+        if file.exists() and not is_checkpoint(file):
+            raise InputError(f"--save {path}: {file} exists and is no checkpoint; name another")
+    for suffix in (RECORDS, FINETUNE_RECORDS):
+        file = Path(f"{path}{suffix}")
+        if file.exists() and not (file.is_file() and file.read_bytes()[:9] == b'{"epoch":'):
+            raise InputError(f"--save {path}: {file} exists and is no run's record; name another")
+    path = Path(path)
     if not path.parent.is_dir():
         raise InputError(f"--save {path}: the folder {path.parent} does not exist; create it")
     probe = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -121,12 +131,24 @@ def read_checkpoint(path, device="cpu"):
         ) from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise InputError(f"{path}: is a file of torch's, but no checkpoint of main.py")
-    if checkpoint["version"] != VERSION:
+    if checkpoint.get("version") != VERSION:
         raise InputError(
-            f"{path}: has format version {checkpoint['version']}, this code reads {VERSION}; use "
-            "the version of the code that wrote it"
+            f"{path}: has format version {checkpoint.get('version')}, this code reads {VERSION}; "
+            "use the version of the code that wrote it"
         )
+    lacking = [key for key in KEYS if key not in checkpoint]
+    if lacking:
+        raise InputError(f"{path}: lacks {', '.join(lacking)}; is it damaged?")
     return checkpoint
+
+
+def is_checkpoint(path):
+    """Whether `read_checkpoint` can read what lies at `path`."""
+    try:
+        read_checkpoint(path)
+    except InputError:
+        return False
+    return True
 
 
 def build(checkpoint, path="checkpoint", **rates):

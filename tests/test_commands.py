@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
@@ -195,6 +196,8 @@ def test_resume_onto_itself_keeps_the_better_model(trained, corpus_dir):
     assert status == 0
     assert "Saving" not in out
     assert trained.read_bytes() == content
+    # Its record is not lost either: the resumed run's line comes after it.
+    assert len(trained.with_name("trained.pt.jsonl").read_text().splitlines()) == 2
 
 
 def test_published_commands_parse_to_the_published_run():
@@ -236,7 +239,7 @@ def test_published_commands_parse_to_the_published_run():
 BAD_FLAGS = [
     (["--model", "QRNN"], "--model: model QRNN is not supported yet; choose from LSTM"),
     (["--model", "lstm2"], "--model: model lstm2 is unknown"),
-    (["--emsize", "-5"], "--emsize: must be a whole number of 1 or more, not -5"),
+    (["--emsize", "-5"], "--emsize: must be a whole number in [1, 2.14748e+09), not -5"),
     (["--nhid", "0"], "--nhid: must be"),
     (["--nlayers", "two"], "--nlayers: 'two' is not a whole number"),
     (["--batch_size", "0"], "--batch_size: must be"),
@@ -245,7 +248,7 @@ BAD_FLAGS = [
     (["--dropout", "1"], r"--dropout: must be a number in [0, 1), not 1"),
     (["--wdrop", "-0.1"], "--wdrop: must be a number in [0, 1)"),
     (["--dropouti", "nan"], "--dropouti: must be"),
-    (["--lr", "0"], "--lr: must be a number above 0"),
+    (["--lr", "0"], "--lr: must be a number in (0, 1e+30)"),
     (["--clip", "-1"], "--clip: must be"),
     (["--seed", "-1"], "--seed: must be"),
     (["--device", "tpu"], "--device: must be cpu, cuda, cuda:N or mps"),
@@ -254,7 +257,17 @@ BAD_FLAGS = [
     (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
     (["--save", "absent/m.pt"], "--save absent/m.pt: the folder absent does not exist"),
     (["--save", "."], "--save .: is a folder"),
-    (["--save", "notes.txt"], "--save notes.txt: exists and is no checkpoint"),
+    (["--save", "new/"], "--save new/: is a folder"),
+    (["--save", "notes.txt"], "notes.txt exists and is no checkpoint"),
+    (["--save", "archive.zip"], "archive.zip exists and is no checkpoint"),
+    (["--save", "run"], "run.jsonl exists and is no run's record"),
+    (["--save", "run2"], "run2.jsonl exists and is no run's record"),
+    (["--save", "w.pt", "--when", "3", "1"], "w.pt.e1 exists and is no checkpoint"),
+    (["--device", "cpu:1"], "--device: must be cpu, cuda, cuda:N or mps"),
+    (["--lr", "1e39"], "--lr: must be a number in (0, 1e+30), not 1e39"),
+    (["--wdecay", "1e300"], "--wdecay: must be a number in [0, 1e+30)"),
+    (["--nhid", "100000000000"], "--nhid: must be a whole number in [1, 2.14748e+09)"),
+    (["--nhid", "2000000"], "out of memory; lower"),
     (["--data", "absent"], "train.txt: no such file; --data wants a folder"),
     (["--batch_size", "5000"], "--batch_size 5000: the training split has 1250 tokens"),
     (["--resume", "absent.pt"], "absent.pt: no such checkpoint"),
@@ -267,7 +280,12 @@ def test_bad_input_is_one_line_and_writes_nothing(
     argv, message, corpus_dir, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "notes.txt").write_text("precious")
+    for name in ("notes.txt", "run.jsonl", "w.pt.e1"):
+        (tmp_path / name).write_text("precious")
+    (tmp_path / "run2.jsonl").mkdir()
+    with zipfile.ZipFile(tmp_path / "archive.zip", "w") as archive:
+        archive.writestr("precious", "precious")
+    archived = (tmp_path / "archive.zip").read_bytes()
     before = sorted(tmp_path.rglob("*"))
     status, out, err = invoke(main.main, "--data", corpus_dir, *argv)
     assert status == 2
@@ -276,7 +294,9 @@ def test_bad_input_is_one_line_and_writes_nothing(
     assert message in err
     assert "end of epoch" not in out
     assert sorted(tmp_path.rglob("*")) == before
-    assert (tmp_path / "notes.txt").read_text() == "precious"
+    for name in ("notes.txt", "run.jsonl", "w.pt.e1"):
+        assert (tmp_path / name).read_text() == "precious"
+    assert (tmp_path / "archive.zip").read_bytes() == archived
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
@@ -299,6 +319,10 @@ def damage(path, how):
         torch.save({"model": torch.zeros(3)}, path)
     elif how == "from a later version":
         torch.save({**torch.load(path, weights_only=True), "version": 999}, path)
+    elif how == "without a vocabulary":
+        checkpoint = torch.load(path, weights_only=True)
+        del checkpoint["vocabulary"]
+        torch.save(checkpoint, path)
     elif how == "weights of another shape":
         checkpoint = torch.load(path, weights_only=True)
         checkpoint["architecture"]["nhid"] = 14
@@ -313,6 +337,7 @@ def damage(path, how):
         ("pickled module", "is damaged, or no checkpoint of main.py"),
         ("someone else's", "no checkpoint of main.py"),
         ("from a later version", "format version 999"),
+        ("without a vocabulary", "lacks vocabulary"),
         ("weights of another shape", "do not fit its architecture"),
     ],
 )
@@ -346,12 +371,12 @@ def test_finetune_names_what_does_not_fit(trained, corpus_dir, tmp_path):
 
 
 def test_a_diverging_run_says_so(cli, corpus_dir, small):
-    done = cli("main.py", "--data", corpus_dir, *small, "--clip", 0, "--lr", 1e30,
+    done = cli("main.py", "--data", corpus_dir, *small, "--clip", 0, "--lr", 1e29,
                "--save", "m.pt")  # fmt: skip
     assert done.returncode == 2
     assert re.fullmatch(
-        r"main\.py: error: epoch 1, lr 1e\+30: the loss is (nan|inf) at batch \d+; try a lower "
-        r"--lr or --clip 0\.25; none saved\n", done.stderr,
+        r"main\.py: error: epoch 1, lr 1e\+29: the loss is (nan|inf) at batch \d+; try a lower "
+        r"--lr or --clip 0\.25; no model was saved\n", done.stderr,
     )  # fmt: skip
     assert list(cli.folder.iterdir()) == []
 
@@ -402,14 +427,18 @@ def test_ctrl_c_tests_the_best_model_and_exits_130(tmp_path, corpus_dir, small):
     assert read_checkpoint(tmp_path / "m.pt")["epoch"] in (1, 2, 3)
 
 
-def test_ctrl_c_in_the_first_epoch(tmp_path, corpus_dir, small):
+def test_ctrl_c_in_the_first_epoch(trained, tmp_path, corpus_dir, small):
+    """A model that an earlier run left at --save is neither lost nor tested as this run's."""
+    shutil.move(trained, tmp_path / "m.pt")
+    content = (tmp_path / "m.pt").read_bytes()
     command = [ROOT / "main.py", "--data", corpus_dir, *small, "--save", "m.pt",
                "--bptt", 1, "--batch_size", 1, "--log-interval", 1]  # fmt: skip
     status, output = interrupt_after("1/ .* batches", command, tmp_path)
     assert status == 130
     assert "no model to test" in output
     assert "Traceback" not in output
-    assert not (tmp_path / "m.pt").exists()
+    assert not END_OF_TRAINING.search(output)
+    assert (tmp_path / "m.pt").read_bytes() == content
 
 
 def test_importing_has_no_side_effects(tmp_path):

@@ -26,7 +26,7 @@ def arguments(**changes):
     return Namespace(**{
         "lr": 5.0, "clip": 0.25, "epochs": 3, "batch_size": 4, "bptt": 10, "alpha": 2.0,
         "beta": 1.0, "wdecay": 1.2e-6, "nonmono": 5, "log_interval": 10, "optimizer": "sgd",
-        "when": [-1], "device": torch.device("cpu"), "save": None, **changes,
+        "when": [-1], "device": torch.device("cpu"), "save": None, "resume": "", **changes,
     })  # fmt: skip
 
 
@@ -75,6 +75,35 @@ def test_an_epoch_trains_on_every_token_once(monkeypatch):
         assert all(p.isfinite().all() for p in params.parameters())
         last.add(len(seen[-1][0]))
     assert 1 in last  # a last window of one step was among them
+
+
+@pytest.mark.parametrize("rnn_type", ["LSTM", "GRU"])
+def test_the_hidden_state_is_carried_from_window_to_window_without_its_history(
+    rnn_type, monkeypatch
+):
+    forward, states = RNNModel.forward, []
+
+    def recorded(self, words, hidden, **kwargs):
+        result = forward(self, words, hidden, **kwargs)
+        states.append((hidden, result[1]))
+        return result
+
+    monkeypatch.setattr(RNNModel, "forward", recorded)
+    params = make_params(rnn_type)
+    source = torch.randint(50, (60, 3))
+    train_epoch(params, make_optimizer(params, arguments()), source, arguments(), 1)
+
+    def tensors(hidden):
+        return [t for state in hidden for t in ([state] if rnn_type == "GRU" else state)]
+
+    assert len(states) > 3
+    assert not any(t.any() for t in tensors(states[0][0]))
+    for (_, left), (taken, _) in pairwise(states):
+        for a, b in zip(tensors(left), tensors(taken)):
+            assert torch.equal(a, b)
+            assert b.any()
+            assert a.requires_grad
+            assert not b.requires_grad
 
 
 # ---------------------------------------------------------------- one step
@@ -210,6 +239,7 @@ def spy_on_steps(monkeypatch):
 
     def recorded_step(params, *rest):
         result = step(params, *rest)
+        assert all(module.training for module in params.modules())
         iterates.append([p.detach().double().clone() for p in params.parameters()])
         return result
 
@@ -236,7 +266,7 @@ def test_nt_asgd_evaluates_and_saves_the_mean_since_the_switch(corpus, tmp_path,
     monkeypatch.setattr(train, "evaluate", hand_made := HandMade(train.evaluate, [5, 4, 6, 3, 2]))
     args = arguments(epochs=5, nonmono=1, save=str(tmp_path / "m.pt"))
     params = make_params(ntoken=len(corpus.dictionary), rate=0.2, splits=(3,))
-    assert fit(params, corpus, args) is False
+    assert fit(params, corpus, args) == (False, True)
     assert not hand_made.losses
     per_epoch = len(iterates) // 5
     for epoch, (weights, steps) in enumerate(evaluated, 1):

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Switches off each regularizer in turn, from the same seed, on a tenth of Penn Treebank.
+# Switches off each regularizer in turn, from the same seed, on a twentieth of Penn Treebank.
 #
 #     records/ablation/run.sh data/penn OUT
 #
@@ -11,17 +11,17 @@ penn=$1
 out=$2
 python=${PYTHON:-python}
 
-# The first tenth of the training text and the first quarter of validation and test: few enough
+# The first twentieth of the training text and an eighth of validation and test: few enough
 # tokens for a small model to overfit within minutes, which is what regularizers are against.
-mkdir -p "$out/penn-tenth"
-head -n 4200 "$penn/train.txt" >"$out/penn-tenth/train.txt"
-head -n 840 "$penn/valid.txt" >"$out/penn-tenth/valid.txt"
-head -n 940 "$penn/test.txt" >"$out/penn-tenth/test.txt"
+mkdir -p "$out/penn-twentieth"
+head -n 2100 "$penn/train.txt" >"$out/penn-twentieth/train.txt"
+head -n 420 "$penn/valid.txt" >"$out/penn-twentieth/valid.txt"
+head -n 470 "$penn/test.txt" >"$out/penn-twentieth/test.txt"
 
 run() { # NAME FLAGS...
     name=$1
     shift
-    set -- --data "$out/penn-tenth" --emsize 200 --nhid 300 --batch_size 20 --bptt 35 --lr 20 \
+    set -- --data "$out/penn-twentieth" --emsize 200 --nhid 300 --batch_size 10 --bptt 35 --lr 20 \
         --dropout 0.4 --dropouth 0.25 --dropouti 0.4 --dropoute 0.1 --wdrop 0.5 --nonmono 2 \
         --epochs "${EPOCHS:-22}" --seed 141 --save "$out/$name.pt" "$@"
     echo "python main.py $*" >"$out/$name.log"
