@@ -26,7 +26,7 @@ from data import Corpus, batchify, get_batch
 from train import evaluate, make_optimizer, train_step
 from utils import RATES, build, read_checkpoint, repackage_hidden
 
-POINTS, STEPS_BETWEEN, VALID_TOKENS = 8, 3, 20_000
+POINTS, STEPS_BETWEEN, VALID_TOKENS = 8, 3, 10_000
 
 checkpoint = read_checkpoint(sys.argv[1])
 corpus = Corpus(sys.argv[2])
