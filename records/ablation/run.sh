@@ -21,9 +21,9 @@ head -n 470 "$penn/test.txt" >"$out/penn-twentieth/test.txt"
 run() { # NAME FLAGS...
     name=$1
     shift
-    set -- --data "$out/penn-twentieth" --emsize 200 --nhid 300 --batch_size 10 --bptt 35 --lr 20 \
+    set -- --data "$out/penn-twentieth" --emsize 200 --nhid 300 --nlayers 2 --batch_size 10 --bptt 35 --lr 20 \
         --dropout 0.4 --dropouth 0.25 --dropouti 0.4 --dropoute 0.1 --wdrop 0.5 --nonmono 2 \
-        --epochs "${EPOCHS:-22}" --seed 141 --save "$out/$name.pt" "$@"
+        --epochs "${EPOCHS:-16}" --seed 141 --save "$out/$name.pt" "$@"
     echo "python main.py $*" >"$out/$name.log"
     "$python" "$here/../../main.py" "$@" >>"$out/$name.log" 2>&1
 }
