@@ -16,7 +16,7 @@ def embedded_dropout(embed, words, dropout=0.1, scale=None):
     embedded = F.embedding(
         words, embed.weight, embed.padding_idx, embed.max_norm, embed.norm_type,
         embed.scale_grad_by_freq, embed.sparse,
-    )  # fmt: skip
+    )
     # (mask * W)[words] = mask[words] * W[words]: one number a word, not a masked copy of W.
     if dropout:
         mask = embed.weight.new_empty(embed.weight.size(0), 1).bernoulli_(1 - dropout)

@@ -13,13 +13,13 @@ from data import InputError
 from flags import ARCHITECTURE, complete, make_parser, run, take_architecture
 from train import (
     EVAL_BATCH_SIZE, evaluate, fit, loss_columns, prepare, report_test, saved_params,
-)  # fmt: skip
+)
 from utils import log, read_checkpoint, write_atomically
 
 INHERITED = (
     "data", "lr", "clip", "batch_size", "bptt", "dropout", "dropouth", "dropouti", "dropoute",
     "wdrop", "alpha", "beta", "wdecay", "nonmono",
-)  # fmt: skip
+)
 
 
 def keep_base(path):
@@ -70,6 +70,7 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
+    """Fine-tunes the checkpoint that `--save` names, and tests it; returns the exit status."""
     args = parse_args(argv)
     return finetune(prepare(args), args)
 

@@ -97,7 +97,7 @@ def make_parser(description, inherited=()):
     add("--nhid", 1150, "hidden units per layer", type=count)
     add("--nlayers", 3, "number of layers", type=count)
     add("--lr", None, "learning rate (default: 30 with sgd, 10 for GRU; 0.001 with adam)",
-        type=number(float, 0, 1e30, open_low=True))  # fmt: skip
+        type=number(float, 0, 1e30, open_low=True))
     add("--clip", 0.25, "largest gradient norm, 0 for no clipping", type=coefficient)
     add("--epochs", 8000, "upper epoch limit", type=count)
     add("--batch_size", 80, "columns read in parallel", type=count, metavar="N")
@@ -115,11 +115,11 @@ def make_parser(description, inherited=()):
     add("--save", None, "path of the best model (default: a name made from the time)")
     add("--log-interval", 200, "batches between log lines", type=count, metavar="N")
     add("--cuda", False, "require CUDA (without this flag it is used where there is one)",
-        action="store_true")  # fmt: skip
+        action="store_true")
     add("--device", None, "cpu, cuda, cuda:N or mps (default: cuda where there is one, else cpu)",
-        type=device)  # fmt: skip
+        type=device)
     add("--tied", True, "accepted as in the reference: the weights are always tied",
-        action="store_true")  # fmt: skip
+        action="store_true")
     return parser
 
 

@@ -14,7 +14,7 @@ from finetune import finetune
 from flags import complete, make_parser, number, run, take_architecture
 from train import (
     EVAL_BATCH_SIZE, evaluate, fit, log_size, new_params, prepare, report_test, saved_params,
-)  # fmt: skip
+)
 from utils import log, read_checkpoint
 
 
@@ -40,6 +40,7 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
+    """Trains, tests, and fine-tunes where that is asked for; returns the exit status."""
     args = parse_args(argv)
     corpus = prepare(args)
     best = math.inf

@@ -59,7 +59,7 @@ class RNNModel(nn.Module):
         self.architecture = {
             "rnn_type": rnn_type, "ntoken": ntoken, "ninp": ninp, "nhid": nhid,
             "nlayers": nlayers, "tie_weights": tie_weights,
-        }  # fmt: skip
+        }
         self.rnn_type = rnn_type
         self.dropout, self.dropouth, self.dropouti = dropout, dropouth, dropouti
         self.dropoute, self.wdrop = dropoute, wdrop

@@ -20,7 +20,7 @@ from splitcross import SplitCrossEntropyLoss, default_splits
 from utils import (
     FINETUNE_RECORDS, RATES, RECORDS, build, check_writable, log, read_checkpoint, repackage_hidden,
     save_checkpoint,
-)  # fmt: skip
+)
 
 EVAL_BATCH_SIZE, TEST_BATCH_SIZE = 10, 1  # as in the reference
 
@@ -127,7 +127,7 @@ def train_epoch(params, optimizer, source, args, epoch, averaged=None):
     bar = tqdm(
         desc=f"epoch {epoch}", total=predictions, unit=" tokens", unit_scale=True, leave=False,
         file=sys.stderr, disable=not sys.stderr.isatty(),
-    )  # fmt: skip
+    )
     with bar:
         while i < len(source) - 1:
             data, targets = get_batch(source, i, args, seq_len=random_seq_len(args.bptt))
@@ -234,7 +234,7 @@ def fit(params, corpus, args, best=math.inf, finetuning=False):
             progress = {
                 "epoch": epoch, "valid_loss": loss, "averaged": averaged is not None,
                 "finetuned": finetuning,
-            }  # fmt: skip
+            }
             if loss < best:
                 save_checkpoint(args.save, evaluated, corpus, plain(args), **progress)
                 best, saved = loss, True
@@ -246,7 +246,7 @@ def fit(params, corpus, args, best=math.inf, finetuning=False):
                 train_loss=train_loss, train_ppl=perplexity(train_loss),
                 valid_loss=loss, valid_ppl=perplexity(loss),
                 lr=lr, averaging=averaged is not None, tokens_per_s=round(tokens_per_s, 1),
-            )  # fmt: skip
+            )
             if nonmonotone(logs, loss, args.nonmono):
                 if finetuning:
                     log("Done: validation has stopped improving")
@@ -324,7 +324,7 @@ def new_params(corpus, args):
     model = RNNModel(
         args.model, ntoken, args.emsize, args.nhid, args.nlayers, args.dropout, args.dropouth,
         args.dropouti, args.dropoute, args.wdrop, tie_weights=True,
-    )  # fmt: skip
+    )
     criterion = SplitCrossEntropyLoss(args.emsize, default_splits(ntoken))
     return nn.ModuleList([model, criterion]).to(args.device)
 

@@ -17,7 +17,7 @@ from splitcross import SplitCrossEntropyLoss
 __all__ = [
     "batchify", "get_batch", "load", "log", "read_checkpoint", "repackage_hidden",
     "save_checkpoint",
-]  # fmt: skip
+]
 
 FORMAT, VERSION = "awd-lstm checkpoint", 1
 KEYS = ("architecture", "flags", "vocabulary", "corpus", "model", "criterion", "splits")
@@ -51,7 +51,7 @@ def check_writable(path, checkpoints=()):
             raise InputError(f"--save {path}: {file} exists and is no checkpoint; name another")
     for suffix in (RECORDS, FINETUNE_RECORDS):
         file = Path(f"{path}{suffix}")
-        if file.exists() and not (file.is_file() and file.read_bytes()[:9] == b'{"epoch":'):
+        if file.is_dir() or (file.exists() and file.read_bytes()[:9] not in (b"", b'{"epoch":')):
             raise InputError(f"--save {path}: {file} exists and is no run's record; name another")
     path = Path(path)
     if not path.parent.is_dir():

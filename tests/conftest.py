@@ -57,7 +57,7 @@ def cli(tmp_path):
         return subprocess.run(
             [sys.executable, str(ROOT / script), *map(str, argv)],
             cwd=folder, capture_output=True, text=True, timeout=240, **kwargs,
-        )  # fmt: skip
+        )
 
     run.folder = folder
     return run

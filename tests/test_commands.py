@@ -27,7 +27,7 @@ from utils import build, load, read_checkpoint
 END_OF_EPOCH = re.compile(
     r"^\| end of epoch +(\d+) \| time: +[\d.]+s \| valid loss +([\d.]+) \| valid ppl +([\d.]+) "
     r"\| valid bpc +([\d.]+)$", re.MULTILINE,
-)  # fmt: skip
+)
 END_OF_TRAINING = re.compile(
     r"^\| End of training \| test loss +([\d.]+) \| test ppl +([\d.]+) \| test bpc +([\d.]+)$",
     re.MULTILINE,
@@ -35,7 +35,7 @@ END_OF_TRAINING = re.compile(
 BATCHES = re.compile(
     r"^\| epoch +\d+ \| +\d+/ +\d+ batches \| lr [\d.]+ \| ms/batch +[\d.]+ \| loss +[\d.]+ "
     r"\| ppl +[\d.]+ \| bpc +[\d.]+$", re.MULTILINE,
-)  # fmt: skip
+)
 
 
 def plain_data(value):
@@ -51,7 +51,7 @@ def test_train_finetune_test(cli, corpus_dir, small):
     """The whole way: train, hand over to fine-tuning, reload the checkpoint elsewhere."""
     learning = "--emsize 16 --nhid 24 --lr 20 --dropout 0 --dropouth 0 --dropouti 0 --dropoute 0"
     done = cli("main.py", "--data", corpus_dir, *small, *learning.split(), "--wdrop", 0.2,
-               "--epoch", 4, "--save", "m.pt", "--finetune", 2)  # fmt: skip
+               "--epoch", 4, "--save", "m.pt", "--finetune", 2)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""  # no progress bar but on a terminal
     assert BATCHES.search(done.stdout)
@@ -98,7 +98,7 @@ def test_train_finetune_test(cli, corpus_dir, small):
     assert f"{perplexity(loss):.2f}" == tests[1][1]
     assert sorted(p.name for p in cli.folder.iterdir()) == [
         "m.pt", "m.pt.base", "m.pt.finetune.jsonl", "m.pt.jsonl",
-    ]  # fmt: skip
+    ]
 
 
 def test_same_seed_same_run(cli, corpus_dir, small):
@@ -161,14 +161,14 @@ def test_finetune_after_adam_does_not_take_its_rate(corpus_dir, small, tmp_path)
     status, out, _ = invoke(
         main.main, "--data", corpus_dir, *plain, "--epochs", 1, "--optimizer", "adam",
         "--save", path,
-    )  # fmt: skip
+    )
     assert status == 0
     assert "| lr 0.00100 |" in out
     assert finetune.parse_args(["--save", str(path)]).lr == 30
     status, out, _ = invoke(
         main.main, "--data", corpus_dir, *plain, "--epochs", 1, "--optimizer", "adam",
         "--save", path, "--finetune", 1,
-    )  # fmt: skip
+    )
     assert status == 0
     assert "| lr 30.00000 |" in out.partition("Fine-tuning")[2]
 
@@ -178,7 +178,7 @@ def test_resume_is_a_warm_start_with_the_flags_given(trained, corpus_dir, tmp_pa
     status, out, err = invoke(
         main.main, "--resume", trained, "--data", corpus_dir, "--epochs", 1, "--save", save,
         "--batch_size", 4, "--lr", 1e-9, "--wdecay", 0,
-    )  # fmt: skip
+    )
     assert status == 0, err
     assert "Warm start" in out
     before, after = read_checkpoint(trained), read_checkpoint(save)
@@ -192,7 +192,7 @@ def test_resume_onto_itself_keeps_the_better_model(trained, corpus_dir):
     status, out, _ = invoke(
         main.main, "--resume", trained, "--data", corpus_dir, "--epochs", 1, "--save", trained,
         "--batch_size", 4, "--lr", 3000, "--clip", 0.25,
-    )  # fmt: skip
+    )
     assert status == 0
     assert "Saving" not in out
     assert trained.read_bytes() == content
@@ -211,7 +211,7 @@ def test_published_commands_parse_to_the_published_run():
         "lr": 30, "clip": 0.25, "bptt": 70, "dropout": 0.4, "dropoute": 0.1, "wdrop": 0.5,
         "nonmono": 5, "alpha": 2, "beta": 1, "wdecay": 1.2e-6, "optimizer": "sgd", "when": [-1],
         "log_interval": 200, "resume": "",
-    }  # fmt: skip
+    }
     assert {key: getattr(ptb, key) for key in expected} == expected
     wt2 = main.parse_args(
         "--epochs 750 --data data/wikitext-2 --save WT2.pt --dropouth 0.2 --seed 1882".split()
@@ -227,7 +227,7 @@ def test_published_commands_parse_to_the_published_run():
     default = main.parse_args([])
     assert (default.seed, default.dropouth, default.dropouti, default.epochs) == (
         1111, 0.3, 0.65, 8000,
-    )  # fmt: skip
+    )
     assert default.save.endswith(".pt")
     assert main.parse_args(["--optimizer", "adam"]).lr < 0.1
     assert main.parse_args(["--model", "GRU"]).lr < 30
@@ -372,12 +372,12 @@ def test_finetune_names_what_does_not_fit(trained, corpus_dir, tmp_path):
 
 def test_a_diverging_run_says_so(cli, corpus_dir, small):
     done = cli("main.py", "--data", corpus_dir, *small, "--clip", 0, "--lr", 1e29,
-               "--save", "m.pt")  # fmt: skip
+               "--save", "m.pt")
     assert done.returncode == 2
     assert re.fullmatch(
         r"main\.py: error: epoch 1, lr 1e\+29: the loss is (nan|inf) at batch \d+; try a lower "
         r"--lr or --clip 0\.25; no model was saved\n", done.stderr,
-    )  # fmt: skip
+    )
     assert list(cli.folder.iterdir()) == []
 
 
@@ -404,7 +404,7 @@ def interrupt_after(pattern, command, folder):
     process = subprocess.Popen(
         [sys.executable, "-u", *map(str, command)], cwd=folder, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
+    )
     output = ""
     deadline = time.monotonic() + 120
     for line in process.stdout:
@@ -432,7 +432,7 @@ def test_ctrl_c_in_the_first_epoch(trained, tmp_path, corpus_dir, small):
     shutil.move(trained, tmp_path / "m.pt")
     content = (tmp_path / "m.pt").read_bytes()
     command = [ROOT / "main.py", "--data", corpus_dir, *small, "--save", "m.pt",
-               "--bptt", 1, "--batch_size", 1, "--log-interval", 1]  # fmt: skip
+               "--bptt", 1, "--batch_size", 1, "--log-interval", 1]
     status, output = interrupt_after("1/ .* batches", command, tmp_path)
     assert status == 130
     assert "no model to test" in output
@@ -447,6 +447,6 @@ def test_importing_has_no_side_effects(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", f"import {', '.join(modules)}"], cwd=tmp_path, text=True,
         capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert list(tmp_path.iterdir()) == []

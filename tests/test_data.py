@@ -40,7 +40,7 @@ def test_a_blank_line_is_an_eos(tmp_path):
     corpus = Corpus(write(tmp_path, train=b"\na\n\n"))
     assert [corpus.dictionary.idx2word[i] for i in corpus.train] == [
         "<eos>", "a", "<eos>", "<eos>",
-    ]  # fmt: skip
+    ]
 
 
 def test_edited_text_is_read_anew(tmp_path):

@@ -33,7 +33,7 @@ def mirrors(tmp_path):
             text, n = re.subn(
                 rf"(data/{corpus}/{split}\.txt )[0-9a-f]{{64}}",
                 rf"\g<1>{hashlib.sha256(content).hexdigest()}", text,
-            )  # fmt: skip
+            )
             assert n == 1
     script = folder / "getdata.sh"
     script.write_text(text)
@@ -63,7 +63,7 @@ def run(script, bases, path=None):
         **os.environ, "no_proxy": "127.0.0.1",
         "PTB_MIRRORS": " ".join(f"{base}/penn" for base in bases),
         "WIKITEXT2_MIRRORS": " ".join(f"{base}/wikitext-2" for base in bases),
-    }  # fmt: skip
+    }
     if path:
         environment["PATH"] = str(path)
     return subprocess.run(

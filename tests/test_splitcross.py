@@ -36,7 +36,7 @@ def restated(criterion, weight, bias, hidden, word):
 # A vocabulary past the last split, ending inside a tail, at a split's edge, inside the head; with
 # a tail of one word; and no split at all.
 CASES = [(40, [10, 20, 30]), (25, [10, 20, 30]), (20, [10, 20, 30]), (7, [10, 20, 30]),
-         (21, [10, 20]), (11, [1]), (12, [])]  # fmt: skip
+         (21, [10, 20]), (11, [1]), (12, [])]
 
 
 @pytest.mark.parametrize(("ntoken", "splits"), CASES)

@@ -18,7 +18,7 @@ from splitcross import SplitCrossEntropyLoss
 from train import (
     activation_regularization, evaluate, fit, make_optimizer, nonmonotone, perplexity,
     random_seq_len, train_epoch, train_step,
-)  # fmt: skip
+)
 from utils import read_checkpoint
 
 
@@ -27,7 +27,7 @@ def arguments(**changes):
         "lr": 5.0, "clip": 0.25, "epochs": 3, "batch_size": 4, "bptt": 10, "alpha": 2.0,
         "beta": 1.0, "wdecay": 1.2e-6, "nonmono": 5, "log_interval": 10, "optimizer": "sgd",
         "when": [-1], "device": torch.device("cpu"), "save": None, "resume": "", **changes,
-    })  # fmt: skip
+    })
 
 
 def make_params(rnn_type="LSTM", ntoken=50, rate=0.0, splits=(), dtype=None):
@@ -195,7 +195,7 @@ def test_a_step_on_the_meta_device(rnn_type, monkeypatch):
     monkeypatch.setattr(RNNModel, "forward", forward)
     monkeypatch.setattr(SplitCrossEntropyLoss, "forward", lambda self, w, b, output, targets: (
         seen.extend([output.device.type, targets.device.type]) or torch.zeros(())
-    ))  # fmt: skip
+    ))
     evaluate(params, torch.randint(50, (101,)), 10, 4)
     assert set(seen) == {"meta"}
 
@@ -316,7 +316,7 @@ def test_only_improvements_are_saved_and_when_divides_the_rate(corpus, tmp_path,
     monkeypatch.setattr(
         train, "train_step",
         lambda p, o, *a: rates.append(o.param_groups[0]["lr"]) or step(p, o, *a),
-    )  # fmt: skip
+    )
     monkeypatch.setattr(train, "evaluate", HandMade(train.evaluate, [4, 3, 5, 6]))
     args = arguments(epochs=4, when=[1, 3], lr=2.0, save=str(tmp_path / "m.pt"))
     fit(make_params(ntoken=len(corpus.dictionary)), corpus, args)

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 NAMES = ("all", "all-seed-142", "no-weight-drop", "no-embedding-dropout", "no-locked-dropout",
-         "no-ar-tar", "no-averaging", "none")  # fmt: skip
+         "no-ar-tar", "no-averaging", "none")
 
 print("| run | best valid ppl | at epoch | last valid ppl | last train ppl | test ppl | switch |")
 print("|---|---|---|---|---|---|---|")
