@@ -397,7 +397,7 @@ def test_evaluation_is_the_token_by_token_definition(rnn_type):
     for word, target in pairwise(ids):
         output, hidden = model(word.view(1, 1), hidden)
         logprob = criterion.logprob(model.decoder.weight, model.decoder.bias, output)
-        total -= float(logprob[0, target])
+        total -= logprob[0, target].item()
     assert found == pytest.approx(total / 63, rel=1e-5)
     # Ten columns start with no context, so the result differs, but every token is still counted.
     tokens = []
