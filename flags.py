@@ -16,13 +16,13 @@ ARCHITECTURE = {"model": "rnn_type", "emsize": "ninp", "nhid": "nhid", "nlayers"
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line on stderr. Prefixes (--epoch 500) work."""
 
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
     def __init__(self, inherited=(), **kwargs):
         super().__init__(**kwargs)
         self.inherited = inherited
         self.defaults = {}  # flag's name in the namespace -> default
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
     def add(self, name, default, help, **kwargs):
         """Adds a flag that leaves no trace in the namespace unless it is given."""

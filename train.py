@@ -172,7 +172,8 @@ def evaluate(params, ids, batch_size, bptt):
     """Mean negative log-likelihood, in nats, of the N - 1 tokens of `ids` [N] that follow another.
 
     Each is predicted exactly once. Read in `batch_size` columns, whose first state is zero, in
-    windows of `bptt` that carry the state along: the window does not change the result.
+    windows of `bptt` that carry the state along: the window does not change the result (but for
+    biLSTM's, whose backward direction reads no further than its window).
     """
     model, criterion = params
     params.eval()
