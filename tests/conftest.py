@@ -1,13 +1,18 @@
 """Fixtures: small corpora, the real ones where they are present, and the command lines."""
 
+import io
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+import flags
+import main
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("AWD_LSTM_DATA", ROOT / "data"))
@@ -68,3 +73,26 @@ def small():
     """Flags of a model that trains in a second."""
     flags = "--emsize 8 --nhid 12 --nlayers 2 --batch_size 4 --bptt 10 --lr 5 --log-interval 20"
     return flags.split()
+
+
+def invoke(main_function, *argv):
+    """Runs a command in this process; returns (exit status, its stdout, its stderr)."""
+    out, err = io.StringIO(), io.StringIO()
+    before, sys.argv = sys.argv, ["main.py", *map(str, argv)]
+    try:
+        with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as exit:
+            flags.run(main_function)
+    finally:
+        sys.argv = before
+    return exit.value.code or 0, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture
+def trained(corpus_dir, small, tmp_path):
+    """The path of a checkpoint, trained for one epoch."""
+    path = tmp_path / "trained.pt"
+    status, _, err = invoke(
+        main.main, "--data", corpus_dir, *small, "--epochs", 1, "--save", path
+    )
+    assert status == 0, err
+    return path
