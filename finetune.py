@@ -1,69 +1,73 @@
 """Fine-tunes a model that main.py trained: SGD averaged from its first step.
 
     python finetune.py --data sample --epochs 10 --save sample.pt
+    python finetune.py --resume sample.pt
 
 Takes the flags of main.py. Those that are not given, the architecture among them, are as the
-model was trained. Stops when the validation loss meets the trigger; see train.nonmonotone.
+model was trained. Stops when the validation loss meets the trigger; see train.nonmonotone. Exit
+codes as main.py's.
 """
 
-import itertools
-from pathlib import Path
-
 from data import InputError
-from flags import ARCHITECTURE, complete, make_parser, run, take_architecture
-from train import (
-    EVAL_BATCH_SIZE, evaluate, fit, loss_columns, prepare, report_test, saved_params,
+from files import exclusive, keep
+from flags import ARCHITECTURE, complete, make_parser, plain, run, take_architecture
+from preemption import Preemption
+from resume import STATE, check_corpus, inherit, is_over, read_state
+from train import EVAL_BATCH_SIZE, evaluate, loss_columns
+from trainer import (
+    Trainer, check_files, copy_model, finish, new_params, prepare, saved_params, set_aside,
 )
-from utils import log, read_checkpoint, write_atomically
+from utils import log, read_checkpoint
 
+COMMAND = "finetune.py"
 INHERITED = (
     "data", "lr", "clip", "batch_size", "bptt", "dropout", "dropouth", "dropouti", "dropoute",
     "wdrop", "alpha", "beta", "wdecay", "nonmono",
 )
 
 
-def keep_base(path):
-    """Copies the checkpoint at `path` to `path`.base, or .base2, ... where that is taken.
+def finetune(corpus, args, origin, preemption, path=None, state=None):
+    """Fine-tunes the model at `args.save` for at most `args.epochs` epochs; returns exit status.
 
-    Returns the copy's path; an existing copy of the same content serves.
+    With `state`, read from beside `path`, it goes on from there. `origin` is as in Trainer.
     """
-    content = Path(path).read_bytes()
-    for suffix in itertools.chain([""], itertools.count(2)):
-        copy = Path(f"{path}.base{suffix}")
-        if not copy.exists():
-            write_atomically(copy, content)
-            return copy
-        if copy.read_bytes() == content:
-            return copy
-
-
-def finetune(corpus, args):
-    """Fine-tunes the model at `args.save` for at most `args.epochs` epochs; returns exit status."""
     if args.optimizer == "adam":  # its rate is not one for SGD
         args.lr, args.optimizer = None, "sgd"
         args = complete(args, {})
     args.when = []
+    if state:
+        params = new_params(corpus, args)
+        trainer = Trainer(params, corpus, args, origin, preemption.check, finetuning=True)
+        trainer.resume(state, path)
+        return finish(trainer)
     params = saved_params(args.save, corpus, args)
-    log(f"Fine-tuning {args.save}; its base model stays at {keep_base(args.save)}")
-    base = evaluate(params, corpus.valid, EVAL_BATCH_SIZE, args.bptt)
-    log(f"| base model | {loss_columns(base, 'valid ')}")
-    interrupted, _ = fit(params, corpus, args, best=base, finetuning=True)
-    report_test(corpus, args)
-    return 130 if interrupted else 0
+    # A run that was cut short can still go on from the copy.
+    before = read_state(args.save)
+    base = keep(args.save, ".base", *[STATE] if before and not is_over(before) else [])
+    log(f"Fine-tuning {args.save}; its base model stays at {base}")
+    loss = evaluate(params, corpus.valid, EVAL_BATCH_SIZE, args.bptt, preemption.check)
+    log(f"| base model | {loss_columns(loss, 'valid ')}")
+    return finish(
+        Trainer(params, corpus, args, origin, preemption.check, finetuning=True, best=loss)
+    )
 
 
 def parse_args(argv=None):
     """The flags of finetune.py as a Namespace, complete. Exits with 2, or raises InputError."""
     parser = make_parser(__doc__.splitlines()[0], inherited=(*INHERITED, *ARCHITECTURE))
     given = parser.parse_args(argv)
-    if not hasattr(given, "save"):
+    path = getattr(given, "resume", "") or getattr(given, "save", "")
+    if not path:
         raise InputError("--save: name the checkpoint that main.py wrote")
-    checkpoint = read_checkpoint(given.save)
-    trained = checkpoint["flags"]
-    inherited = {flag: trained[flag] for flag in INHERITED if flag in trained}
-    if trained.get("optimizer") == "adam":
-        del inherited["lr"]  # not a rate for SGD
-    inherited |= take_architecture(given, checkpoint, given.save)
+    if hasattr(given, "resume") and (state := read_state(path, COMMAND)):
+        inherited = inherit(given, state, path, parser.defaults)
+    else:
+        checkpoint = read_checkpoint(path)
+        trained = checkpoint["flags"]
+        inherited = {flag: trained[flag] for flag in INHERITED if flag in trained}
+        if trained.get("optimizer") == "adam":
+            del inherited["lr"]  # not a rate for SGD
+        inherited |= {"save": path, **take_architecture(given, checkpoint, path)}
     args = complete(given, parser.defaults | inherited)
     args.optimizer, args.when = "sgd", []
     return args
@@ -72,7 +76,20 @@ def parse_args(argv=None):
 def main(argv=None):
     """Fine-tunes the checkpoint that `--save` names, and tests it; returns the exit status."""
     args = parse_args(argv)
-    return finetune(prepare(args), args)
+    check_files(args)
+    with exclusive(args.save), Preemption() as preemption:
+        path, state = args.resume, None
+        if path and (state := read_state(path, COMMAND)):
+            args.resume = state["flags"]["resume"]
+        corpus = prepare(args)
+        if state:
+            check_corpus(state, corpus, args, path)
+        elif path:
+            log(f"Warm start from the weights of {path}: it has no training state to go on from")
+        if path and path != args.save:
+            set_aside(args.save)
+            copy_model(path, args.save)
+        return finetune(corpus, args, (COMMAND, plain(args)), preemption, path, state)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,18 @@
 """The flags that main.py and finetune.py share, their defaults, and their checks."""
 
 import argparse
+import os
 import re
+import signal
 import sys
 import time
+from pathlib import Path
 
 import torch
 
 from data import InputError
 from model import check_architecture
+from preemption import Preempted
 
 ARCHITECTURE = {"model": "rnn_type", "emsize": "ninp", "nhid": "nhid", "nlayers": "nlayers"}
 
@@ -113,6 +117,13 @@ def make_parser(description, inherited=()):
     add("--nonmono", 5, "non-monotone interval of the trigger, in epochs", type=number(int, 0))
     add("--seed", 1111, "random seed", type=number(int, 0, 2**32))
     add("--save", None, "path of the best model (default: a name made from the time)")
+    add("--resume", "", "go on with the run that saves to this checkpoint; without its training "
+        "state, start from its weights", metavar="CHECKPOINT")
+    add("--checkpoint-minutes", 10.0, "minutes between saves of the training state",
+        type=number(float, 0, open_low=True), metavar="N")
+    add("--on-divergence", "stop", "what to do when training diverges: stop, rollback (to the "
+        "last good state with half the learning rate) or continue",
+        choices=["stop", "rollback", "continue"])
     add("--log-interval", 200, "batches between log lines", type=count, metavar="N")
     add("--cuda", False, "require CUDA (without this flag it is used where there is one)",
         action="store_true")
@@ -141,6 +152,8 @@ def complete(given, defaults):
         args.lr = 1e-3 if getattr(args, "optimizer", "sgd") == "adam" else sgd
     if args.save is None:
         args.save = f"{time.time():.6f}".replace(".", "") + ".pt"
+    if args.resume and Path(args.resume).resolve() == Path(args.save).resolve():
+        args.resume = args.save  # two spellings of one file
     try:
         check_architecture(args.model, args.emsize, args.nhid)
     except ValueError as error:
@@ -166,7 +179,7 @@ def take_architecture(given, checkpoint, path):
 
 
 def run(main):
-    """Calls `main()` and exits with its status: 2 for bad input, 130 for Ctrl-C, one line each."""
+    """Calls `main()` and exits with its status: one line and 2 for bad input, 128 + a signal's."""
     prog = sys.argv[0].rpartition("/")[2]
     if hasattr(sys.stdout, "reconfigure"):  # a name the terminal cannot show must not end a run
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -183,7 +196,12 @@ def run(main):
         advice = "lower --batch_size, --bptt, --nhid or --emsize"
         print(f"{prog}: error: out of memory; {advice}", file=sys.stderr)
         status = 2
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Preempted) as stop:
         print(f"{prog}: interrupted", file=sys.stderr)
-        status = 130
+        status = 128 + getattr(stop, "number", signal.SIGINT)
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        print(f"{prog}: error: standard output: {error.strerror}", file=sys.stderr)
+        os._exit(status or 2)  # Python would try again, and say so in its own words
     sys.exit(status)

@@ -1,27 +1,34 @@
 """Trains a weight-dropped recurrent language model with NT-ASGD, then tests the best one.
 
     python main.py --data sample --emsize 200 --nhid 400 --epochs 10 --save sample.pt
+    python main.py --resume sample.pt
 
-Published AWD-LSTM commands run unchanged. Exit code 0; 2 for bad input or a loss that is not
-finite; 130 after Ctrl-C, with the best model so far tested all the same.
+Published AWD-LSTM commands run unchanged. Exit code 0; 2 for bad input or a run that diverges; 130
+after Ctrl-C, with the best model so far tested all the same, and 143 after SIGTERM.
 """
 
 import math
 from argparse import Namespace
 from pathlib import Path
 
+from files import exclusive
 from finetune import finetune
-from flags import complete, make_parser, number, run, take_architecture
-from train import (
-    EVAL_BATCH_SIZE, evaluate, fit, log_size, new_params, prepare, report_test, saved_params,
+from flags import complete, make_parser, number, plain, run, take_architecture
+from preemption import Preemption
+from resume import check_corpus, inherit, read_state
+from train import EVAL_BATCH_SIZE, evaluate
+from trainer import (
+    Trainer, check_files, copy_model, finish, log_size, new_params, prepare, saved_params,
+    set_aside,
 )
-from utils import log, read_checkpoint
+from utils import RECORDS, log, read_checkpoint
+
+COMMAND = "main.py"
 
 
 def parse_args(argv=None):
     """The flags of main.py as a Namespace, complete. Exits with 2, or raises InputError."""
     parser = make_parser(__doc__.splitlines()[0])
-    parser.add("--resume", "", "start from the weights of this checkpoint, with the flags given")
     parser.add("--optimizer", "sgd", "sgd (with NT-ASGD) or adam", choices=["sgd", "adam"])
     parser.add(
         "--when", [-1], "epochs after which the learning rate is divided by 10", nargs="+", type=int
@@ -31,41 +38,60 @@ def parse_args(argv=None):
     )
     given = parser.parse_args(argv)
     defaults = parser.defaults
-    if getattr(given, "resume", ""):
-        defaults |= take_architecture(given, read_checkpoint(given.resume), given.resume)
-    args = complete(given, defaults)
-    if args.resume and Path(args.resume).resolve() == Path(args.save).resolve():
-        args.resume = args.save  # two spellings of one file
-    return args
+    if path := getattr(given, "resume", ""):
+        if state := read_state(path, COMMAND):
+            defaults = inherit(given, state, path, defaults)
+        else:
+            defaults |= take_architecture(given, read_checkpoint(path), path)
+    return complete(given, defaults)
 
 
 def main(argv=None):
     """Trains, tests, and fine-tunes where that is asked for; returns the exit status."""
     args = parse_args(argv)
-    corpus = prepare(args)
-    best = math.inf
-    onto_itself = args.resume == args.save
-    if Path(args.save).exists() and not onto_itself:
-        log(f"Note: {args.save} exists; the model of the first epoch will replace it")
-    if args.resume:
-        params = saved_params(args.resume, corpus, args)
-        log(f"Warm start from the weights of {args.resume}")
-        if onto_itself:
-            # The file is only replaced by something better than what it holds.
-            best = evaluate(params, corpus.valid, EVAL_BATCH_SIZE, args.bptt)
-    else:
+    check_files(args)
+    with exclusive(args.save), Preemption() as preemption:
+        path, state = args.resume, None
+        if path and (state := read_state(path, COMMAND)):
+            args.resume = state["flags"]["resume"]  # the whole run's, not this part's
+        corpus = prepare(args)
+        origin = COMMAND, plain(args)
+        tuning = Namespace(**{**vars(args), "epochs": args.finetune})
+        if path != args.save:
+            set_aside(args.save)
+        if state:
+            check_corpus(state, corpus, args, path)
+            copy_model(path, args.save)
+            if state["finetuning"]:
+                return finetune(corpus, tuning, origin, preemption, path, state)
+            trainer = Trainer(new_params(corpus, args), corpus, args, origin, preemption.check)
+            log_size(trainer.params)
+            trainer.resume(state, path)
+        else:
+            trainer = start(corpus, args, origin, preemption)
+        status = finish(trainer)
+        if status or not args.finetune:
+            return status
+        return finetune(corpus, tuning, origin, preemption)
+
+
+def start(corpus, args, origin, preemption):
+    """A Trainer that begins a run: with new weights, or with those of `args.resume`."""
+    best, records = math.inf, ""
+    if not args.resume:
         params = new_params(corpus, args)
-    log_size(params)
-    interrupted, saved = fit(params, corpus, args, best)
-    if saved or onto_itself:
-        report_test(corpus, args)
     else:
-        log("No epoch was finished, so there is no model to test")
-    if interrupted:
-        return 130
-    if args.finetune:
-        return finetune(corpus, Namespace(**{**vars(args), "epochs": args.finetune}))
-    return 0
+        params = saved_params(args.resume, corpus, args)
+        log(f"Warm start from the weights of {args.resume}: it has no training state to go on from")
+    log_size(params)
+    if args.resume == args.save:
+        # The file is only replaced by something better than what it holds.
+        best = evaluate(params, corpus.valid, EVAL_BATCH_SIZE, args.bptt, preemption.check)
+        if Path(f"{args.save}{RECORDS}").exists():
+            records = Path(f"{args.save}{RECORDS}").read_text(encoding="utf-8")
+    elif Path(args.save).exists():
+        log(f"Note: {args.save} exists; the model of the first epoch will replace it")
+    return Trainer(params, corpus, args, origin, preemption.check, best=best, records=records)
 
 
 if __name__ == "__main__":

@@ -1,26 +1,14 @@
-"""The training loop: one step, one epoch, one evaluation, and NT-ASGD around them."""
+"""The mathematics of training: one step, the windows it reads, one evaluation, the trigger."""
 
-import json
 import math
-import random
-import sys
-import time
+from collections import deque
 
 import numpy as np
 import torch
-from torch import nn
 from torch.nn.utils import clip_grad_norm_
-from torch.optim.swa_utils import AveragedModel
-from tqdm import tqdm
 
-from data import SPLITS, Corpus, InputError, batchify, batchify_exact, get_batch, unigram_loss
-from flags import plain
-from model import RNNModel
-from splitcross import SplitCrossEntropyLoss, default_splits
-from utils import (
-    FINETUNE_RECORDS, RATES, RECORDS, build, check_writable, log, read_checkpoint, repackage_hidden,
-    save_checkpoint,
-)
+from data import batchify_exact
+from utils import repackage_hidden
 
 EVAL_BATCH_SIZE, TEST_BATCH_SIZE = 10, 1  # as in the reference
 
@@ -84,79 +72,38 @@ def train_step(params, optimizer, data, targets, hidden, args):
 
 
 class Losses:
-    """The losses of a pass. They stay on their device until `read`, which makes the host wait."""
+    """The losses of a pass, read without making the host wait for the step that is running.
+
+    Each begins its way to the host as soon as it is added; `read` takes those that have arrived,
+    and waits for the others, but for the newest `ahead`.
+    """
 
     def __init__(self):
-        self.on_device, self.on_host = [], []  # (loss, tokens) pairs
+        self.on_the_way = deque()
+        self.on_host = []  # (loss, tokens) pairs
 
     def add(self, loss, tokens):
-        self.on_device.append((loss, tokens))
+        arrived = None
+        if loss.is_cuda:  # .item() would wait for all that has been queued since
+            loss = loss.to("cpu", non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self.on_the_way.append((loss, arrived, tokens))
 
-    def read(self):
-        """Fetches what has been added."""
-        if not self.on_device:
-            return
-        losses, tokens = zip(*self.on_device)
-        self.on_device.clear()
-        self.on_host.extend(zip(torch.stack(losses).tolist(), tokens))
-
-    def check(self):
-        """Raises FloatingPointError, naming the batch, when a loss that was read is not finite."""
-        for batch, (loss, _) in enumerate(self.on_host, 1):
-            if not math.isfinite(loss):
-                raise FloatingPointError(f"the loss is {loss} at batch {batch}")
+    def read(self, ahead=0):
+        """Returns the losses, floats in nats, that no earlier call has returned."""
+        known = len(self.on_host)
+        while len(self.on_the_way) > ahead:
+            loss, arrived, tokens = self.on_the_way.popleft()
+            if arrived is not None:
+                arrived.synchronize()
+            self.on_host.append((loss.item(), tokens))
+        return [loss for loss, _ in self.on_host[known:]]
 
     def mean(self, last=0):
         """The mean loss per token of the `last` batches read, or of all."""
         chosen = self.on_host[-last:]
         return math.fsum(loss * n for loss, n in chosen) / sum(n for _, n in chosen)
-
-
-def train_epoch(params, optimizer, source, args, epoch, averaged=None):
-    """One pass over `source` [T, B]. Returns (mean loss in nats per token, tokens per second).
-
-    With `averaged`, an AveragedModel, each iterate enters its mean. Raises FloatingPointError
-    when the loss is no longer finite.
-    """
-    params.train()
-    hidden = params[0].init_hidden(source.size(1))
-    losses, interval = Losses(), args.log_interval
-    batch, i = 0, 0
-    start = log_start = time.perf_counter()
-    predictions = (len(source) - 1) * source.size(1)
-    bar = tqdm(
-        desc=f"epoch {epoch}", total=predictions, unit=" tokens", unit_scale=True, leave=False,
-        file=sys.stderr, disable=not sys.stderr.isatty(),
-    )
-    with bar:
-        while i < len(source) - 1:
-            data, targets = get_batch(source, i, args, seq_len=random_seq_len(args.bptt))
-            loss, hidden = train_step(params, optimizer, data, targets, hidden, args)
-            if averaged is not None:
-                averaged.update_parameters(params)
-            losses.add(loss, data.numel())
-            batch += 1
-            i += len(data)
-            bar.update(data.numel())
-            # On the CPU reading costs nothing. A GPU has to be waited for: only for a log line.
-            if source.device.type == "cpu" or batch % interval == 0:
-                losses.read()
-                recent = losses.mean(last=(batch - 1) % interval + 1)
-                if not math.isfinite(recent):
-                    break
-                bar.set_postfix(ppl=f"{perplexity(recent):.2f}", refresh=False)
-            if batch % interval == 0:
-                now = time.perf_counter()
-                log(
-                    f"| epoch {epoch:3d} | {batch:5d}/{len(source) // args.bptt:5d} batches "
-                    f"| lr {optimizer.param_groups[0]['lr']:05.5f} "
-                    f"| ms/batch {(now - log_start) * 1000 / interval:5.2f} "
-                    f"| {loss_columns(recent)}"
-                )
-                log_start = now
-    losses.read()
-    losses.check()
-    return losses.mean(), predictions / (time.perf_counter() - start)
 
 
 def loss_columns(loss, kind=""):
@@ -168,12 +115,13 @@ def loss_columns(loss, kind=""):
 
 
 @torch.no_grad()
-def evaluate(params, ids, batch_size, bptt):
+def evaluate(params, ids, batch_size, bptt, check=None):
     """Mean negative log-likelihood, in nats, of the N - 1 tokens of `ids` [N] that follow another.
 
     Each is predicted exactly once. Read in `batch_size` columns, whose first state is zero, in
     windows of `bptt` that carry the state along: the window does not change the result (but for
-    biLSTM's, whose backward direction reads no further than its window).
+    biLSTM's, whose backward direction reads no further than its window). `check`, a function, is
+    called after each window: what it raises ends the evaluation.
     """
     model, criterion = params
     params.eval()
@@ -189,6 +137,8 @@ def evaluate(params, ids, batch_size, bptt):
         weight, bias = model.decoder.weight, model.decoder.bias
         window = targets[i : i + bptt].flatten()
         losses.add(criterion(weight, bias, output[:count], window[:count]), count)
+        if check is not None:
+            check()
     losses.read()
     return losses.mean()
 
@@ -202,158 +152,7 @@ def nonmonotone(logs, loss, nonmono):
     return len(logs) > nonmono and loss > min(logs[: len(logs) - nonmono])
 
 
-def fit(params, corpus, args, best=math.inf, finetuning=False):
-    """Trains for at most `args.epochs` epochs with NT-ASGD, saving the best model at `args.save`.
-
-    SGD runs until the validation loss meets the trigger; from then on the plain mean of the
-    iterates since is what is evaluated and saved, while SGD goes on from its own. With
-    `finetuning` the mean is kept from the first step, and the trigger ends the run. Ctrl-C ends
-    it too. Only a model with a validation loss below `best` is saved.
-
-    Returns (interrupted, saved): whether Ctrl-C ended it, whether it saved a model. Raises
-    InputError when a loss is not finite.
-    """
-    source = batchify(corpus.train, args.batch_size, args)
-    optimizer = make_optimizer(params, args)
-    averaged = AveragedModel(params) if finetuning else None
-    logs, saved = [], False  # validation losses of the epochs so far
-    try:
-        for epoch in range(1, args.epochs + 1):
-            start = time.perf_counter()
-            lr = optimizer.param_groups[0]["lr"]
-            train_loss, tokens_per_s = train_epoch(
-                params, optimizer, source, args, epoch, averaged
-            )
-            evaluated = params if averaged is None else averaged.module
-            loss = evaluate(evaluated, corpus.valid, EVAL_BATCH_SIZE, args.bptt)
-            seconds = time.perf_counter() - start
-            rule = "-" * 89
-            columns = loss_columns(loss, "valid ")
-            log(f"{rule}\n| end of epoch {epoch:3d} | time: {seconds:5.2f}s | {columns}\n{rule}")
-            if not math.isfinite(loss):
-                raise FloatingPointError(f"the validation loss is {loss}")
-            progress = {
-                "epoch": epoch, "valid_loss": loss, "averaged": averaged is not None,
-                "finetuned": finetuning,
-            }
-            if loss < best:
-                save_checkpoint(args.save, evaluated, corpus, plain(args), **progress)
-                best, saved = loss, True
-                what = "model" if averaged is None else "averaged weights"
-                log(f"Saving {what} (new best validation)")
-            write_record(
-                args, finetuning,
-                epoch=epoch, seconds=round(seconds, 2),
-                train_loss=train_loss, train_ppl=perplexity(train_loss),
-                valid_loss=loss, valid_ppl=perplexity(loss),
-                lr=lr, averaging=averaged is not None, tokens_per_s=round(tokens_per_s, 1),
-            )
-            if nonmonotone(logs, loss, args.nonmono):
-                if finetuning:
-                    log("Done: validation has stopped improving")
-                    break
-                if averaged is None and args.optimizer == "sgd":
-                    log("Switching to averaged SGD (NT-ASGD)")
-                    averaged = AveragedModel(params)
-            logs.append(loss)
-            if epoch in args.when:
-                save_checkpoint(
-                    f"{args.save}.e{epoch}", evaluated, corpus, plain(args), **progress
-                )
-                log(f"Saving model to {args.save}.e{epoch}; dividing the learning rate by 10")
-                optimizer.param_groups[0]["lr"] /= 10
-    except FloatingPointError as error:
-        advice = "try a lower --lr" + ("" if args.clip else " or --clip 0.25")
-        kept = f"{args.save} keeps the best model so far" if saved else "no model was saved"
-        raise InputError(f"epoch {epoch}, lr {lr:g}: {error}; {advice}; {kept}") from None
-    except KeyboardInterrupt:
-        log("-" * 89 + "\nExiting from training early")
-        return True, saved
-    return False, saved
-
-
 def make_optimizer(params, args):
     """SGD or Adam over the parameters of model and criterion alike."""
     kind = torch.optim.Adam if args.optimizer == "adam" else torch.optim.SGD
     return kind(params.parameters(), lr=args.lr, weight_decay=args.wdecay)
-
-
-def write_record(args, finetuning, **record):
-    """Adds one epoch's JSON line to the file beside the checkpoint.
-
-    Epoch 1 starts it anew, except in a run that resumes the very checkpoint it belongs to.
-    """
-    anew = record["epoch"] == 1 and (finetuning or args.resume != args.save)
-    # JSON has no infinity: a perplexity past the largest float becomes null.
-    record = {k: None if v == math.inf else v for k, v in record.items()}
-    path = f"{args.save}{FINETUNE_RECORDS if finetuning else RECORDS}"
-    with open(path, "w" if anew else "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
-
-
-def prepare(args):
-    """Seeds the generators, checks `args.save`, reads the corpus, logs what will run.
-
-    Returns the Corpus. Raises InputError, before anything is written, for what cannot work.
-    """
-    check_writable(args.save, [f"{args.save}.e{epoch}" for epoch in args.when])
-    corpus = Corpus(args.data)
-    if len(corpus.train) // args.batch_size < 2:
-        raise InputError(
-            f"--batch_size {args.batch_size}: the training split has {len(corpus.train)} tokens, "
-            f"too few for {args.batch_size} columns of 2; lower it"
-        )
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
-    sizes = ", ".join(f"{split} {len(getattr(corpus, split)):,}" for split in SPLITS)
-    log(f"Corpus {corpus.name}: tokens {sizes}; {len(corpus.dictionary):,} words")
-    log(f"Corpus sha256: {corpus.digest}")
-    log(f"PyTorch {torch.__version__}, device {args.device}, {torch.get_num_threads()} threads")
-    log(f"Args: {plain(args)}")
-    if args.model == "biLSTM":
-        log(
-            "Note: biLSTM reads the word it predicts; its loss is no language model's (the "
-            "report's model, kept as a replication)"
-        )
-    return corpus
-
-
-def new_params(corpus, args):
-    """A new nn.ModuleList([model, criterion]) for the corpus, on `args.device`."""
-    ntoken = len(corpus.dictionary)
-    model = RNNModel(
-        args.model, ntoken, args.emsize, args.nhid, args.nlayers, args.dropout, args.dropouth,
-        args.dropouti, args.dropoute, args.wdrop, tie_weights=True,
-    )
-    criterion = SplitCrossEntropyLoss(args.emsize, default_splits(ntoken))
-    return nn.ModuleList([model, criterion]).to(args.device)
-
-
-def saved_params(path, corpus, args):
-    """nn.ModuleList([model, criterion]) from the checkpoint at `path`, with `args`' dropouts.
-
-    Raises InputError when it is unusable or its vocabulary is not the corpus's.
-    """
-    checkpoint = read_checkpoint(path, args.device)
-    if checkpoint["vocabulary"] != corpus.dictionary.idx2word:
-        raise InputError(
-            f"--data {args.data}: its vocabulary is not that of {path}; name the corpus that the "
-            "model was trained on"
-        )
-    return build(checkpoint, path, **{rate: getattr(args, rate) for rate in RATES})
-
-
-def log_size(params):
-    """Logs the number of parameters, the tied matrix counted once."""
-    log(f"Model total parameters: {sum(p.numel() for p in params.parameters())}")
-
-
-def report_test(corpus, args):
-    """Loads the best model from `args.save` and logs its test loss beside the unigram model's."""
-    params = saved_params(args.save, corpus, args)
-    loss = evaluate(params, corpus.test, TEST_BATCH_SIZE, args.bptt)
-    rule = "=" * 89
-    log(f"{rule}\n| End of training | {loss_columns(loss, 'test ')}\n{rule}")
-    unigram = perplexity(unigram_loss(corpus.train, corpus.test, len(corpus.dictionary)))
-    log(f"For comparison: word frequencies alone (a unigram model) give test ppl {unigram:.2f}")

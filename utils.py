@@ -1,7 +1,6 @@
 """Small shared helpers: hidden states, checkpoints, log lines."""
 
 import contextlib
-import io
 import os
 import sys
 from pathlib import Path
@@ -11,16 +10,21 @@ from torch import nn
 from tqdm import tqdm
 
 from data import Dictionary, InputError, batchify, get_batch
+from files import pack, unpack
 from model import RNNModel
+from resume import STATE, read_state
 from splitcross import SplitCrossEntropyLoss
 
 __all__ = [
-    "batchify", "get_batch", "load", "log", "read_checkpoint", "repackage_hidden",
-    "save_checkpoint",
+    "batchify", "get_batch", "load", "log", "pack_checkpoint", "read_checkpoint",
+    "repackage_hidden", "warn",
 ]
 
-FORMAT, VERSION = "awd-lstm checkpoint", 1
-KEYS = ("architecture", "flags", "vocabulary", "corpus", "model", "criterion", "splits")
+KIND, VERSION = "checkpoint", 2
+KEYS = {
+    "architecture": dict, "flags": dict, "vocabulary": list, "corpus": dict, "model": dict,
+    "criterion": dict, "splits": list, "epoch": int, "valid_loss": float | int,
+}
 RECORDS, FINETUNE_RECORDS = ".jsonl", ".finetune.jsonl"  # appended to the checkpoint's path
 RATES = ("dropout", "dropouth", "dropouti", "dropoute", "wdrop")  # RNNModel's dropout rates
 
@@ -33,22 +37,52 @@ def repackage_hidden(h):
 
 
 def log(line):
-    """Prints a line to standard output, above the progress bar where one is shown."""
-    tqdm.write(line, file=sys.stdout)
-    sys.stdout.flush()
+    """Prints a line to standard output, above the progress bar where one is shown.
+
+    A log on a full disk does not end a run: the first line that is lost is reported.
+    """
+    try:
+        _print(line, sys.stdout)
+    except BrokenPipeError:  # whoever reads it wants no more
+        raise
+    except OSError as error:
+        if not log.failed:
+            log.failed = True
+            warn(f"Warning: standard output cannot be written ({error.strerror}): lines are lost")
+
+
+log.failed = False
+
+
+def warn(line):
+    """Prints a line to standard error, above the progress bar where one is shown."""
+    with contextlib.suppress(OSError):
+        _print(line, sys.stderr)
+
+
+def _print(line, file):
+    tqdm.write(line, file=file)
+    file.flush()
 
 
 def check_writable(path, checkpoints=()):
     """Raises InputError unless a checkpoint, and the files beside it, can be written at `path`.
 
-    What exists at `path`, at the paths in `checkpoints`, or where the JSON lines go, may be
-    replaced only if it is of the same kind: nothing of the user's own is written over.
+    What exists at `path`, at the paths in `checkpoints`, or where the training state and the JSON
+    lines go, may be replaced only if it is of the same kind: nothing of the user's own is written
+    over.
     """
     if Path(path).is_dir() or str(path).endswith("/"):
         raise InputError(f"--save {path}: is a folder; name a file in it")
     for file in map(Path, [path, *checkpoints]):
         if file.exists() and not is_checkpoint(file):
             raise InputError(f"--save {path}: {file} exists and is no checkpoint; name another")
+    try:
+        read_state(path)
+    except InputError:
+        raise InputError(
+            f"--save {path}: {path}{STATE} exists and is no training state; name another"
+        ) from None
     for suffix in (RECORDS, FINETUNE_RECORDS):
         file = Path(f"{path}{suffix}")
         if file.is_dir() or (file.exists() and file.read_bytes()[:9] not in (b"", b'{"epoch":')):
@@ -64,39 +98,21 @@ def check_writable(path, checkpoints=()):
         raise InputError(f"--save {path}: cannot be written ({error.strerror})") from None
 
 
-def write_atomically(path, content):
-    """Puts the bytes `content` at `path`, which at every moment is the old file or the new one.
-
-    Raises InputError, naming the file, when that fails.
-    """
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:  # a full disk or Ctrl-C alike: leave no half-written file
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if isinstance(error, OSError):
-            raise InputError(f"{path}: cannot be written ({error.strerror})") from None
-        raise
-
-
-def save_checkpoint(path, params, corpus, flags, **progress):
-    """Writes all that is needed to use a model: tensors and plain data only.
+def pack_checkpoint(params, corpus, flags, **progress):
+    """The bytes of a checkpoint, all that is needed to use a model: tensors and plain data only.
 
     `params` is nn.ModuleList([model, criterion]). Keys: format, version; architecture (RNNModel's
     arguments without the dropout rates); flags; vocabulary (words in order of id); corpus (name,
     sha256); model and criterion (state dicts), splits; and `progress` (epoch, valid_loss in nats,
     averaged, finetuned).
     """
+    return pack(KIND, VERSION, {**describe(params, corpus, flags), **progress})
+
+
+def describe(params, corpus, flags):
+    """What a checkpoint and a training state share: a model, and what it was trained on."""
     model, criterion = params
-    checkpoint = {
-        "format": FORMAT,
-        "version": VERSION,
+    return {
         "architecture": model.architecture,
         "flags": flags,
         "vocabulary": corpus.dictionary.idx2word,
@@ -104,41 +120,18 @@ def save_checkpoint(path, params, corpus, flags, **progress):
         "model": model.state_dict(),
         "criterion": criterion.state_dict(),
         "splits": criterion.splits,
-        **progress,
     }
-    content = io.BytesIO()
-    torch.save(checkpoint, content)
-    write_atomically(path, content.getbuffer())
 
 
-def read_checkpoint(path, device="cpu"):
-    """Reads what `save_checkpoint` wrote, its tensors on `device`, without executing any of it.
+def read_checkpoint(path, device="cpu", content=None):
+    """Reads what `pack_checkpoint` made, its tensors on `device`, without executing any of it.
 
-    Raises InputError, naming the file, when it is missing, damaged, or of another kind.
+    `content`: its bytes, where they are not to be read from `path`. Raises InputError, naming the
+    file, when it is missing, damaged in any bit, or of another kind.
     """
-    try:
-        content = io.BytesIO(Path(path).read_bytes())
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such checkpoint; train one with main.py --save") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    try:
-        checkpoint = torch.load(content, map_location=device, weights_only=True)
-    except Exception:  # torch meets a damaged or foreign file with many types of error
-        raise InputError(
-            f"{path}: is damaged, or no checkpoint of main.py (one that pickles whole modules, as "
-            "the original AWD-LSTM code wrote, cannot be loaded safely); train again"
-        ) from None
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        raise InputError(f"{path}: is a file of torch's, but no checkpoint of main.py")
-    if checkpoint.get("version") != VERSION:
-        raise InputError(
-            f"{path}: has format version {checkpoint.get('version')}, this code reads {VERSION}; "
-            "use the version of the code that wrote it"
-        )
-    lacking = [key for key in KEYS if key not in checkpoint]
-    if lacking:
-        raise InputError(f"{path}: lacks {', '.join(lacking)}; is it damaged?")
+    checkpoint = unpack(path, KIND, VERSION, KEYS, device, content)
+    if not all(isinstance(word, str) for word in checkpoint["vocabulary"]):
+        raise InputError(f"{path}: its vocabulary is not one of words; train again")
     return checkpoint
 
 
@@ -162,7 +155,7 @@ def build(checkpoint, path="checkpoint", **rates):
         model.load_state_dict(checkpoint["model"])
         criterion = SplitCrossEntropyLoss(model.decoder.in_features, checkpoint["splits"])
         criterion.load_state_dict(checkpoint["criterion"])
-    except (KeyError, TypeError, ValueError, RuntimeError):
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
         raise InputError(f"{path}: its weights do not fit its architecture; train again") from None
     return nn.ModuleList([model, criterion]).to(checkpoint["model"]["encoder.weight"].device)
 
@@ -174,5 +167,6 @@ def load(path, device="cpu"):
     with; and the data.Dictionary of its words. The file alone is enough. Raises InputError.
     """
     checkpoint = read_checkpoint(path, device)
-    model, _ = build(checkpoint, path, **{rate: checkpoint["flags"][rate] for rate in RATES})
+    flags = checkpoint["flags"]
+    model, _ = build(checkpoint, path, **{rate: flags[rate] for rate in RATES if rate in flags})
     return model.eval(), Dictionary(checkpoint["vocabulary"])

@@ -4,15 +4,20 @@ import io
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import flags
 import main
+from model import RNNModel
+from splitcross import SplitCrossEntropyLoss
+from trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("AWD_LSTM_DATA", ROOT / "data"))
@@ -96,3 +101,24 @@ def trained(corpus_dir, small, tmp_path):
     )
     assert status == 0, err
     return path
+
+
+def arguments(**changes):
+    """The flags of a run, as a Namespace."""
+    return Namespace(**{
+        "lr": 5.0, "clip": 0.25, "epochs": 3, "batch_size": 4, "bptt": 10, "alpha": 2.0,
+        "beta": 1.0, "wdecay": 1.2e-6, "nonmono": 5, "log_interval": 10, "optimizer": "sgd",
+        "when": [-1], "device": torch.device("cpu"), "save": None, "resume": "",
+        "on_divergence": "stop", "checkpoint_minutes": 10.0, "dropout": 0.2, **changes,
+    })
+
+
+def make_params(rnn_type="LSTM", ntoken=50, rate=0.0, splits=(), dtype=None):
+    """A small nn.ModuleList([model, criterion])."""
+    model = RNNModel(rnn_type, ntoken, 8, 12, 2, rate, rate, rate, rate, rate, tie_weights=True)
+    return nn.ModuleList([model, SplitCrossEntropyLoss(8, splits)]).to(dtype)
+
+
+def make_trainer(params, corpus, args, check=lambda: None, **kwargs):
+    """A Trainer of main.py's."""
+    return Trainer(params, corpus, args, ("main.py", flags.plain(args)), check, **kwargs)

@@ -4,11 +4,8 @@ import json
 import math
 import os
 import re
-import shutil
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -93,7 +90,7 @@ def test_train_finetune_test(cli, corpus_dir, small):
     loss = evaluate(params, corpus.test, TEST_BATCH_SIZE, 7)
     assert f"{perplexity(loss):.2f}" == tests[1][1]
     assert sorted(p.name for p in cli.folder.iterdir()) == [
-        "m.pt", "m.pt.base", "m.pt.finetune.jsonl", "m.pt.jsonl",
+        "m.pt", "m.pt.base", "m.pt.finetune.jsonl", "m.pt.jsonl", "m.pt.state",
     ]
 
 
@@ -146,33 +143,6 @@ def test_finetune_after_adam_does_not_take_its_rate(corpus_dir, small, tmp_path)
     assert "| lr 30.00000 |" in out.partition("Fine-tuning")[2]
 
 
-def test_resume_is_a_warm_start_with_the_flags_given(trained, corpus_dir, tmp_path):
-    save = tmp_path / "resumed.pt"
-    status, out, err = invoke(
-        main.main, "--resume", trained, "--data", corpus_dir, "--epochs", 1, "--save", save,
-        "--batch_size", 4, "--lr", 1e-9, "--wdecay", 0,
-    )
-    assert status == 0, err
-    assert "Warm start" in out
-    before, after = read_checkpoint(trained), read_checkpoint(save)
-    assert after["architecture"] == before["architecture"]
-    assert after["valid_loss"] == pytest.approx(before["valid_loss"], abs=1e-4)
-    assert (after["flags"]["lr"], after["flags"]["bptt"]) == (1e-9, 70)
-
-
-def test_resume_onto_itself_keeps_the_better_model(trained, corpus_dir):
-    content = trained.read_bytes()
-    status, out, _ = invoke(
-        main.main, "--resume", trained, "--data", corpus_dir, "--epochs", 1, "--save", trained,
-        "--batch_size", 4, "--lr", 3000, "--clip", 0.25,
-    )
-    assert status == 0
-    assert "Saving" not in out
-    assert trained.read_bytes() == content
-    # Its record is not lost either: the resumed run's line comes after it.
-    assert len(trained.with_name("trained.pt.jsonl").read_text().splitlines()) == 2
-
-
 def test_published_commands_parse_to_the_published_run():
     ptb = main.parse_args(
         "--batch_size 20 --data data/penn --dropouti 0.4 --dropouth 0.25 --seed 141 --epoch 500 "
@@ -204,51 +174,6 @@ def test_published_commands_parse_to_the_published_run():
     assert default.save.endswith(".pt")
     assert main.parse_args(["--optimizer", "adam"]).lr < 0.1
     assert main.parse_args(["--model", "GRU"]).lr < 30
-
-
-# ---------------------------------------------------------------- Ctrl-C
-
-
-def interrupt_after(pattern, command, folder):
-    """Starts a command, sends SIGINT once its output matches; returns (status, output)."""
-    process = subprocess.Popen(
-        [sys.executable, "-u", *map(str, command)], cwd=folder, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-    )
-    output = ""
-    deadline = time.monotonic() + 120
-    for line in process.stdout:
-        output += line
-        if re.search(pattern, line):
-            os.kill(process.pid, signal.SIGINT)
-            break
-        assert time.monotonic() < deadline
-    output += process.communicate(timeout=120)[0]
-    return process.returncode, output
-
-
-def test_ctrl_c_tests_the_best_model_and_exits_130(tmp_path, corpus_dir, small):
-    command = [ROOT / "main.py", "--data", corpus_dir, *small, "--save", "m.pt"]
-    status, output = interrupt_after("end of epoch +2", command, tmp_path)
-    assert status == 130
-    assert "Exiting from training early" in output
-    assert END_OF_TRAINING.search(output)
-    assert "Traceback" not in output
-    assert read_checkpoint(tmp_path / "m.pt")["epoch"] in (1, 2, 3)
-
-
-def test_ctrl_c_in_the_first_epoch(trained, tmp_path, corpus_dir, small):
-    """A model that an earlier run left at --save is neither lost nor tested as this run's."""
-    shutil.move(trained, tmp_path / "m.pt")
-    content = (tmp_path / "m.pt").read_bytes()
-    command = [ROOT / "main.py", "--data", corpus_dir, *small, "--save", "m.pt",
-               "--bptt", 1, "--batch_size", 1, "--log-interval", 1]
-    status, output = interrupt_after("1/ .* batches", command, tmp_path)
-    assert status == 130
-    assert "no model to test" in output
-    assert "Traceback" not in output
-    assert not END_OF_TRAINING.search(output)
-    assert (tmp_path / "m.pt").read_bytes() == content
 
 
 def test_importing_has_no_side_effects(tmp_path):

@@ -1,8 +1,7 @@
-"""The training loop against its definitions: windows, steps, averages, trigger, evaluation."""
+"""The mathematics of training against its definitions: windows, steps, evaluation."""
 
 import copy
 import math
-from argparse import Namespace
 from itertools import pairwise
 
 import numpy as np
@@ -10,29 +9,16 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.optim.swa_utils import AveragedModel
 
-import train
-from data import Corpus, InputError, get_batch
+from conftest import arguments, make_params
+from data import batchify, get_batch
 from model import RNNModel
 from splitcross import SplitCrossEntropyLoss
 from train import (
-    activation_regularization, evaluate, fit, make_optimizer, nonmonotone, perplexity,
-    random_seq_len, train_epoch, train_step,
+    activation_regularization, evaluate, loss_columns, make_optimizer, perplexity, random_seq_len,
+    train_step,
 )
-from utils import read_checkpoint
-
-
-def arguments(**changes):
-    return Namespace(**{
-        "lr": 5.0, "clip": 0.25, "epochs": 3, "batch_size": 4, "bptt": 10, "alpha": 2.0,
-        "beta": 1.0, "wdecay": 1.2e-6, "nonmono": 5, "log_interval": 10, "optimizer": "sgd",
-        "when": [-1], "device": torch.device("cpu"), "save": None, "resume": "", **changes,
-    })
-
-
-def make_params(rnn_type="LSTM", ntoken=50, rate=0.0, splits=(), dtype=None):
-    model = RNNModel(rnn_type, ntoken, 8, 12, 2, rate, rate, rate, rate, rate, tie_weights=True)
-    return nn.ModuleList([model, SplitCrossEntropyLoss(8, splits)]).to(dtype)
 
 
 # ---------------------------------------------------------------- windows
@@ -54,56 +40,6 @@ def test_random_seq_len_bounds(monkeypatch):
     assert min(random_seq_len(3) for _ in range(200)) == 5
     monkeypatch.setattr(np.random, "normal", lambda mean, deviation: mean + 100 * deviation)
     assert random_seq_len(70) == 95
-
-
-def test_an_epoch_trains_on_every_token_once(monkeypatch):
-    source = torch.arange(46).view(23, 2) % 50
-    seen, last = [], set()
-    monkeypatch.setattr(
-        train, "get_batch", lambda *a, **k: seen.append(get_batch(*a, **k)) or seen[-1]
-    )
-    for seed in range(30):
-        np.random.seed(seed)
-        seen.clear()
-        params = make_params()
-        loss, _ = train_epoch(
-            params, make_optimizer(params, arguments()), source, arguments(bptt=5), 1
-        )
-        assert torch.equal(torch.cat([words for words, _ in seen]), source[:-1])
-        assert torch.equal(torch.cat([targets for _, targets in seen]), source[1:].flatten())
-        assert math.isfinite(loss)
-        assert all(p.isfinite().all() for p in params.parameters())
-        last.add(len(seen[-1][0]))
-    assert 1 in last  # a last window of one step was among them
-
-
-@pytest.mark.parametrize("rnn_type", ["LSTM", "GRU"])
-def test_the_hidden_state_is_carried_from_window_to_window_without_its_history(
-    rnn_type, monkeypatch
-):
-    forward, states = RNNModel.forward, []
-
-    def recorded(self, words, hidden, **kwargs):
-        result = forward(self, words, hidden, **kwargs)
-        states.append((hidden, result[1]))
-        return result
-
-    monkeypatch.setattr(RNNModel, "forward", recorded)
-    params = make_params(rnn_type)
-    source = torch.randint(50, (60, 3))
-    train_epoch(params, make_optimizer(params, arguments()), source, arguments(), 1)
-
-    def tensors(hidden):
-        return [t for state in hidden for t in ([state] if rnn_type == "GRU" else state)]
-
-    assert len(states) > 3
-    assert not any(t.any() for t in tensors(states[0][0]))
-    for (_, left), (taken, _) in pairwise(states):
-        for a, b in zip(tensors(left), tensors(taken)):
-            assert torch.equal(a, b)
-            assert b.any()
-            assert a.requires_grad
-            assert not b.requires_grad
 
 
 # ---------------------------------------------------------------- one step
@@ -174,11 +110,11 @@ def test_a_step_on_the_meta_device(rnn_type, monkeypatch):
     with torch.device("meta"):
         params = make_params(rnn_type, rate=0.3)
     args = arguments(device=torch.device("meta"))
-    source = train.batchify(torch.randint(50, (200,)), 4, args)
+    source = batchify(torch.randint(50, (200,)), 4, args)
     words, targets = get_batch(source, 0, args)
     assert words.device.type == targets.device.type == "meta"
     hidden = params[0].init_hidden(4)
-    averaged = train.AveragedModel(params)
+    averaged = AveragedModel(params)
     for optimizer in (make_optimizer(params, args), torch.optim.Adam(params.parameters())):
         loss, hidden = train_step(params, optimizer, words, targets, hidden, args)
         averaged.update_parameters(params)
@@ -198,159 +134,6 @@ def test_a_step_on_the_meta_device(rnn_type, monkeypatch):
     ))
     evaluate(params, torch.randint(50, (101,)), 10, 4)
     assert set(seen) == {"meta"}
-
-
-# ---------------------------------------------------------------- NT-ASGD
-
-
-@pytest.mark.parametrize(
-    ("losses", "nonmono", "switch"),
-    [
-        # Better all the time: never.
-        ([9, 8, 7, 6, 5, 4, 3], 2, None),
-        # Worse than the best of all but the last two (5); the last two (4.9) do not count.
-        ([5, 6, 7, 4.9, 4.95, 5.1], 2, 5),
-        ([5, 4, 3, 4.5], 2, None),
-        ([5, 4, 3, 4, 5], 2, 4),
-        ([5, 4, 3, 3.5, 3.2, 3.1], 2, 5),
-        # Not before there are more than nonmono losses, however bad.
-        ([1, 9, 9, 9, 9, 9], 5, None),
-        ([1, 9, 9, 9, 9, 9, 9], 5, 6),
-        # Equal is not worse.
-        ([3, 3, 3, 3, 3], 1, None),
-        # An interval of 0: worse than the best so far.
-        ([3, 2, 2.5], 0, 2),
-    ],
-)
-def test_trigger_on_hand_made_losses(losses, nonmono, switch):
-    fired = [i for i, loss in enumerate(losses) if nonmonotone(losses[:i], loss, nonmono)]
-    assert (fired[0] if fired else None) == switch
-
-
-@pytest.fixture
-def corpus(corpus_dir):
-    return Corpus(corpus_dir)
-
-
-def spy_on_steps(monkeypatch):
-    """Records the weights after each step, and the weights at each evaluation."""
-    iterates, evaluated = [], []
-    step, score = train.train_step, train.evaluate
-
-    def recorded_step(params, *rest):
-        result = step(params, *rest)
-        assert all(module.training for module in params.modules())
-        iterates.append([p.detach().double().clone() for p in params.parameters()])
-        return result
-
-    def recorded_evaluate(params, *rest):
-        evaluated.append(([p.detach().clone() for p in params.parameters()], len(iterates)))
-        return score(params, *rest)
-
-    monkeypatch.setattr(train, "train_step", recorded_step)
-    monkeypatch.setattr(train, "evaluate", recorded_evaluate)
-    return iterates, evaluated
-
-
-def plain_mean(iterates):
-    return [sum(each) / len(iterates) for each in zip(*iterates)]
-
-
-def assert_weights(found, expected):
-    for f, e in zip(found, expected):
-        torch.testing.assert_close(f.double(), e.double(), rtol=1e-4, atol=1e-6)
-
-
-def test_nt_asgd_evaluates_and_saves_the_mean_since_the_switch(corpus, tmp_path, monkeypatch):
-    iterates, evaluated = spy_on_steps(monkeypatch)
-    monkeypatch.setattr(train, "evaluate", hand_made := HandMade(train.evaluate, [5, 4, 6, 3, 2]))
-    args = arguments(epochs=5, nonmono=1, save=str(tmp_path / "m.pt"))
-    params = make_params(ntoken=len(corpus.dictionary), rate=0.2, splits=(3,))
-    assert fit(params, corpus, args) == (False, True)
-    assert not hand_made.losses
-    per_epoch = len(iterates) // 5
-    for epoch, (weights, steps) in enumerate(evaluated, 1):
-        if epoch <= 3:  # SGD: the last iterate; epoch 3, at 6, is worse than 5 and switches
-            assert_weights(weights, iterates[steps - 1])
-        else:  # the mean of all iterates since the switch, the criterion's parameters included
-            since = evaluated[2][1]
-            assert_weights(weights, plain_mean(iterates[since:steps]))
-            assert any((w - i).abs().max() > 1e-4 for w, i in zip(weights, iterates[steps - 1]))
-    assert per_epoch > 5
-    checkpoint = read_checkpoint(args.save)
-    assert (checkpoint["epoch"], checkpoint["valid_loss"], checkpoint["averaged"]) == (5, 2, True)
-    names = [name for name, _ in params.named_parameters()]
-    assert "1.tail_vectors" in names
-    for name, weights in zip(names, evaluated[-1][0]):
-        part, key = ("model", name[2:]) if name.startswith("0.") else ("criterion", name[2:])
-        torch.testing.assert_close(checkpoint[part][key], weights)
-
-
-class HandMade:
-    """An `evaluate` that looks at the weights as the real one does, and returns given losses."""
-
-    def __init__(self, real, losses):
-        self.real, self.losses = real, list(losses)
-
-    def __call__(self, *args):
-        self.real(*args)
-        return self.losses.pop(0)
-
-
-def test_finetuning_averages_from_its_first_step_and_stops_at_the_trigger(
-    corpus, tmp_path, monkeypatch
-):
-    iterates, evaluated = spy_on_steps(monkeypatch)
-    monkeypatch.setattr(train, "evaluate", HandMade(train.evaluate, [3, 4, 5, 9, 9]))
-    args = arguments(epochs=5, nonmono=1, save=str(tmp_path / "m.pt"))
-    fit(make_params(ntoken=len(corpus.dictionary)), corpus, args, best=3.5, finetuning=True)
-    assert len(evaluated) == 3  # 5 is worse than the best of all but the last: 3
-    for weights, steps in evaluated:
-        assert_weights(weights, plain_mean(iterates[:steps]))
-    assert read_checkpoint(args.save)["valid_loss"] == 3
-
-
-def test_only_improvements_are_saved_and_when_divides_the_rate(corpus, tmp_path, monkeypatch):
-    rates = []
-    step = train.train_step
-    monkeypatch.setattr(
-        train, "train_step",
-        lambda p, o, *a: rates.append(o.param_groups[0]["lr"]) or step(p, o, *a),
-    )
-    monkeypatch.setattr(train, "evaluate", HandMade(train.evaluate, [4, 3, 5, 6]))
-    args = arguments(epochs=4, when=[1, 3], lr=2.0, save=str(tmp_path / "m.pt"))
-    fit(make_params(ntoken=len(corpus.dictionary)), corpus, args)
-    assert read_checkpoint(args.save)["epoch"] == 2
-    assert sorted(set(rates)) == pytest.approx([0.02, 0.2, 2.0])
-    assert rates == sorted(rates, reverse=True)
-    assert read_checkpoint(f"{args.save}.e1")["epoch"] == 1
-    assert read_checkpoint(f"{args.save}.e3")["valid_loss"] == 5
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_best(corpus, tmp_path, monkeypatch):
-    step = train.train_step
-    calls = []
-
-    def fail_in_epoch_2(params, *rest):
-        loss, hidden = step(params, *rest)
-        calls.append(1)
-        return loss * (math.nan if len(calls) == boom else 1), hidden
-
-    args = arguments(epochs=3, save=str(tmp_path / "m.pt"), log_interval=1000, clip=0.0)
-    params = make_params(ntoken=len(corpus.dictionary))
-    boom = 0
-    monkeypatch.setattr(train, "train_step", fail_in_epoch_2)
-    np.random.seed(3)
-    fit(copy.deepcopy(params), corpus, arguments(epochs=1, save=args.save))
-    first_epoch = len(calls)
-    calls.clear()
-    boom = first_epoch + 4
-    np.random.seed(3)
-    with pytest.raises(InputError, match="epoch 2, lr 5: the loss is nan at batch 4; try") as e:
-        fit(params, corpus, args)
-    assert "--clip 0.25" in str(e.value)
-    assert "m.pt keeps the best model so far" in str(e.value)
-    assert read_checkpoint(args.save)["epoch"] == 1
 
 
 # ---------------------------------------------------------------- evaluation
@@ -410,7 +193,7 @@ def test_evaluation_is_the_token_by_token_definition(rnn_type):
 
 def test_perplexity_overflow_prints_inf():
     assert perplexity(1000) == math.inf
-    assert "inf" in train.loss_columns(1000)
+    assert "inf" in loss_columns(1000)
 
 
 def test_functional_swap_is_seen_by_this_torch():

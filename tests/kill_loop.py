@@ -1,0 +1,163 @@
+"""Kills a run again and again, resumes it, and compares its end with that of a run left alone.
+
+    PYTHONPATH=. python tests/kill_loop.py --cycles 100 --folder kills -- --data sample ...
+
+What follows `--` are flags of main.py, without --save. First the run is made whole. Then the same
+run is started, killed at a random moment and resumed, over and over, until it ends by itself; and
+all of that anew until the kills are as many as asked for. After each kill every file is read.
+Exit code 0 when every end was bit-identical to the whole run's, 1 otherwise.
+"""
+
+import argparse
+import json
+import platform
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from resume import read_state
+from utils import read_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+TIMING = ("seconds", "tokens_per_s")
+
+
+def same(a, b):
+    """Whether two states or checkpoints are equal in every bit, time spent excepted."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        keys = a.keys() - {*TIMING, "records"}
+        return keys == b.keys() - {*TIMING, "records"} and all(same(a[k], b[k]) for k in keys)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and a == b
+
+
+def lines(records):
+    """JSON lines without the times in them."""
+    parsed = [json.loads(line) for line in records.splitlines()]
+    return [{k: v for k, v in record.items() if k not in TIMING} for record in parsed]
+
+
+def outcome(folder):
+    """All that a run has left: states, checkpoints, logged losses, by file name."""
+    found = {}
+    for path in sorted(folder.glob("m.pt*")):
+        if path.suffix == ".state":
+            found[path.name] = read_state(path.with_suffix(""))
+        elif path.suffix == ".jsonl":
+            found[path.name] = lines(path.read_text())
+        elif path.suffix not in (".lock", ".tmp"):  # what a killed run leaves
+            found[path.name] = read_checkpoint(path)
+    return found
+
+
+def where(folder):
+    """The position of the state on disk, in words; reads every file."""
+    outcome(folder)
+    state = read_state(folder / "m.pt")
+    if state is None:
+        return "no state yet"
+    phase = "fine-tuning" if state["finetuning"] else "training"
+    averaging = "" if state["averaged"] is None else ", averaging"
+    return f"state of {phase}, epoch {state['epoch']}, batch {len(state['losses'])}{averaging}"
+
+
+def start(folder, flags):
+    """Starts or resumes the run in `folder`, its output in the file `log` there."""
+    resuming = (folder / "m.pt.state").exists()
+    argv = ["--resume", "m.pt"] if resuming else [*flags, "--save", "m.pt"]
+    with open(folder / "log", "w") as log:
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / "main.py"), *argv], cwd=folder, stdout=log, stderr=log
+        )
+
+
+def wait_until_it_trains(process, folder, resumed):
+    while process.poll() is None:
+        if resumed and "Resuming the run" in (folder / "log").read_text():
+            return
+        if not resumed and (folder / "m.pt.state").exists():
+            return
+        time.sleep(0.01)
+
+
+def kill_loop(folder, flags, cycles, seconds, signals=(signal.SIGKILL,), seed=0, tell=print):
+    """Returns whether every end was bit-identical; `seconds`: how long it trains at most."""
+    generator = random.Random(seed)
+    whole = folder / "whole"
+    whole.mkdir(parents=True)
+    begin = time.monotonic()
+    if start(whole, flags).wait() != 0:
+        raise RuntimeError((whole / "log").read_text())
+    reference = outcome(whole)
+    tell(f"whole: {time.monotonic() - begin:.1f} s; {', '.join(reference)}")
+    kills, attempt, identical = 0, 0, True
+    while kills < cycles:
+        attempt += 1
+        part = folder / f"killed-{attempt}"
+        part.mkdir()
+        while True:
+            resumed = (part / "m.pt.state").exists()
+            process = start(part, flags)
+            if kills < cycles:
+                if generator.random() < 0.9:
+                    wait_until_it_trains(process, part, resumed)
+                time.sleep(generator.uniform(0, seconds))
+            else:
+                process.wait()
+            if process.poll() is not None:
+                break
+            number = generator.choice(signals)
+            process.send_signal(number)
+            process.wait()
+            kills += 1
+            name = signal.Signals(number).name
+            tell(f"{kills:4d} {name} -> exit {process.returncode}; {where(part)}")
+            if process.returncode not in (-number, 128 + number):
+                tell((part / "log").read_text())
+                identical = False
+        ok = process.returncode == 0 and same(outcome(part), reference)
+        identical = identical and ok
+        verdict = "bit-identical to the whole run" if ok else "DIFFERENT from the whole run"
+        tell(f"run {attempt} ended ({kills} kills): exit {process.returncode}, {verdict}")
+        if process.returncode != 0:
+            tell((part / "log").read_text())
+            break
+    return identical
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cycles", type=int, default=100)
+    parser.add_argument("--seconds", type=float, default=3.0, help="trained between kills, at most")
+    parser.add_argument("--folder", type=Path, required=True, help="a new folder for the runs")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("flags", nargs="+", help="flags of main.py, after --")
+    args = parser.parse_args()
+
+    def tell(line):
+        print(line, flush=True)
+
+    tell(f"# python {shlex.join(sys.argv)}")
+    tell(f"# {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}, {platform.platform()}, "
+         f"Python {platform.python_version()}, torch {torch.__version__}, "
+         f"{torch.get_num_threads()} threads")
+    begin = time.monotonic()
+    identical = kill_loop(
+        args.folder, args.flags, args.cycles, args.seconds, seed=args.seed, tell=tell
+    )
+    tell(f"{args.cycles} kills in {time.monotonic() - begin:.0f} s: "
+         f"{'all ends bit-identical' if identical else 'NOT IDENTICAL'}")
+    return 0 if identical else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

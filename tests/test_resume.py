@@ -1,0 +1,603 @@
+"""--resume: bit for bit where nothing changed, refused or announced where something did."""
+
+import copy
+import math
+import random
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import finetune
+import main
+import trainer
+from conftest import arguments, invoke, make_params, make_trainer
+from data import Corpus, InputError
+from kill_loop import lines, same
+from preemption import Preempted
+from resume import get_generators, read_state, set_generators
+from utils import read_checkpoint
+
+# ---------------------------------------------------------------- bit for bit
+
+
+class Interrupting:
+    """A `check` that raises at its calls of the given numbers (batches and evaluation windows)."""
+
+    def __init__(self, *points):
+        self.points, self.calls = set(points), 0
+
+    def __call__(self):
+        self.calls += 1
+        if self.calls in self.points:
+            raise Preempted(15)
+
+
+def train_in_parts(folder, corpus_dir, points, finetuning, optimizer, rnn_type="LSTM"):
+    """Trains 4 epochs, ended at each of `points` and resumed by objects made anew.
+
+    Returns (last state, checkpoint, log of losses, calls of `check`, number of parts).
+    """
+    folder.mkdir()
+    corpus = Corpus(corpus_dir)
+    args = arguments(
+        epochs=4, nonmono=1, save=str(folder / "m.pt"), optimizer=optimizer, when=[2],
+        lr=5.0 if optimizer == "sgd" else 1e-3,
+    )
+    check, parts = Interrupting(*points), 0
+    while True:
+        seed = 1 if parts == 0 else 1000 + parts  # what a new process draws has no influence
+        random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
+        params = make_params(rnn_type, len(corpus.dictionary), rate=0.3, splits=(4,))
+        run = make_trainer(params, corpus, args, check, finetuning=finetuning)
+        if parts:
+            run.resume(read_state(args.save), args.save)
+        parts += 1
+        try:
+            run.fit()
+        except Preempted:
+            continue
+        ended = read_state(args.save), read_checkpoint(args.save), lines(run.records)
+        return *ended, check.calls, parts
+
+
+@pytest.mark.parametrize(
+    ("finetuning", "optimizer", "rnn_type"),
+    [(False, "sgd", "LSTM"), (True, "sgd", "GRU"), (False, "adam", "biLSTM")],
+)
+def test_interrupted_anywhere_and_resumed_it_is_the_same_run(
+    finetuning, optimizer, rnn_type, corpus_dir, tmp_path_factory, monkeypatch
+):
+    """At random batches and evaluation windows, up to five times, averaging switched on between."""
+    how = (finetuning, optimizer, rnn_type)
+    if not finetuning:  # SGD is averaged from epoch 3 on
+        monkeypatch.setattr(trainer, "nonmonotone", lambda logs, loss, nonmono: len(logs) == 1)
+    folders = tmp_path_factory.mktemp("resumed")
+    whole = train_in_parts(folders / "whole", corpus_dir, (), *how)
+    assert whole[-1] == 1
+    assert (whole[0]["averaged"] is not None) == (finetuning or optimizer == "sgd")
+
+    @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(st.sets(st.integers(1, whole[-2]), min_size=1, max_size=5))
+    def check(points):
+        folder = tmp_path_factory.mktemp("parts") / "parts"
+        state, checkpoint, records, _, parts = train_in_parts(folder, corpus_dir, points, *how)
+        assert parts > 1
+        for found, expected in ((state, whole[0]), (checkpoint, whole[1])):
+            found["flags"]["save"] = expected["flags"]["save"]
+            assert same(found, expected)
+        assert records == whole[2]
+
+    check()
+
+
+def test_what_is_compared_would_differ_if_anything_did(corpus_dir, tmp_path):
+    """The comparison above is no tautology: lose any one part of the state and it fails."""
+    corpus = Corpus(corpus_dir)
+    args = arguments(epochs=2, nonmono=0, save=str(tmp_path / "m.pt"))
+
+    def run_on(change):
+        run = make_trainer(
+            make_params(ntoken=len(corpus.dictionary), rate=0.3), corpus, args, lambda: None,
+            finetuning=True,
+        )
+        state = copy.deepcopy(half)
+        change(state)
+        run.load_state_dict(state)
+        run.saved = True
+        run.fit()
+        return run.state_dict()
+
+    args.save = str(tmp_path / "m.pt")
+    run = make_trainer(
+        make_params(ntoken=len(corpus.dictionary), rate=0.3), corpus, args, Interrupting(8),
+        finetuning=True,
+    )
+    with pytest.raises(Preempted):
+        run.fit()
+    half = read_state(args.save)
+    reference = run_on(lambda state: None)
+    assert same(run_on(lambda state: None), reference)
+
+    def forget_averages(state):
+        state["averaged"]["n_averaged"] += 1
+
+    def forget_generators(state):
+        state["generators"] = get_generators(torch.device("cpu"))
+
+    def forget_hidden(state):
+        state["hidden"] = None
+
+    def forget_losses(state):
+        state["losses"] = state["losses"][1:]
+
+    def forget_position(state):
+        state["row"] += 1
+
+    for forget in (
+        forget_averages, forget_generators, forget_hidden, forget_losses, forget_position,
+    ):
+        changed = run_on(forget)
+        assert not same(changed, reference) or changed["records"] != reference["records"], forget
+
+
+def test_generators_go_on_from_where_they_were():
+    device = torch.device("cpu")
+
+    def draw():
+        return random.random(), np.random.normal(), np.random.random(), torch.randn(3).tolist()
+
+    np.random.normal()  # numpy's keeps the second of a pair for the next call
+    state = get_generators(device)
+    first = draw()
+    assert draw() != first
+    set_generators(state, device)
+    assert draw() == first
+
+
+def test_a_state_is_plain_data(trained):
+    from test_commands import plain_data
+
+    state = torch.load(trained.with_name("trained.pt.state"), weights_only=True)
+    state["optimizer"]["state"] = {str(k): v for k, v in state["optimizer"]["state"].items()}
+    state["losses"] = [list(pair) for pair in state["losses"]]
+    for group in state["optimizer"]["param_groups"]:
+        group.pop("betas", None)
+    assert plain_data(state)
+
+
+# ---------------------------------------------------------------- when it is saved
+
+
+class Clock:
+    def __init__(self, monkeypatch):
+        self.now = 1000.0
+        monkeypatch.setattr(trainer.time, "perf_counter", lambda: self.now)
+
+
+def test_the_state_is_due_by_the_clock_and_by_what_saving_costs(corpus_dir, tmp_path, monkeypatch):
+    clock = Clock(monkeypatch)
+    corpus = Corpus(corpus_dir)
+    args = arguments(save=str(tmp_path / "m.pt"), checkpoint_minutes=0.5)
+    run = make_trainer(make_params(ntoken=len(corpus.dictionary)), corpus, args)
+    write = run.saver.write
+
+    def slow_write(*a):
+        clock.now += 0.2  # a save costs 0.2 s: not before 20 s have passed
+        return write(*a)
+
+    run.saver.write = slow_write
+    assert run.save_state()
+    for passed, at_epochs_end, within in [(19.9, False, False), (20.1, True, False),
+                                          (29.9, True, False), (30.1, True, True)]:
+        clock.now = 1000.2 + passed
+        assert (run.is_due(), run.is_due(60 * args.checkpoint_minutes)) == (at_epochs_end, within)
+    run.cost = 0.4  # 40 s
+    assert not run.is_due(30)
+    clock.now = 1000.2 + 40.1
+    assert run.is_due(30)
+    run.above = 1  # not a good state to come back to
+    assert not run.is_due(30)
+    args.on_divergence = "continue"
+    assert run.is_due(30)
+
+
+def test_mid_epoch_saves_follow_checkpoint_minutes(corpus_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "COST", math.inf)
+    corpus = Corpus(corpus_dir)
+    rows = {}
+    for minutes in (1e-9, 1000.0):
+        args = arguments(save=str(tmp_path / f"{minutes}.pt"), checkpoint_minutes=minutes, epochs=1)
+        run = make_trainer(make_params(ntoken=len(corpus.dictionary)), corpus, args)
+        seen = rows.setdefault(minutes, [])
+        save = run.save_state
+        run.save_state = lambda run=run, save=save, seen=seen: seen.append(run.row) or save()
+        run.fit()
+    assert rows[1000.0] == [0, 0]  # at the start, and at the epoch's end
+    assert len(rows[1e-9]) > 20
+    assert rows[1e-9][1:-1] == sorted(set(rows[1e-9][1:-1]))
+
+
+def test_a_failed_save_is_reported_and_retried_and_ends_nothing(corpus_dir, tmp_path, capsys,
+                                                                 monkeypatch):
+    """The folder vanishes in epoch 2 and is back in epoch 4: the best model of then is written."""
+    monkeypatch.setattr(trainer, "COST", math.inf)
+    corpus = Corpus(corpus_dir)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    args = arguments(epochs=5, save=str(folder / "m.pt"))
+    run = make_trainer(make_params(ntoken=len(corpus.dictionary)), corpus, args)
+    monkeypatch.setattr(
+        trainer, "evaluate", lambda *a: {1: 5.0, 2: 3.0, 3: 4.0, 4: 4.0, 5: 4.0}[run.epoch]
+    )
+    end_epoch = run.end_epoch
+
+    def vanish():
+        if run.epoch == 2:
+            shutil.rmtree(folder)
+        if run.epoch == 4:
+            folder.mkdir()
+        end_epoch()
+
+    run.end_epoch = vanish
+    run.fit()
+    err = capsys.readouterr().err
+    assert f"Warning: {args.save}: cannot be written (No such file or directory); the next" in err
+    assert "Traceback" not in err
+    assert read_checkpoint(args.save)["epoch"] == 2  # made when there was no folder
+    assert read_state(args.save)["epoch"] == 6
+    assert len((folder / "m.pt.jsonl").read_text().splitlines()) == 5
+
+
+def test_the_state_is_never_newer_than_the_checkpoint_it_speaks_of(corpus_dir, tmp_path,
+                                                                   monkeypatch):
+    corpus = Corpus(corpus_dir)
+    args = arguments(epochs=1, save=str(tmp_path / "m.pt"))
+    run = make_trainer(make_params(ntoken=len(corpus.dictionary)), corpus, args)
+    write = trainer.Saver.retry.__globals__["write_atomically"]
+
+    def no_checkpoints(path, content):
+        if str(path) == args.save:
+            raise InputError("full")
+        write(path, content)
+
+    monkeypatch.setitem(trainer.Saver.retry.__globals__, "write_atomically", no_checkpoints)
+    run.fit()
+    assert read_state(args.save)["best"] == math.inf  # of the start: no later one was written
+    assert run.saver.pending.keys() == {args.save}
+
+
+def test_the_last_model_that_cannot_be_written_is_tested_and_reported(
+    corpus_dir, small, tmp_path, monkeypatch
+):
+    write = trainer.Saver.retry.__globals__["write_atomically"]
+    path = tmp_path / "m.pt"
+
+    def no_checkpoints(target, content):
+        if str(target) == str(path):
+            raise InputError(f"{target}: cannot be written (No space left on device)")
+        write(target, content)
+
+    monkeypatch.setitem(trainer.Saver.retry.__globals__, "write_atomically", no_checkpoints)
+    status, out, err = invoke(
+        main.main, "--data", corpus_dir, *small, "--epochs", 2, "--finetune", 1, "--save", path
+    )
+    assert status == 2
+    assert "| End of training | test loss" in out
+    assert err.splitlines()[-1] == f"main.py: error: not saved, after all: {path}"
+    assert not path.exists()
+
+
+# ---------------------------------------------------------------- what may change, and what not
+
+
+@pytest.fixture
+def unfinished(corpus_dir, small, tmp_path):
+    """A run of three epochs that was ended in its second: (path, its command's flags)."""
+    path = tmp_path / "run.pt"
+    flags = ["--data", corpus_dir, *small, "--epochs", 3, "--nonmono", 0, "--save", path]
+    original = trainer.Trainer.end_epoch
+
+    def interrupted(self):
+        original(self)
+        raise Preempted(15)
+
+    trainer.Trainer.end_epoch = interrupted
+    try:
+        status, out, _ = invoke(main.main, *flags)
+    finally:
+        trainer.Trainer.end_epoch = original
+    assert status == 143
+    assert f"The state is saved; python main.py --resume {path} goes on from here" in out
+    return path, flags
+
+
+def test_resume_alone_is_enough_and_the_same_flags_may_be_repeated(
+    unfinished, tmp_path, monkeypatch
+):
+    path, flags = unfinished
+    twin = tmp_path / "elsewhere"
+    twin.mkdir()
+    for file in tmp_path.glob("run.pt*"):
+        shutil.copy(file, twin)
+    status, out, err = invoke(main.main, "--resume", path)
+    assert (status, err) == (0, "")
+    assert f"Resuming the run of {path} at epoch 2, batch 0" in out
+    assert "It goes on bit-identical to a run never interrupted" in out
+    assert out.count("end of epoch") == 2
+    assert len(lines((tmp_path / "run.pt.jsonl").read_text())) == 3
+    flags[-1] = twin / "run.pt"
+    status, out, err = invoke(main.main, *flags, "--resume", twin / "run.pt", "--log-interval", 3)
+    assert (status, err) == (0, "")
+    assert "bit-identical to a run never interrupted" in out
+    assert "Note: no longer" not in out
+    a, b = read_checkpoint(path), read_checkpoint(twin / "run.pt")
+    a["flags"] = b["flags"]
+    assert same(a, b)
+
+
+@pytest.mark.parametrize(
+    ("change", "note"),
+    [
+        (["--lr", "1.5"], "lr 5.0 -> 1.5"),
+        (["--dropout", "0.1"], "dropout 0.4 -> 0.1"),
+        (["--dropoute", "0"], "dropoute 0.1 -> 0.0"),
+        (["--wdrop", "0.25"], "wdrop 0.5 -> 0.25"),
+        (["--bptt", "12"], "bptt 10 -> 12"),
+        (["--wdecay", "0"], "wdecay 1.2e-06 -> 0.0"),
+        (["--nonmono", "7"], "nonmono 0 -> 7"),
+    ],
+)
+def test_a_changed_flag_takes_effect_and_is_announced(change, note, unfinished):
+    path, _ = unfinished
+    made, rates = [], []
+
+    class Spy(trainer.Trainer):
+        def fit(self):
+            made.append(self)
+            group = self.optimizer.param_groups[0]
+            rates.append((group["lr"], group["weight_decay"]))
+            super().fit()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(main, "Trainer", Spy)
+        status, out, _ = invoke(main.main, "--resume", path, *change)
+    assert status == 0
+    assert f"Note: no longer bit-identical to a run never interrupted: {note}\n" in out
+    (run,) = made
+    model = run.params[0]
+    expected = {"--lr": (1.5, 1.2e-6), "--wdecay": (5.0, 0.0)}.get(change[0], (5.0, 1.2e-6))
+    assert rates == [expected]
+    assert model.dropout == (0.1 if change[0] == "--dropout" else 0.4)
+    assert model.rnns[0].dropout == (0.25 if change[0] == "--wdrop" else 0.5)
+    assert run.args.bptt == (12 if change[0] == "--bptt" else 10)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [["--epochs", "5"], ["--log-interval", "3"], ["--checkpoint-minutes", "0.5"],
+     ["--on-divergence", "rollback"], ["--finetune", "1"]],
+)
+def test_what_changes_freely(change, unfinished):
+    path, _ = unfinished
+    status, out, _ = invoke(main.main, "--resume", path, *change)
+    assert status == 0
+    assert "It goes on bit-identical" in out
+    assert out.count("end of epoch") == {"--epochs": 4, "--finetune": 3}.get(change[0], 2)
+
+
+def test_another_thread_count_is_announced(unfinished):
+    path, _ = unfinished
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        _, out, _ = invoke(main.main, "--resume", path)
+    finally:
+        torch.set_num_threads(threads)
+    assert f"no longer bit-identical to a run never interrupted: threads {threads} -> " in out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--nhid", "14"], "--nhid 14: "),
+        (["--model", "GRU"], "--model GRU: "),
+        (["--nlayers", "1"], "--nlayers 1: "),
+        (["--emsize", "10"], "--emsize 10: "),
+        (["--batch_size", "5"], "--batch_size 5: the run in "),
+        (["--seed", "5"], "--seed 5: the run in "),
+        (["--optimizer", "adam"], "--optimizer adam: the run in "),
+    ],
+)
+def test_what_cannot_change_is_refused_by_name(change, message, unfinished):
+    path, _ = unfinished
+    before = {file: file.read_bytes() for file in path.parent.glob("run*")}
+    status, _, err = invoke(main.main, "--resume", path, *change)
+    assert (status, err.count("\n")) == (2, 1)
+    assert message in err
+    assert "leave the flag out" in err
+    assert {file: file.read_bytes() for file in path.parent.glob("run*")} == before
+
+
+@pytest.mark.parametrize("what", ["text", "vocabulary"])
+def test_other_data_is_refused_by_name(what, unfinished, corpus_dir, tmp_path):
+    path, _ = unfinished
+    other = tmp_path / "other"
+    shutil.copytree(corpus_dir, other)
+    with open(other / "train.txt", "a") as file:
+        file.write("ann sees the bob\n" if what == "text" else "ann sees a zebra\n")
+    status, _, err = invoke(main.main, "--resume", path, "--data", other)
+    assert (status, err.count("\n")) == (2, 1)
+    assert f"--data {other}: its {what} is not that of the run in {path}.state" in err
+    # A folder of another name with the same text is the same data.
+    shutil.rmtree(other)
+    shutil.copytree(corpus_dir, other)
+    status, out, _ = invoke(main.main, "--resume", path, "--data", other)
+    assert status == 0
+    assert "It goes on bit-identical" in out
+
+
+def test_without_a_state_it_is_a_warm_start_with_the_flags_given(trained, corpus_dir, tmp_path):
+    trained.with_name("trained.pt.state").unlink()
+    save = tmp_path / "resumed.pt"
+    status, out, err = invoke(
+        main.main, "--resume", trained, "--data", corpus_dir, "--epochs", 1, "--save", save,
+        "--batch_size", 4, "--lr", 1e-9, "--wdecay", 0,
+    )
+    assert status == 0, err
+    assert f"Warm start from the weights of {trained}: it has no training state" in out
+    before, after = read_checkpoint(trained), read_checkpoint(save)
+    assert after["architecture"] == before["architecture"]
+    assert after["valid_loss"] == pytest.approx(before["valid_loss"], abs=1e-4)
+    assert (after["flags"]["lr"], after["flags"]["bptt"]) == (1e-9, 70)
+
+
+def test_a_warm_start_onto_itself_keeps_the_better_model(trained, corpus_dir):
+    trained.with_name("trained.pt.state").unlink()
+    content = trained.read_bytes()
+    status, out, _ = invoke(
+        main.main, "--resume", trained, "--data", corpus_dir, "--epochs", 1, "--save", trained,
+        "--batch_size", 4, "--lr", 3000, "--clip", 0.25, "--on-divergence", "continue",
+    )
+    assert status == 0
+    assert "Saving" not in out
+    assert trained.read_bytes() == content
+    # Its record is not lost either: the resumed run's line comes after it.
+    assert len(trained.with_name("trained.pt.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_finished_run_says_so_and_more_epochs_extend_it(trained, corpus_dir, small, tmp_path):
+    content = trained.read_bytes()
+    status, out, _ = invoke(main.main, "--resume", trained)
+    assert status == 0
+    assert "It has come to its end; --epochs asks for more" in out
+    assert "| End of training | test loss" in out
+    assert trained.read_bytes() == content
+    # As if two epochs had been asked for at once.
+    assert invoke(main.main, "--resume", trained, "--epochs", 2)[0] == 0
+    whole = tmp_path / "whole.pt"
+    invoke(main.main, "--data", corpus_dir, *small, "--epochs", 2, "--save", whole)
+    a, b = read_state(trained), read_state(whole)
+    a["flags"] = b["flags"]
+    assert same(a, b)
+
+
+def test_resumed_under_another_name_it_leaves_the_first_alone(unfinished, tmp_path):
+    path, _ = unfinished
+    before = {file: file.read_bytes() for file in path.parent.glob("run*")}
+    status, out, _ = invoke(main.main, "--resume", path, "--save", tmp_path / "fork.pt")
+    assert status == 0
+    assert "It goes on bit-identical" in out
+    assert {file: file.read_bytes() for file in path.parent.glob("run*")} == before
+    assert invoke(main.main, "--resume", path)[0] == 0
+    a, b = read_state(path), read_state(tmp_path / "fork.pt")
+    assert lines(a["records"]) == lines((tmp_path / "fork.pt.jsonl").read_text())
+    a["flags"] = b["flags"]
+    assert same(a, b)
+    assert same(read_checkpoint(path)["model"], read_checkpoint(tmp_path / "fork.pt")["model"])
+
+
+def test_a_run_of_which_only_the_state_exists(corpus_dir, small, tmp_path):
+    """Ended in its first epoch, there is no best model yet; if it has been lost, that is said."""
+    path = tmp_path / "m.pt"
+    flags = ["--data", corpus_dir, *small, "--epochs", 1, "--save", path]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(main.Preemption, "check", Interrupting(5))
+        assert invoke(main.main, *flags)[0] == 143
+    assert sorted(file.name for file in tmp_path.glob("m.*")) == ["m.pt.state"]
+    status, _, err = invoke(main.main, "--resume", path)
+    assert (status, err) == (0, "")
+    assert read_checkpoint(path)["epoch"] == 1
+    path.unlink()
+    status, _, err = invoke(main.main, "--resume", path, "--epochs", 2)
+    assert status == 0
+    assert f"Warning: {path}, the best model so far" in err
+    assert read_checkpoint(path)["epoch"] == 2
+
+
+def test_a_new_run_does_not_destroy_an_unfinished_one(unfinished):
+    path, flags = unfinished
+    before = path.read_bytes(), path.with_name("run.pt.state").read_bytes()
+    status, out, _ = invoke(main.main, *flags)
+    assert status == 0
+    kept = path.with_name("run.pt.unfinished")
+    assert f"python main.py --resume {kept} continues it" in out
+    assert (kept.read_bytes(), path.with_name("run.pt.unfinished.state").read_bytes()) == before
+    status, out, _ = invoke(main.main, "--resume", kept)
+    assert status == 0
+    a, b = read_state(path), read_state(kept)
+    a["flags"] = b["flags"]
+    assert same(a, b)  # the same flags and seed: the same run
+    assert invoke(main.main, *flags)[0] == 0
+    assert not path.with_name("run.pt.unfinished2").exists()  # that one was finished
+
+
+# ---------------------------------------------------------------- fine-tuning
+
+
+def test_finetune_resumes_itself_and_names_the_command_for_the_others(
+    unfinished, corpus_dir, tmp_path
+):
+    path, _ = unfinished
+    status, _, err = invoke(finetune.main, "--resume", path)
+    assert (status, err.count("\n")) == (2, 1)
+    assert f"is of an unfinished run of main.py; python main.py --resume {path} continues" in err
+    # Fine-tuning what was cut short keeps the run, so that it can still go on.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetune.Preemption, "check", Interrupting(40))
+        status, out, _ = invoke(finetune.main, "--save", path, "--epochs", 3)
+    assert status == 143
+    assert f"python finetune.py --resume {path} goes on from here" in out
+    status, _, err = invoke(main.main, "--resume", path)
+    assert status == 2
+    assert f"python finetune.py --resume {path} continues it" in err
+    base = path.with_name("run.pt.base")
+    whole = tmp_path / "whole.pt"
+    shutil.copy(base, whole)
+    status, out, _ = invoke(finetune.main, "--resume", path)
+    assert status == 0
+    assert "of fine-tuning, batch" in out
+    assert "It goes on bit-identical" in out
+    assert invoke(finetune.main, "--save", whole, "--epochs", 3)[0] == 0
+    a, b = read_state(path), read_state(whole)
+    a["flags"] = b["flags"]
+    assert same(a, b)
+    status, out, _ = invoke(main.main, "--resume", base)
+    assert status == 0
+    assert f"Resuming the run of {base} at epoch 2, batch 0" in out
+
+
+def test_main_resumes_in_its_fine_tuning(corpus_dir, small, tmp_path):
+    ends = {}
+    for name, points in (("whole", ()), ("parts", (150, 175))):
+        folder = tmp_path / name
+        folder.mkdir()
+        path = folder / "m.pt"
+        flags = ["--data", corpus_dir, *small, "--epochs", 3, "--finetune", 3, "--save", path]
+        outs = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(main.Preemption, "check", Interrupting(*points))
+            for argv in (flags, *[["--resume", path]] * len(points)):
+                status, out, err = invoke(main.main, *argv)
+                assert (status, err) == (143 if len(outs) < len(points) else 0, "")
+                outs.append(out)
+        ends[name] = read_state(path), read_checkpoint(path), read_checkpoint(f"{path}.base")
+        if points:
+            assert "at epoch 1 of fine-tuning" in outs[1]
+    for a, b in zip(*ends.values()):
+        a["flags"] = b["flags"]
+        assert same(a, b)
+
+
+def test_finetune_from_another_name(trained, tmp_path):
+    """Without a state of its own, finetune.py --resume begins from the weights, in a copy."""
+    content = trained.read_bytes()
+    save = tmp_path / "tuned.pt"
+    status, out, _ = invoke(finetune.main, "--resume", trained, "--save", save, "--epochs", 1)
+    assert status == 0
+    assert f"Warm start from the weights of {trained}" in out
+    assert trained.read_bytes() == content
+    assert save.with_name("tuned.pt.base").read_bytes() == content

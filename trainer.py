@@ -1,0 +1,504 @@
+"""A run from its first batch to its test: NT-ASGD, saved so that it can always go on."""
+
+import json
+import math
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+from tqdm import tqdm
+
+from data import SPLITS, Corpus, InputError, batchify, get_batch, unigram_loss
+from files import Saver, keep, pack, write_atomically
+from flags import plain
+from model import RNNModel
+from preemption import Preempted
+from resume import (
+    KIND, STATE, VERSION, changes, environment, get_generators, how_to_resume, is_finished,
+    making_sense, read_state, set_generators,
+)
+from splitcross import SplitCrossEntropyLoss, default_splits
+from train import (
+    EVAL_BATCH_SIZE, TEST_BATCH_SIZE, Losses, evaluate, loss_columns, make_optimizer, nonmonotone,
+    perplexity, random_seq_len, train_step,
+)
+from utils import (
+    FINETUNE_RECORDS, RATES, RECORDS, build, check_writable, describe, log, pack_checkpoint,
+    read_checkpoint, warn,
+)
+
+ABOVE = 20  # batches in a row with a loss above ln(vocabulary) + 1: the run has diverged
+ROLLBACKS = 3
+COST = 0.01  # the share of the time that saving the state may take
+
+
+class Diverged(Exception):
+    """Training has left the region where it can learn; the message says where and how."""
+
+
+class Trainer:
+    """A run of NT-ASGD that can end at any batch and go on as if it had not.
+
+    SGD runs until the validation loss meets the trigger; from then on the plain mean of the
+    iterates since is what is evaluated and saved, while SGD goes on from its own. With
+    `finetuning` the mean is kept from the first step, and the trigger ends the run. Only a model
+    with a validation loss below `best` is saved, at `args.save`; the training state beside it, at
+    the start, at the end of an epoch and every `args.checkpoint_minutes`.
+
+    `params` is nn.ModuleList([model, criterion]), `args` the flags of this phase of the run.
+    `origin` is (the command's file name, its flags as plain data): what resumes the run. `check`
+    is called after each batch and may raise Preempted.
+    """
+
+    # What the state holds of the trainer itself, plain data.
+    PROGRESS = (
+        "finetuning",  # the phase
+        "epoch",  # the one that is running, from 1
+        "row",  # of the text, where its next window starts
+        "logs",  # the validation losses of the epochs before
+        "best",  # the lowest of them that was saved
+        "records",  # the JSON lines so far
+        "done",  # whether the trigger has ended fine-tuning
+        "above",  # the number of batches in a row with too high a loss
+        "rollbacks",  # how often the run went back after a divergence
+    )
+
+    def __init__(
+        self, params, corpus, args, origin, check, finetuning=False, best=math.inf, records=""
+    ):
+        self.params, self.corpus, self.args, self.origin = params, corpus, args, origin
+        self.finetuning, self.best, self.records, self.check = finetuning, best, records, check
+        self.source = batchify(corpus.train, args.batch_size, args)
+        self.optimizer = make_optimizer(params, args)
+        self.averaged = AveragedModel(params) if finetuning else None
+        self.epoch, self.row, self.hidden, self.losses = 1, 0, None, Losses()
+        self.logs, self.done, self.above, self.rollbacks = [], False, 0, 0
+        self.ceiling = math.log(len(corpus.dictionary)) + 1
+        self.saver = Saver(warn)
+        self.saved = False  # whether the state on disk is one that this run can go back to
+        self.saved_at, self.cost = time.perf_counter(), 0.0
+        self.start_clock(0.0)
+
+    # ------------------------------------------------------------ the state
+
+    def state_dict(self):
+        """All that `load_state_dict` needs to go on from here: tensors and plain data."""
+        command, flags = self.origin
+        return {
+            **describe(self.params, self.corpus, flags),
+            **{name: getattr(self, name) for name in self.PROGRESS},
+            "command": command,
+            "environment": environment(self.args.device),
+            "losses": self.losses.on_host,
+            "seconds": self.seconds(),
+            "averaged": None if self.averaged is None else self.averaged.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "hidden": copy_hidden(self.hidden),
+            "generators": get_generators(self.args.device),
+        }
+
+    def load_state_dict(self, state):
+        """Goes back to `state`, but for the flags that have changed since. Raises InputError."""
+        args, flags = self.args, self.origin[1]
+        model, criterion = self.params
+        with making_sense(args.save):
+            model.load_state_dict(state["model"])
+            criterion.load_state_dict(state["criterion"])
+            self.averaged = None
+            if state["averaged"] is not None:
+                self.averaged = AveragedModel(self.params)
+                self.averaged.load_state_dict(state["averaged"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            for group in self.optimizer.param_groups:
+                group["weight_decay"] = args.wdecay
+                if flags["lr"] != state["flags"]["lr"]:
+                    group["lr"] = args.lr
+            for name in self.PROGRESS:
+                setattr(self, name, state[name])
+            self.logs = [float(loss) for loss in self.logs]
+            self.hidden = copy_hidden(state["hidden"], args.device)
+            self.losses = Losses()
+            self.losses.on_host = [(float(loss), int(tokens)) for loss, tokens in state["losses"]]
+            self.start_clock(state["seconds"])
+            set_generators(state["generators"], args.device)
+
+    def save_state(self):
+        """Writes the state. Returns whether that, and all that waited to be written, succeeded.
+
+        Never one whose losses and weights are not all finite: raises Diverged instead.
+        """
+        start = time.perf_counter()
+        self.watch()
+        if not all(p.isfinite().all() for p in self.params.parameters()):
+            raise Diverged("a weight is no longer finite")
+        # Not before the checkpoint it speaks of: on disk the state is never the newer one.
+        succeeded = self.saver.retry()
+        if succeeded:
+            path = f"{self.args.save}{STATE}"
+            succeeded = self.saver.write(path, pack(KIND, VERSION, self.state_dict()))
+            self.saver.pending.pop(path, None)  # the next chance has a newer one
+        self.saved = self.saved or succeeded
+        self.saved_at = time.perf_counter()
+        self.cost = self.saved_at - start
+        return succeeded
+
+    def is_due(self, seconds=0.0):
+        """Whether the state of `seconds` ago or more is to be replaced, and may be."""
+        since = time.perf_counter() - self.saved_at
+        good = self.above == 0 or self.args.on_divergence == "continue"
+        return good and since >= max(seconds, self.cost / COST)
+
+    def start_clock(self, seconds):
+        self.before, self.started = seconds, time.perf_counter()
+
+    def seconds(self):
+        """The time spent in this epoch, that before an interruption included."""
+        return self.before + time.perf_counter() - self.started
+
+    # ------------------------------------------------------------ the run
+
+    def fit(self):
+        """Trains until `args.epochs` epochs are done, or fine-tuning has met the trigger.
+
+        Raises InputError when training diverges for good, and Preempted when `check` does, after
+        saving the state.
+        """
+        try:
+            while not self.is_over():
+                try:
+                    if not self.saved:
+                        self.save_state()
+                    self.train_epoch()
+                    self.end_epoch()
+                    if self.is_due() or self.is_over():
+                        self.save_state()
+                except Diverged as error:
+                    self.recover(error)
+        except Preempted as stop:
+            log("-" * 89 + f"\nExiting from training early ({stop}) at {self.position()}")
+            try:
+                succeeded = self.save_state()
+            except Diverged as error:
+                warn(f"Warning: {error}; this state is not saved")
+                succeeded = False
+            again = how_to_resume(self.origin[0], self.args.save)
+            if succeeded:
+                log(f"The state is saved; {again} goes on from here")
+            elif self.saved:
+                warn(f"{again} goes on from the last state that was saved")
+            raise
+
+    def is_over(self):
+        return self.done or self.epoch > self.args.epochs
+
+    def train_epoch(self):
+        """What is left of a pass over the text. Raises Diverged, or what `check` raises."""
+        args, source, losses = self.args, self.source, self.losses
+        self.params.train()
+        if self.hidden is None:
+            self.hidden = self.params[0].init_hidden(source.size(1))
+        # On the CPU a loss is there at once. Elsewhere the newest is left on its way, so that the
+        # host can queue the next step while this one runs.
+        ahead = 0 if source.device.type == "cpu" else 1
+        batch = timed = len(losses.on_host)
+        log_start = time.perf_counter()
+        bar = tqdm(
+            desc=f"epoch {self.epoch}", total=(len(source) - 1) * source.size(1),
+            initial=self.row * source.size(1), unit=" tokens", unit_scale=True, leave=False,
+            file=sys.stderr, disable=not sys.stderr.isatty(),
+        )
+        with bar:
+            while self.row < len(source) - 1:
+                seq_len = random_seq_len(args.bptt)
+                data, targets = get_batch(source, self.row, args, seq_len=seq_len)
+                loss, self.hidden = train_step(
+                    self.params, self.optimizer, data, targets, self.hidden, args
+                )
+                if self.averaged is not None:
+                    self.averaged.update_parameters(self.params)
+                losses.add(loss, data.numel())
+                batch += 1
+                self.row += len(data)
+                bar.update(data.numel())
+                logging = batch % args.log_interval == 0
+                self.watch(0 if logging else ahead)
+                if logging:
+                    now = time.perf_counter()
+                    log(
+                        f"| epoch {self.epoch:3d} | {batch:5d}/{len(source) // args.bptt:5d} "
+                        f"batches | lr {self.optimizer.param_groups[0]['lr']:05.5f} "
+                        f"| ms/batch {(now - log_start) * 1000 / (batch - timed):5.2f} "
+                        f"| {loss_columns(losses.mean(last=args.log_interval))}"
+                    )
+                    timed, log_start = batch, now
+                self.check()
+                if self.is_due(60 * args.checkpoint_minutes):
+                    self.save_state()
+        self.watch()
+
+    def watch(self, ahead=0):
+        """Looks at the losses that have arrived; raises Diverged. See Losses.read for `ahead`."""
+        for loss in self.losses.read(ahead):
+            if not math.isfinite(loss):
+                raise Diverged(f"the loss is {loss} at batch {len(self.losses.on_host)}")
+            self.above = self.above + 1 if loss > self.ceiling else 0
+        if self.above >= ABOVE and self.args.on_divergence != "continue":
+            raise Diverged(
+                f"the loss was above ln(vocabulary) + 1 = {self.ceiling:.2f} in {self.above} "
+                f"batches in a row, up to batch {len(self.losses.on_host)}"
+            )
+
+    def end_epoch(self):
+        """Evaluates, saves the model where it is the best, and goes on to the next epoch."""
+        args = self.args
+        lr = self.optimizer.param_groups[0]["lr"]
+        train_loss, train_seconds = self.losses.mean(), self.seconds()
+        evaluated = self.params if self.averaged is None else self.averaged.module
+        loss = evaluate(evaluated, self.corpus.valid, EVAL_BATCH_SIZE, args.bptt, self.check)
+        rule = "-" * 89
+        log(
+            f"{rule}\n| end of epoch {self.epoch:3d} | time: {self.seconds():5.2f}s "
+            f"| {loss_columns(loss, 'valid ')}\n{rule}"
+        )
+        if not math.isfinite(loss):
+            raise Diverged(f"the validation loss is {loss}")
+        keep = [args.save] if loss < self.best else []
+        if keep:
+            self.best = loss
+            what = "model" if self.averaged is None else "averaged weights"
+            log(f"Saving {what} (new best validation)")
+        if self.epoch in args.when:
+            keep.append(f"{args.save}.e{self.epoch}")
+            log(f"Saving model to {keep[-1]}; dividing the learning rate by 10")
+            self.optimizer.param_groups[0]["lr"] /= 10
+        if keep:
+            checkpoint = pack_checkpoint(
+                evaluated, self.corpus, self.origin[1], epoch=self.epoch, valid_loss=loss,
+                averaged=self.averaged is not None, finetuned=self.finetuning,
+            )
+            for path in keep:
+                self.saver.write(path, checkpoint)
+        self.record(
+            epoch=self.epoch, seconds=round(self.seconds(), 2),
+            train_loss=train_loss, train_ppl=perplexity(train_loss),
+            valid_loss=loss, valid_ppl=perplexity(loss),
+            lr=lr, averaging=self.averaged is not None,
+            tokens_per_s=round(sum(n for _, n in self.losses.on_host) / train_seconds, 1),
+        )
+        if nonmonotone(self.logs, loss, args.nonmono):
+            if self.finetuning:
+                log("Done: validation has stopped improving")
+                self.done = True
+            elif self.averaged is None and args.optimizer == "sgd":
+                log("Switching to averaged SGD (NT-ASGD)")
+                self.averaged = AveragedModel(self.params)
+        self.logs.append(loss)
+        self.epoch, self.row, self.hidden, self.losses = self.epoch + 1, 0, None, Losses()
+        self.start_clock(0.0)
+
+    def record(self, **record):
+        """Adds one epoch's JSON line to the file beside the checkpoint."""
+        # JSON has no infinity: a perplexity past the largest float becomes null.
+        record = {k: None if v == math.inf else v for k, v in record.items()}
+        self.records += json.dumps(record) + "\n"
+        suffix = FINETUNE_RECORDS if self.finetuning else RECORDS
+        self.saver.write(f"{self.args.save}{suffix}", self.records.encode())
+
+    def recover(self, error):
+        """After a divergence: back to the state on disk with half the rate, or InputError."""
+        args = self.args
+        lr = self.optimizer.param_groups[0]["lr"]
+        what = f"epoch {self.epoch}, lr {lr:g}: {error}"
+        self.saver.retry()
+        state = None
+        if self.saved:
+            try:
+                state = read_state(args.save)
+            except InputError as unusable:
+                warn(f"Warning: {unusable}")
+        if args.on_divergence == "rollback" and state and self.rollbacks < ROLLBACKS:
+            best, rollbacks = self.best, self.rollbacks + 1
+            self.load_state_dict(state)
+            self.best = best  # what has been saved since is still the best
+            for group in self.optimizer.param_groups:
+                group["lr"] /= 2 ** (rollbacks - self.rollbacks)
+            self.rollbacks = rollbacks
+            log(
+                f"Divergence: {what}\nGoing back to {self.position()} with learning rate "
+                f"{self.optimizer.param_groups[0]['lr']:g} ({rollbacks} of {ROLLBACKS} times)"
+            )
+            return
+        advice = "try a lower --lr" + ("" if args.clip else " or --clip 0.25")
+        kept = "no model was saved"
+        if self.best < math.inf:
+            kept = f"{args.save} keeps the best model so far"
+        again = "no state was saved to go on from"
+        if state:
+            again = (
+                f"{how_to_resume(self.origin[0], args.save)} --lr {lr / 2:g} goes on from the last "
+                f"good state (epoch {state['epoch']}, batch {len(state['losses'])})"
+            )
+        raise InputError(f"{what}; {advice}; {kept}; {again}")
+
+    def position(self):
+        """Where the run is, in words."""
+        phase = " of fine-tuning" if self.finetuning else ""
+        return f"epoch {self.epoch}{phase}, batch {len(self.losses.on_host)}"
+
+    def resume(self, state, path):
+        """Goes on from `state`, read from beside the checkpoint at `path`.
+
+        Logs that, and whether bit for bit. Raises InputError when the state is unusable.
+        """
+        self.load_state_dict(state)
+        self.saved = path == self.args.save
+        log(f"Resuming the run of {self.args.save} at {self.position()}")
+        with making_sense(path):
+            changed = changes(state, self.origin[1], self.args.device)
+        if changed:
+            log(f"Note: no longer bit-identical to a run never interrupted: {'; '.join(changed)}")
+        else:
+            log("It goes on bit-identical to a run never interrupted")
+        if self.best < math.inf:
+            if not Path(self.args.save).exists():
+                warn(
+                    f"Warning: {self.args.save}, the best model so far (valid loss "
+                    f"{self.best:.2f}), is gone; that of the next epoch takes its place"
+                )
+                self.best = math.inf
+            elif changed:  # it can be of a later epoch than the state
+                loss = read_checkpoint(self.args.save)["valid_loss"]
+                self.best = min(self.best, loss)
+        if self.is_over():
+            more = "--finetune" if "finetune" in self.origin[1] and self.finetuning else "--epochs"
+            log(f"It has come to its end; {more} asks for more")
+
+
+def copy_hidden(hidden, device=None):
+    """A detached copy of a hidden state, nested tuples and lists of tensors or None."""
+    if hidden is None:
+        return None
+    if isinstance(hidden, torch.Tensor):
+        return hidden.detach().to(device or hidden.device, copy=True)
+    return [copy_hidden(part, device) for part in hidden]
+
+
+def check_files(args):
+    """Raises InputError unless all that a run may write can be written."""
+    check_writable(args.save, [f"{args.save}.e{epoch}" for epoch in args.when])
+
+
+def set_aside(path):
+    """Keeps what an unfinished run has saved at `path` under another name, for a run that begins.
+
+    Not that of a run of less than a minute and an epoch.
+    """
+    state = read_state(path)
+    if state and not is_finished(state) and (state["logs"] or state["seconds"] > 60):
+        copy = keep(path, ".unfinished", STATE)
+        again = how_to_resume(state["command"], copy)
+        log(f"Note: {path} is of an unfinished run, which is kept: {again} continues it")
+
+
+def copy_model(path, save):
+    """Copies the checkpoint at `path`, where there is one, to `save`."""
+    if path != save and Path(path).exists():
+        write_atomically(save, Path(path).read_bytes())
+
+
+def prepare(args):
+    """Seeds the generators, reads the corpus, logs what will run.
+
+    Returns the Corpus. Raises InputError, before anything is written, for what cannot work.
+    """
+    corpus = Corpus(args.data)
+    if len(corpus.train) // args.batch_size < 2:
+        raise InputError(
+            f"--batch_size {args.batch_size}: the training split has {len(corpus.train)} tokens, "
+            f"too few for {args.batch_size} columns of 2; lower it"
+        )
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    sizes = ", ".join(f"{split} {len(getattr(corpus, split)):,}" for split in SPLITS)
+    log(f"Corpus {corpus.name}: tokens {sizes}; {len(corpus.dictionary):,} words")
+    log(f"Corpus sha256: {corpus.digest}")
+    log(f"PyTorch {torch.__version__}, device {args.device}, {torch.get_num_threads()} threads")
+    log(f"Args: {plain(args)}")
+    if args.model == "biLSTM":
+        log(
+            "Note: biLSTM reads the word it predicts; its loss is no language model's (the "
+            "report's model, kept as a replication)"
+        )
+    return corpus
+
+
+def new_params(corpus, args):
+    """A new nn.ModuleList([model, criterion]) for the corpus, on `args.device`."""
+    ntoken = len(corpus.dictionary)
+    model = RNNModel(
+        args.model, ntoken, args.emsize, args.nhid, args.nlayers, args.dropout, args.dropouth,
+        args.dropouti, args.dropoute, args.wdrop, tie_weights=True,
+    )
+    criterion = SplitCrossEntropyLoss(args.emsize, default_splits(ntoken))
+    return nn.ModuleList([model, criterion]).to(args.device)
+
+
+def saved_params(path, corpus, args, content=None):
+    """nn.ModuleList([model, criterion]) from the checkpoint at `path`, with `args`' dropouts.
+
+    `content`: its bytes, where they are not to be read from `path`. Raises InputError when it is
+    unusable or its vocabulary is not the corpus's.
+    """
+    checkpoint = read_checkpoint(path, args.device, content)
+    if checkpoint["vocabulary"] != corpus.dictionary.idx2word:
+        raise InputError(
+            f"--data {args.data}: its vocabulary is not that of {path}; name the corpus that the "
+            "model was trained on"
+        )
+    return build(checkpoint, path, **{rate: getattr(args, rate) for rate in RATES})
+
+
+def log_size(params):
+    """Logs the number of parameters, the tied matrix counted once."""
+    log(f"Model total parameters: {sum(p.numel() for p in params.parameters())}")
+
+
+def finish(trainer):
+    """Trains to the end, or until a signal, and tests the best model; returns the exit status.
+
+    Raises InputError when, at last, a file could not be written.
+    """
+    status, check = 0, trainer.check
+    try:
+        trainer.fit()
+    except Preempted as stop:
+        status = 128 + stop.number
+        if stop.number != signal.SIGINT:
+            return status
+        check = None  # the next signal ends it at once
+    if trainer.best < math.inf:
+        report_test(trainer, check)
+    else:
+        log("No epoch was finished, so there is no model to test")
+    if not trainer.saver.retry():
+        raise InputError(f"not saved, after all: {', '.join(trainer.saver.pending)}")
+    return status
+
+
+def report_test(trainer, check):
+    """Logs the test loss of the best model, from its file, beside the unigram model's."""
+    corpus, args = trainer.corpus, trainer.args
+    content = trainer.saver.pending.get(str(args.save))  # the disk is full: it is still at hand
+    params = saved_params(args.save, corpus, args, content)
+    loss = evaluate(params, corpus.test, TEST_BATCH_SIZE, args.bptt, check)
+    rule = "=" * 89
+    log(f"{rule}\n| End of training | {loss_columns(loss, 'test ')}\n{rule}")
+    unigram = perplexity(unigram_loss(corpus.train, corpus.test, len(corpus.dictionary)))
+    log(f"For comparison: word frequencies alone (a unigram model) give test ppl {unigram:.2f}")
