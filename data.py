@@ -79,7 +79,7 @@ class Corpus:
         setdefault = word2idx.setdefault
         self._hash.update(b"\0split\0")  # so that moving text between splits changes the digest
         ids = array("q")
-        eos = None
+        eos, blank = None, True
         for number, line in enumerate(lines, 1):
             self._hash.update(line)
             if number == 1:
@@ -92,11 +92,12 @@ class Corpus:
                 raise InputError(f"{name}: line {number} holds a NUL byte; is this a text file?")
             # One dictionary look-up a token: a new word gets the next id, an old one keeps its own.
             ids.extend([setdefault(word, len(word2idx)) for word in words])
+            blank = blank and not words
             if eos is None:
                 eos = setdefault(EOS, len(word2idx))
             ids.append(eos)
         self.dictionary.idx2word.extend(islice(word2idx, len(self.dictionary), None))
-        if all(idx == eos for idx in ids):
+        if blank:
             raise InputError(f"{name}: holds no words")
         return torch.frombuffer(ids, dtype=torch.int64)
 

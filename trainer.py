@@ -225,9 +225,12 @@ class Trainer:
                 losses.add(loss, data.numel())
                 batch += 1
                 self.row += len(data)
-                bar.update(data.numel())
                 logging = batch % args.log_interval == 0
                 self.watch(0 if logging else ahead)
+                if not bar.disable and losses.on_host:
+                    recent = losses.mean(last=(batch - 1) % args.log_interval + 1)
+                    bar.set_postfix(ppl=f"{perplexity(recent):.2f}", refresh=False)
+                    bar.update(data.numel())
                 if logging:
                     now = time.perf_counter()
                     log(

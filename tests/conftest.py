@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from torch import nn
 
 import flags
@@ -20,6 +21,10 @@ from splitcross import SplitCrossEntropyLoss
 from trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
+# For a property that is tried often, in one folder.
+repeated = settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 DATA = Path(os.environ.get("AWD_LSTM_DATA", ROOT / "data"))
 
 

@@ -176,6 +176,30 @@ def test_published_commands_parse_to_the_published_run():
     assert main.parse_args(["--model", "GRU"]).lr < 30
 
 
+@pytest.mark.parametrize(
+    ("train", "other", "words"),
+    [
+        (b"<eos> <eos>\n" * 30, b"<eos>\n" * 30, 1),
+        (b"\xef\xbb\xbf" + b"a b c\r\n" * 30, b"a b\r\n" * 30, 4),
+        (b"a b c\n" * 30, b"a unseen\n" * 30, 5),
+    ],
+    ids=["a vocabulary of one", "BOM and CRLF", "a token unseen in training"],
+)
+def test_odd_corpora_train(train, other, words, tmp_path, small):
+    for split, text in (("train", train), ("valid", other), ("test", other)):
+        (tmp_path / f"{split}.txt").write_bytes(text)
+    path = tmp_path / "m.pt"
+    status, out, err = invoke(
+        main.main, "--data", tmp_path, *small, "--epochs", 1, "--save", path, "--finetune", 1
+    )
+    assert (status, err) == (0, "")
+    checkpoint = read_checkpoint(path)
+    assert len(checkpoint["vocabulary"]) == words
+    if words == 1:  # it cannot be wrong
+        assert checkpoint["valid_loss"] == 0
+        assert "test ppl     1.00" in out
+
+
 def test_importing_has_no_side_effects(tmp_path):
     modules = [p.stem for p in ROOT.glob("*.py")]
     assert {"main", "finetune", "model", "data", "utils", "splitcross"} <= set(modules)

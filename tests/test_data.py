@@ -4,8 +4,11 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import data
+from conftest import repeated
 from data import Corpus, InputError, batchify, batchify_exact, get_batch, unigram_loss
 
 
@@ -66,6 +69,43 @@ def test_unusable_splits_are_named(tmp_path, content, message):
         write(tmp_path, valid=content)
     with pytest.raises(InputError, match=message):
         Corpus(folder)
+
+
+@repeated
+@given(
+    st.binary(max_size=60)
+    | st.text(st.sampled_from("ab \t\r\n\0\ufeff\u3000é"), max_size=40).map(str.encode)
+)
+def test_any_bytes_are_read_as_defined_or_refused_by_name(tmp_path, content):
+    folder = write(tmp_path, valid=content)
+    try:
+        text = content.removeprefix(b"\xef\xbb\xbf").decode("utf-8")
+        expected = [words for line in text.split("\n") for words in (*line.split(), "<eos>")]
+        if not text or text.endswith("\n"):
+            expected.pop()  # what follows the last line's end is no line
+        usable = "\0" not in text and text.strip() != ""
+    except UnicodeDecodeError:
+        usable = False
+    if not usable:
+        with pytest.raises(InputError, match=r"valid\.txt: "):
+            Corpus(folder)
+        return
+    corpus = Corpus(folder)
+    assert [corpus.dictionary.idx2word[i] for i in corpus.valid] == expected
+
+
+def test_a_line_of_fifty_megabytes_is_read(tmp_path):
+    line = b"some words " * 5_000_000
+    corpus = Corpus(write(tmp_path, train=line))
+    assert len(line) > 50e6
+    assert len(corpus.train) == 10_000_001
+    assert corpus.dictionary.idx2word[:3] == ["some", "words", "<eos>"]
+
+
+def test_a_token_unseen_in_training_is_a_word_like_any_other(tmp_path):
+    corpus = Corpus(write(tmp_path, train=b"a b\n", valid=b"a c\n", test=b"d\n"))
+    assert corpus.dictionary.idx2word == ["a", "b", "<eos>", "c", "d"]
+    assert unigram_loss(corpus.train, corpus.test, 5) == pytest.approx(-math.log(2 / 8))
 
 
 def test_a_split_that_is_a_folder_is_named(tmp_path):

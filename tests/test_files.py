@@ -15,7 +15,7 @@ import zipfile
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import files
@@ -23,15 +23,10 @@ import finetune
 import main
 import resume
 import utils
-from conftest import ROOT, invoke
+from conftest import ROOT, invoke, repeated
 from data import InputError
 from files import exclusive, keep, pack, unpack, write_atomically
 from utils import load
-
-repeated = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-
 
 # ---------------------------------------------------------------- writing
 
