@@ -34,7 +34,7 @@ def write_atomically(path, content):
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "xb") as file:
+        with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -92,7 +92,9 @@ def unpack(path, kind, version, keys, device="cpu", content=None):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's thoughts about foreign archives
             contents = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
-    except Exception:  # torch meets a damaged or foreign file with many types of error
+    except Exception as error:  # torch meets a damaged or foreign file with many types of error
+        if is_out_of_memory(error):
+            raise
         raise InputError(
             f"{path}: is damaged, or no {kind} of main.py (one that pickles whole modules, as the "
             "original AWD-LSTM code wrote, cannot be loaded safely); use a copy, or train again"
@@ -113,6 +115,13 @@ def unpack(path, kind, version, keys, device="cpu", content=None):
     if wrong:
         raise InputError(f"{path}: lacks {', '.join(wrong)}; use a copy, or train again")
     return contents
+
+
+def is_out_of_memory(error):
+    """Whether that is what an exception says; on the CPU torch raises a plain RuntimeError."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    )
 
 
 def read_bytes(path, kind):
@@ -159,6 +168,7 @@ class Saver:
     def __init__(self, report):
         self.report = report
         self.pending = {}
+        self.failing = {}  # path -> what was last reported of it
 
     def write(self, path, content):
         """Writes a file, and those that wait. Returns whether none is left waiting."""
@@ -171,9 +181,13 @@ class Saver:
             try:
                 write_atomically(path, content)
             except InputError as error:
-                self.report(f"Warning: {error}; the next save tries again")
+                if self.failing.get(path) != str(error):  # said once, not at every chance
+                    self.report(f"Warning: {error}; the next save tries again")
+                self.failing[path] = str(error)
             else:
                 del self.pending[path]
+                if self.failing.pop(path, None):
+                    self.report(f"{path} is written again")
         return not self.pending
 
 
@@ -199,8 +213,9 @@ def exclusive(path):
         _remove_leftovers(target)
         yield
     finally:
-        with contextlib.suppress(OSError):
-            lock.unlink()
+        with contextlib.suppress(OSError):  # the folder may be gone, or be another one
+            if os.path.samestat(lock.stat(), os.fstat(descriptor)):
+                lock.unlink()
         os.close(descriptor)
 
 
@@ -234,7 +249,7 @@ def _remove_leftovers(target):
     pattern = re.compile(re.escape(target.name) + r"(?:\.[\w.]+)?\.(\d+)\.tmp")
     for file in target.parent.iterdir():
         match = pattern.fullmatch(file.name)
-        if match and not _is_alive(int(match[1])):
+        if match and (int(match[1]) == os.getpid() or not _is_alive(int(match[1]))):
             with contextlib.suppress(OSError):
                 file.unlink()
 

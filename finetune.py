@@ -31,8 +31,10 @@ def finetune(corpus, args, origin, preemption, path=None, state=None):
 
     With `state`, read from beside `path`, it goes on from there. `origin` is as in Trainer.
     """
-    if args.optimizer == "adam":  # its rate is not one for SGD
-        args.lr, args.optimizer = None, "sgd"
+    if args.optimizer == "adam":
+        if state is None or args.lr == state["flags"]["lr"]:  # not a rate for SGD
+            args.lr = None
+        args.optimizer = "sgd"
         args = complete(args, {})
     args.when = []
     if state:

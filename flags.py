@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from data import InputError
+from files import is_out_of_memory
 from model import check_architecture
 from preemption import Preempted
 
@@ -88,6 +89,11 @@ def device(text):
     return found
 
 
+def checkpoint_path(text):
+    """An argparse type: a path; of a symbolic link its target, so that one run has one name."""
+    return os.path.realpath(text) if os.path.islink(text) else text
+
+
 def make_parser(description, inherited=()):
     """A parser for the flags of AWD-LSTM, with the reference's names and defaults.
 
@@ -116,9 +122,10 @@ def make_parser(description, inherited=()):
     add("--wdecay", 1.2e-6, "weight decay", type=coefficient)
     add("--nonmono", 5, "non-monotone interval of the trigger, in epochs", type=number(int, 0))
     add("--seed", 1111, "random seed", type=number(int, 0, 2**32))
-    add("--save", None, "path of the best model (default: a name made from the time)")
+    add("--save", None, "path of the best model (default: a name made from the time)",
+        type=checkpoint_path)
     add("--resume", "", "go on with the run that saves to this checkpoint; without its training "
-        "state, start from its weights", metavar="CHECKPOINT")
+        "state, start from its weights", metavar="CHECKPOINT", type=checkpoint_path)
     add("--checkpoint-minutes", 10.0, "minutes between saves of the training state",
         type=number(float, 0, open_low=True), metavar="N")
     add("--on-divergence", "stop", "what to do when training diverges: stop, rollback (to the "
@@ -189,9 +196,7 @@ def run(main):
         print(f"{prog}: error: {error}", file=sys.stderr)
         status = 2
     except (MemoryError, RuntimeError) as error:
-        # On the CPU torch raises a plain RuntimeError where memory is short.
-        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if not known and "allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         advice = "lower --batch_size, --bptt, --nhid or --emsize"
         print(f"{prog}: error: out of memory; {advice}", file=sys.stderr)
@@ -201,7 +206,6 @@ def run(main):
         status = 128 + getattr(stop, "number", signal.SIGINT)
     try:
         sys.stdout.flush()
-    except OSError as error:
-        print(f"{prog}: error: standard output: {error.strerror}", file=sys.stderr)
-        os._exit(status or 2)  # Python would try again, and say so in its own words
+    except OSError:  # reported when it began, see utils.log; Python would say it once more
+        os._exit(status)
     sys.exit(status)

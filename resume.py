@@ -11,7 +11,7 @@ import torch
 
 import flags
 from data import InputError
-from files import unpack
+from files import is_out_of_memory, unpack
 
 STATE = ".state"  # appended to the checkpoint's path
 KIND, VERSION = "training state", 1
@@ -40,7 +40,11 @@ def making_sense(path):
         yield
     except InputError:
         raise
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+    except (
+        ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError
+    ) as error:
+        if is_out_of_memory(error):
+            raise
         raise InputError(
             f"{path}{STATE}: its parts do not fit together; remove it to start from the weights of "
             "the checkpoint alone"
@@ -85,7 +89,8 @@ def is_finished(state):
 
 def how_to_resume(command, path):
     """The shell command that continues the run at `path`."""
-    return f"python {command} --resume {shlex.quote(str(path))}"
+    separator = "=" if str(path).startswith("-") else " "
+    return f"python {command} --resume{separator}{shlex.quote(str(path))}"
 
 
 def inherit(given, state, path, defaults):
@@ -95,11 +100,11 @@ def inherit(given, state, path, defaults):
     """
     with making_sense(path):
         inherited = {flag: state["flags"][flag] for flag in defaults if flag in state["flags"]}
+        inherited |= flags.take_architecture(given, state, f"{path}{STATE}")
         for flag, value in inherited.items():
             if defaults[flag] is not None and type(value) is not type(defaults[flag]):
                 raise TypeError(flag)
-        architecture = flags.take_architecture(given, state, f"{path}{STATE}")
-    inherited = {**defaults, **inherited, **architecture}
+    inherited = {**defaults, **inherited}
     for flag in FIXED:
         if flag in inherited and getattr(given, flag, inherited[flag]) != inherited[flag]:
             raise InputError(

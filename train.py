@@ -86,8 +86,7 @@ class Losses:
         arrived = None
         if loss.is_cuda:  # .item() would wait for all that has been queued since
             loss = loss.to("cpu", non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record()
+            arrived = torch.cuda.current_stream(loss.device).record_event()
         self.on_the_way.append((loss, arrived, tokens))
 
     def read(self, ahead=0):

@@ -82,6 +82,7 @@ class Trainer:
         self.ceiling = math.log(len(corpus.dictionary)) + 1
         self.saver = Saver(warn)
         self.saved = False  # whether the state on disk is one that this run can go back to
+        self.changed = False  # whether flags have changed since
         self.saved_at, self.cost = time.perf_counter(), 0.0
         self.start_clock(0.0)
 
@@ -127,6 +128,13 @@ class Trainer:
             self.losses.on_host = [(float(loss), int(tokens)) for loss, tokens in state["losses"]]
             self.start_clock(state["seconds"])
             set_generators(state["generators"], args.device)
+            begun = model.init_hidden(args.batch_size) if self.row else None
+            if not (
+                self.epoch > 0 and 0 <= self.row < len(self.source)
+                and shapes(self.hidden) == shapes(begun)
+                and bool(self.row) == bool(self.losses.on_host)
+            ):
+                raise ValueError("no position in an epoch")
 
     def save_state(self):
         """Writes the state. Returns whether that, and all that waited to be written, succeeded.
@@ -143,7 +151,8 @@ class Trainer:
             path = f"{self.args.save}{STATE}"
             succeeded = self.saver.write(path, pack(KIND, VERSION, self.state_dict()))
             self.saver.pending.pop(path, None)  # the next chance has a newer one
-        self.saved = self.saved or succeeded
+        if succeeded:
+            self.saved, self.changed = True, False
         self.saved_at = time.perf_counter()
         self.cost = self.saved_at - start
         return succeeded
@@ -172,7 +181,7 @@ class Trainer:
         try:
             while not self.is_over():
                 try:
-                    if not self.saved:
+                    if self.changed or not self.saved:
                         self.save_state()
                     self.train_epoch()
                     self.end_epoch()
@@ -357,30 +366,56 @@ class Trainer:
     def resume(self, state, path):
         """Goes on from `state`, read from beside the checkpoint at `path`.
 
-        Logs that, and whether bit for bit. Raises InputError when the state is unusable.
+        Logs that, and whether bit for bit. Raises InputError when state or checkpoint is unusable.
         """
+        settings = self.origin[1]
         self.load_state_dict(state)
         self.saved = path == self.args.save
+        self.changed = state["flags"] != settings
         log(f"Resuming the run of {self.args.save} at {self.position()}")
         with making_sense(path):
-            changed = changes(state, self.origin[1], self.args.device)
+            changed = changes(state, settings, self.args.device)
+        changed += self.meet_checkpoint(state, bool(changed))
         if changed:
             log(f"Note: no longer bit-identical to a run never interrupted: {'; '.join(changed)}")
         else:
             log("It goes on bit-identical to a run never interrupted")
-        if self.best < math.inf:
-            if not Path(self.args.save).exists():
-                warn(
-                    f"Warning: {self.args.save}, the best model so far (valid loss "
-                    f"{self.best:.2f}), is gone; that of the next epoch takes its place"
-                )
-                self.best = math.inf
-            elif changed:  # it can be of a later epoch than the state
-                loss = read_checkpoint(self.args.save)["valid_loss"]
-                self.best = min(self.best, loss)
-        if self.is_over():
-            more = "--finetune" if "finetune" in self.origin[1] and self.finetuning else "--epochs"
+        if self.done:
+            log("It has come to its end: validation has stopped improving")
+        elif self.is_over():
+            more = "--finetune" if self.finetuning and "finetune" in settings else "--epochs"
             log(f"It has come to its end; {more} asks for more")
+
+    def meet_checkpoint(self, state, changed):
+        """Compares `state` with the best model on disk; returns what keeps them from fitting."""
+        path = self.args.save
+        if self.best == math.inf:
+            return []
+        if not Path(path).exists():
+            if self.is_over():
+                raise InputError(
+                    f"{path}: the model of this finished run is gone; put it back, or ask for more "
+                    "epochs"
+                )
+            missing = f"{path} (valid loss {self.best:.2f}) is gone"
+            warn(f"Warning: {missing}; the model of the next epoch takes its place")
+            self.best = math.inf
+            return [missing]
+        checkpoint = read_checkpoint(path)
+        for key in ("architecture", "vocabulary"):
+            with making_sense(path):
+                differs = checkpoint[key] != state[key]
+            if differs:
+                raise InputError(
+                    f"{path}{STATE}: is not of the run that made {path}: another {key}; put the "
+                    "right one there, or remove it to start from the weights alone"
+                )
+        loss = checkpoint["valid_loss"]
+        if loss > self.best + 1e-3:  # a later epoch's is lower
+            return [f"{path} (valid loss {loss:.3f}) is not this run's best ({self.best:.3f})"]
+        if changed:  # it can be of a later epoch than the state
+            self.best = min(self.best, loss)
+        return []
 
 
 def copy_hidden(hidden, device=None):
@@ -392,9 +427,18 @@ def copy_hidden(hidden, device=None):
     return [copy_hidden(part, device) for part in hidden]
 
 
+def shapes(hidden):
+    """The shapes in a hidden state, nested as it is; None for None."""
+    if hidden is None or isinstance(hidden, torch.Tensor):
+        return hidden if hidden is None else list(hidden.shape)
+    return [shapes(part) for part in hidden]
+
+
 def check_files(args):
     """Raises InputError unless all that a run may write can be written."""
-    check_writable(args.save, [f"{args.save}.e{epoch}" for epoch in args.when])
+    # What the run resumes is read, and looked at, later.
+    mine = [] if args.resume == args.save else [args.save]
+    check_writable(args.save, [*mine, *(f"{args.save}.e{epoch}" for epoch in args.when)])
 
 
 def set_aside(path):
@@ -410,8 +454,15 @@ def set_aside(path):
 
 
 def copy_model(path, save):
-    """Copies the checkpoint at `path`, where there is one, to `save`."""
-    if path != save and Path(path).exists():
+    """Copies the checkpoint at `path`, where there is one, to `save`; InputError if that exists."""
+    if path == save:
+        return
+    if Path(save).exists():
+        raise InputError(
+            f"--save {save}: exists; --resume {save} goes on from it, or name another"
+        )
+    if Path(path).exists():
+        read_checkpoint(path)
         write_atomically(save, Path(path).read_bytes())
 
 
@@ -486,12 +537,14 @@ def finish(trainer):
         if stop.number != signal.SIGINT:
             return status
         check = None  # the next signal ends it at once
+    trainer.saver.retry()
     if trainer.best < math.inf:
         report_test(trainer, check)
     else:
         log("No epoch was finished, so there is no model to test")
     if not trainer.saver.retry():
-        raise InputError(f"not saved, after all: {', '.join(trainer.saver.pending)}")
+        lost = ", ".join(trainer.saver.pending)
+        raise InputError(f"{lost}: could not be written until the end; make room and train again")
     return status
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data import Dictionary, InputError, batchify, get_batch
-from files import pack, unpack
+from files import is_out_of_memory, pack, unpack
 from model import RNNModel
 from resume import STATE, read_state
 from splitcross import SplitCrossEntropyLoss
@@ -39,12 +39,11 @@ def repackage_hidden(h):
 def log(line):
     """Prints a line to standard output, above the progress bar where one is shown.
 
-    A log on a full disk does not end a run: the first line that is lost is reported.
+    A log on a full disk, or into a pipe that nobody reads any more (Ctrl-C ends `tee` too), does
+    not end a run: the first line that is lost is reported.
     """
     try:
         _print(line, sys.stdout)
-    except BrokenPipeError:  # whoever reads it wants no more
-        raise
     except OSError as error:
         if not log.failed:
             log.failed = True
@@ -65,37 +64,39 @@ def _print(line, file):
     file.flush()
 
 
-def check_writable(path, checkpoints=()):
+def check_writable(path, checkpoints):
     """Raises InputError unless a checkpoint, and the files beside it, can be written at `path`.
 
-    What exists at `path`, at the paths in `checkpoints`, or where the training state and the JSON
-    lines go, may be replaced only if it is of the same kind: nothing of the user's own is written
-    over.
+    What exists at the paths in `checkpoints`, or where the training state and the JSON lines go,
+    may be replaced only if it is of the same kind: nothing of the user's own is written over.
     """
-    if Path(path).is_dir() or str(path).endswith("/"):
+    if os.path.isdir(path) or str(path).endswith("/"):
         raise InputError(f"--save {path}: is a folder; name a file in it")
-    for file in map(Path, [path, *checkpoints]):
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise InputError(f"--save {path}: the folder {path.parent} does not exist; create it")
+    probe = path.with_name(f"{path.name}{FINETUNE_RECORDS}.{os.getpid()}.tmp")  # the longest name
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"--save {path}: cannot be written ({error.strerror})") from None
+    for file in map(Path, checkpoints):
         if file.exists() and not is_checkpoint(file):
-            raise InputError(f"--save {path}: {file} exists and is no checkpoint; name another")
+            raise InputError(
+                f"--save {path}: {file} exists and is no checkpoint, or a damaged one; name another"
+            )
     try:
         read_state(path)
     except InputError:
         raise InputError(
-            f"--save {path}: {path}{STATE} exists and is no training state; name another"
+            f"--save {path}: {path}{STATE} exists and is no training state, or a damaged one; name "
+            "another"
         ) from None
     for suffix in (RECORDS, FINETUNE_RECORDS):
         file = Path(f"{path}{suffix}")
         if file.is_dir() or (file.exists() and file.read_bytes()[:9] not in (b"", b'{"epoch":')):
             raise InputError(f"--save {path}: {file} exists and is no run's record; name another")
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise InputError(f"--save {path}: the folder {path.parent} does not exist; create it")
-    probe = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        probe.touch(exist_ok=False)
-        probe.unlink()
-    except OSError as error:
-        raise InputError(f"--save {path}: cannot be written ({error.strerror})") from None
 
 
 def pack_checkpoint(params, corpus, flags, **progress):
@@ -155,7 +156,9 @@ def build(checkpoint, path="checkpoint", **rates):
         model.load_state_dict(checkpoint["model"])
         criterion = SplitCrossEntropyLoss(model.decoder.in_features, checkpoint["splits"])
         criterion.load_state_dict(checkpoint["criterion"])
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise InputError(f"{path}: its weights do not fit its architecture; train again") from None
     return nn.ModuleList([model, criterion]).to(checkpoint["model"]["encoder.weight"].device)
 

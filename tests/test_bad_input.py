@@ -33,6 +33,7 @@ BAD_FLAGS = [
     (["--save", "absent/m.pt"], "--save absent/m.pt: the folder absent does not exist"),
     (["--save", "."], "--save .: is a folder"),
     (["--save", "new/"], "--save new/: is a folder"),
+    (["--save", "n" * 240], "cannot be written (File name too long)"),
     (["--save", "notes.txt"], "notes.txt exists and is no checkpoint"),
     (["--save", "archive.zip"], "archive.zip exists and is no checkpoint"),
     (["--save", "run"], "run.jsonl exists and is no run's record"),

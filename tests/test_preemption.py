@@ -178,6 +178,17 @@ def test_a_signal_during_the_evaluation_does_not_wait_for_its_end(start, sabotag
     assert "| epoch   1 |" not in again.begun  # no batch was left
 
 
+def test_ctrl_c_ends_the_reader_of_the_log_too(start, slow):
+    """As `python main.py ... | tee log` in a terminal: the pipe breaks, the state is saved."""
+    process = start("main.py", *slow, until=r"epoch +2 \| +3/")
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    err = process.stderr.read()
+    assert process.wait(timeout=60) == 130
+    assert err == "Warning: standard output cannot be written (Broken pipe): lines are lost\n"
+    assert read_state(start.folder / "m.pt")["epoch"] >= 2
+
+
 def test_nohup_is_respected(start, slow):
     process = start(
         "main.py", *slow, until="batches",
@@ -226,7 +237,9 @@ def test_a_run_goes_on_while_the_disk_is_full(start, corpus_dir, small):
     assert TEST in out
     assert "Warning: m.pt.state: cannot be written (File too large); the next save tries" in err
     assert "Warning: m.pt: cannot be written (File too large)" in err
-    assert err.splitlines()[-1] == "main.py: error: not saved, after all: m.pt"
+    assert err.splitlines()[-1] == (
+        "main.py: error: m.pt: could not be written until the end; make room and train again"
+    )
     assert "Traceback" not in err
     assert [path.name for path in start.folder.iterdir()] == ["m.pt.jsonl"]
 

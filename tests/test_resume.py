@@ -3,22 +3,23 @@
 import copy
 import math
 import random
+import re
 import shutil
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import finetune
 import main
 import trainer
-from conftest import arguments, invoke, make_params, make_trainer
+from conftest import TRIES, arguments, invoke, make_params, make_trainer, repeated
 from data import Corpus, InputError
 from kill_loop import lines, same
 from preemption import Preempted
-from resume import get_generators, read_state, set_generators
+from resume import get_generators, how_to_resume, read_state, set_generators
 from utils import read_checkpoint
 
 # ---------------------------------------------------------------- bit for bit
@@ -80,7 +81,7 @@ def test_interrupted_anywhere_and_resumed_it_is_the_same_run(
     assert whole[-1] == 1
     assert (whole[0]["averaged"] is not None) == (finetuning or optimizer == "sgd")
 
-    @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(parent=repeated, max_examples=TRIES or 12)
     @given(st.sets(st.integers(1, whole[-2]), min_size=1, max_size=5))
     def check(points):
         folder = tmp_path_factory.mktemp("parts") / "parts"
@@ -129,7 +130,7 @@ def test_what_is_compared_would_differ_if_anything_did(corpus_dir, tmp_path):
         state["generators"] = get_generators(torch.device("cpu"))
 
     def forget_hidden(state):
-        state["hidden"] = None
+        state["hidden"] = [[torch.zeros_like(h) for h in pair] for pair in state["hidden"]]
 
     def forget_losses(state):
         state["losses"] = state["losses"][1:]
@@ -287,7 +288,9 @@ def test_the_last_model_that_cannot_be_written_is_tested_and_reported(
     )
     assert status == 2
     assert "| End of training | test loss" in out
-    assert err.splitlines()[-1] == f"main.py: error: not saved, after all: {path}"
+    assert err.splitlines()[-1] == (
+        f"main.py: error: {path}: could not be written until the end; make room and train again"
+    )
     assert not path.exists()
 
 
@@ -512,10 +515,110 @@ def test_a_run_of_which_only_the_state_exists(corpus_dir, small, tmp_path):
     assert (status, err) == (0, "")
     assert read_checkpoint(path)["epoch"] == 1
     path.unlink()
-    status, _, err = invoke(main.main, "--resume", path, "--epochs", 2)
+    status, _, err = invoke(main.main, "--resume", path)
+    assert (status, err.count("\n")) == (2, 1)
+    assert f"{path}: the model of this finished run is gone" in err
+    status, out, err = invoke(main.main, "--resume", path, "--epochs", 2)
     assert status == 0
-    assert f"Warning: {path}, the best model so far" in err
+    assert f"Warning: {path} (valid loss " in err
+    assert f"no longer bit-identical to a run never interrupted: {path} (valid loss" in out
     assert read_checkpoint(path)["epoch"] == 2
+
+
+def test_a_changed_flag_is_not_lost_by_a_kill_before_the_next_save(unfinished):
+    path, _ = unfinished
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.Trainer, "train_epoch", lambda self: (_ for _ in ()).throw(OSError))
+        assert invoke(main.main, "--resume", path, "--lr", 1.5, "--epochs", 9)[0] == 2
+    state = read_state(path)
+    assert (state["flags"]["lr"], state["flags"]["epochs"]) == (1.5, 9)
+    assert state["optimizer"]["param_groups"][0]["lr"] == 1.5
+
+
+def test_a_state_of_another_run_is_refused_or_announced(unfinished, corpus_dir, small, tmp_path):
+    path, flags = unfinished
+    other = tmp_path / "other.pt"
+    invoke(main.main, *flags[:-1], other, "--nhid", 14)
+    shutil.copy(path, other)
+    status, _, err = invoke(main.main, "--resume", other, "--epochs", 9)
+    assert (status, err.count("\n")) == (2, 1)
+    assert f"{other}.state: is not of the run that made {other}: another architecture" in err
+    best = read_state(path)["best"]
+    worse = tmp_path / "worse.pt"
+    invoke(main.main, *flags[:-1], worse, "--lr", 1e-6, "--epochs", 1)
+    assert read_checkpoint(worse)["valid_loss"] > best + 0.01
+    shutil.copy(worse, path)
+    status, out, _ = invoke(main.main, "--resume", path)
+    assert status == 0
+    assert re.search(r"no longer bit-identical .* is not this run's best \(", out)
+
+
+def test_a_damaged_checkpoint_is_refused_before_anything_else(unfinished, tmp_path):
+    path, _ = unfinished
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    for more in ([], ["--save", tmp_path / "fork.pt"]):
+        status, out, err = invoke(main.main, "--resume", path, *more)
+        assert (status, err.count("\n")) == (2, 1)
+        assert f"{path}: is damaged" in err
+        assert "end of epoch" not in out
+        assert path.read_bytes() == content
+        assert not list(tmp_path.glob("fork*"))
+
+
+def test_a_fork_does_not_replace_a_model(unfinished, trained):
+    path, _ = unfinished
+    content = trained.read_bytes()
+    status, _, err = invoke(main.main, "--resume", path, "--save", trained)
+    assert (status, err.count("\n")) == (2, 1)
+    assert f"--save {trained}: exists; --resume {trained} goes on from it, or name another" in err
+    assert trained.read_bytes() == content
+
+
+def test_a_symbolic_link_names_the_run_of_its_target(unfinished, tmp_path):
+    path, _ = unfinished
+    link = tmp_path / "link.pt"
+    link.symlink_to(path)
+    status, out, _ = invoke(main.main, "--resume", link)
+    assert status == 0
+    assert f"Resuming the run of {path} at epoch 2" in out
+    assert not list(tmp_path.glob("link.pt.*"))
+
+
+@pytest.mark.parametrize("target", ["torch.load", "torch.optim.SGD.load_state_dict"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_out_of_memory_is_not_called_damage(target, error, unfinished, monkeypatch):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(target, fail)
+    status, _, err = invoke(main.main, "--resume", unfinished[0])
+    assert (status, err.count("\n")) == (2, 1)
+    assert "out of memory" in err
+
+
+def test_the_shown_command_works_for_names_with_spaces_and_dashes():
+    assert how_to_resume("main.py", "my model.pt") == "python main.py --resume 'my model.pt'"
+    assert how_to_resume("main.py", "-x.pt") == "python main.py --resume=-x.pt"
+    assert main.make_parser("").parse_args(["--resume=-x.pt"]).resume == "-x.pt"
+
+
+def test_a_rate_given_for_the_fine_tuning_after_adam_is_used(corpus_dir, small, tmp_path):
+    path = tmp_path / "m.pt"
+    flags = [flag for flag in small if flag not in ("--lr", "5")]
+    invoke(main.main, "--data", corpus_dir, *flags, "--epochs", 1, "--optimizer", "adam",
+           "--finetune", 1, "--nonmono", 50, "--save", path)
+    for more, expected in ((["--lr", 2.0, "--finetune", 2], 2.0), (["--finetune", 3], 2.0)):
+        status, out, _ = invoke(main.main, "--resume", path, *more)
+        assert status == 0
+        assert f"| lr {expected:.5f} |" in out
 
 
 def test_a_new_run_does_not_destroy_an_unfinished_one(unfinished):
