@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from allocator import keep_freed_memory
 from data import InputError
 from files import is_out_of_memory
 from model import check_architecture
@@ -188,6 +189,7 @@ def take_architecture(given, checkpoint, path):
 def run(main):
     """Calls `main()` and exits with its status: one line and 2 for bad input, 128 + a signal's."""
     prog = sys.argv[0].rpartition("/")[2]
+    keep_freed_memory()
     if hasattr(sys.stdout, "reconfigure"):  # a name the terminal cannot show must not end a run
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

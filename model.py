@@ -3,6 +3,7 @@
 from torch import nn
 
 from embed_regularize import embedded_dropout
+from gru import GRU
 from locked_dropout import LockedDropout
 from weight_drop import WeightDrop
 
@@ -65,7 +66,7 @@ class RNNModel(nn.Module):
         self.dropoute, self.wdrop = dropoute, wdrop
 
         bidirectional = rnn_type == "biLSTM"
-        cell = nn.GRU if rnn_type == "GRU" else nn.LSTM
+        cell = GRU if rnn_type == "GRU" else nn.LSTM
         recurrent = ["weight_hh_l0"] + ["weight_hh_l0_reverse"] * bidirectional
         widths = [nhid] * (nlayers - 1) + [ninp if tie_weights else nhid]
 

@@ -1,0 +1,397 @@
+"""Times a training recipe against what the machine can do, and against plain PyTorch.
+
+    python bench.py --recipe ptb --baseline
+    python bench.py --recipe wt2 --model GRU --json
+    python bench.py --read 1 10 100
+
+`utilization` is the time that the recipe's matrix products would take at the rate of a large one
+(torch.mm, measured in the same run, between the steps), over the time that a step takes. With
+`--baseline` a restatement of the recipe in plain PyTorch runs beside ours, step for step, and
+`ratio` is its time over ours; so a noisy machine disturbs both alike. Each side is a process of its
+own, which waits while the other runs: its peak memory is that of the whole process after three
+steps.
+"""
+
+import argparse
+import json
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from allocator import keep_freed_memory
+from data import batchify_exact
+from flags import count, device, make_parser, rnn_type
+from train import EVAL_BATCH_SIZE, activation_regularization, evaluate, make_optimizer, train_step
+from trainer import new_params
+
+# The published commands, and the size of their corpora's vocabularies.
+RECIPES = {
+    "ptb": {"ntoken": 10_000, "batch_size": 20, "dropouti": 0.4, "dropouth": 0.25},
+    "wt2": {"ntoken": 33_278, "batch_size": 80, "dropouth": 0.2},
+}
+WARM_UP = 3
+EVALUATED = EVAL_BATCH_SIZE * 70 * 6  # tokens
+
+
+class Plain(nn.Module):
+    """AWD-LSTM as one would write it first: the same model and regularizers, nothing made fast."""
+
+    def __init__(self, args):
+        super().__init__()
+        cell = nn.GRU if args.model == "GRU" else nn.LSTM
+        widths = [args.emsize] + [args.nhid] * (args.nlayers - 1) + [args.emsize]
+        self.encoder = nn.Embedding(args.ntoken, args.emsize)
+        self.rnns = nn.ModuleList(cell(a, b) for a, b in pairwise(widths))
+        self.decoder = nn.Linear(args.emsize, args.ntoken)
+        self.decoder.weight = self.encoder.weight
+        self.args = args
+
+    def locked(self, x, rate):
+        if not self.training:
+            return x
+        return x * x.new_empty(1, *x.shape[1:]).bernoulli_(1 - rate) / (1 - rate)
+
+    def forward(self, words, hidden):
+        args, weight = self.args, self.encoder.weight
+        if self.training:
+            keep = 1 - args.dropoute
+            weight = weight * weight.new_empty(len(weight), 1).bernoulli_(keep) / keep
+        x, states = self.locked(F.embedding(words, weight), args.dropouti), []
+        for layer, (rnn, state) in enumerate(zip(self.rnns, hidden or [None] * args.nlayers)):
+            dropped = F.dropout(rnn.weight_hh_l0, args.wdrop, self.training)
+            raw, state = functional_call(rnn, {"weight_hh_l0": dropped}, (x, state))
+            states.append(state)
+            x = self.locked(raw, args.dropout if layer == args.nlayers - 1 else args.dropouth)
+        return self.decoder(x), states, raw, x
+
+
+def detach(state):
+    return state.detach() if isinstance(state, torch.Tensor) else tuple(s.detach() for s in state)
+
+
+def nll(logits, targets):
+    return -F.log_softmax(logits, -1).flatten(0, 1).gather(1, targets.unsqueeze(1)).mean()
+
+
+def plain_side(args):
+    """(step, evaluate): two functions without arguments, in plain PyTorch."""
+    model = Plain(args).to(args.device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, weight_decay=args.wdecay)
+    data, targets, ids = inputs(args)
+    states = None
+
+    def step():
+        nonlocal states
+        model.train()
+        optimizer.zero_grad()
+        logits, states, raw, out = model(data, states and [detach(s) for s in states])
+        loss = nll(logits, targets)
+        penalty = activation_regularization(raw, out, args.alpha, args.beta)
+        (loss + penalty).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        optimizer.step()
+
+    @torch.no_grad()
+    def evaluation():
+        model.eval()
+        words, targets, _ = batchify_exact(ids, EVAL_BATCH_SIZE)
+        words, targets = words.to(args.device), targets.to(args.device)
+        hidden, total = None, 0.0
+        for i in range(0, len(words), args.bptt):
+            logits, hidden, _, _ = model(words[i : i + args.bptt], hidden)
+            total += nll(logits, targets[i : i + args.bptt].flatten())
+        return float(total)
+
+    return step, evaluation
+
+
+def our_side(args):
+    """(step, evaluate): two functions without arguments, as main.py runs them."""
+    corpus = Namespace(dictionary=range(args.ntoken))
+    params = new_params(corpus, args)
+    optimizer = make_optimizer(params, args)
+    data, targets, ids = inputs(args)
+    hidden = params[0].init_hidden(args.batch_size)
+
+    def step():
+        nonlocal hidden
+        params.train()
+        _, hidden = train_step(params, optimizer, data, targets, hidden, args)
+
+    return step, lambda: evaluate(params, ids, EVAL_BATCH_SIZE, args.bptt)
+
+
+SIDES = {"ours": our_side, "baseline": plain_side}
+
+
+def inputs(args):
+    """Random words: data [bptt, B], targets [bptt * B] on the device, ids [N] to evaluate."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randint(args.ntoken, shape, generator=generator)
+
+    data = draw(args.bptt, args.batch_size).to(args.device)
+    targets = draw(args.bptt * args.batch_size).to(args.device)
+    return data, targets, draw(EVALUATED + 1)
+
+
+def products(args):
+    """Floating-point operations of the matrix products of a training step."""
+    gates = 3 if args.model == "GRU" else 4
+    widths = [args.emsize] + [args.nhid] * (args.nlayers - 1) + [args.emsize]
+    weights = sum(gates * b * (a + b) for a, b in pairwise(widths))
+    weights += args.emsize * args.ntoken
+    # A multiplication and an addition, forward and for the gradients of input and weight.
+    return 2 * 3 * weights * args.bptt * args.batch_size
+
+
+def seconds(function, on):
+    """The time that one call takes, waited for; by events on CUDA."""
+    if on.type == "cuda":
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        function()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1000
+    begin = time.perf_counter()
+    function()
+    if on.type == "mps":
+        torch.mps.synchronize()
+    return time.perf_counter() - begin
+
+
+class Side:
+    """One side in a process of its own, which does one thing at a time when it is told to."""
+
+    def __init__(self, side, args):
+        argv = [
+            sys.executable, __file__, "--child", side, "--recipe", args.recipe, "--model",
+            args.model, "--device", args.device, "--bptt", args.bptt, "--batch_size",
+            args.batch_size,
+        ]
+        self.process = subprocess.Popen(
+            list(map(str, argv)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(WARM_UP):
+            self.ask("step")
+        self.peak_mib = self.ask("peak")
+
+    def ask(self, what):
+        """Has it do "step", "evaluation", "mm" or "peak"; returns the seconds, or the MiB."""
+        print(what, file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise SystemExit(f"bench.py: error: the process of one side ended at {what!r}")
+        return float(answer)
+
+    def close(self):
+        self.process.communicate()
+
+
+def serve(args):
+    """The process of a side: reads what to do, a word a line, and answers with a number."""
+    if args.child == "ours" and args.device.type == "cpu":
+        keep_freed_memory()  # as every command of ours does
+    step, evaluation = SIDES[args.child](args)
+    a = torch.randn(args.bptt * args.batch_size, args.nhid, device=args.device)
+    b = torch.randn(args.nhid, 4 * args.nhid, device=args.device)
+    tasks = {"step": step, "evaluation": evaluation, "mm": lambda: a @ b}
+    for line in sys.stdin:
+        task = line.strip()
+        if task == "peak":
+            print(peak_of_this_process(args.device), flush=True)
+        else:
+            print(seconds(tasks[task], args.device), flush=True)
+
+
+def measure(args):
+    """All figures of one recipe, as a dictionary."""
+    names = ["ours", "baseline"] if args.baseline else ["ours"]
+    sides = {name: Side(name, args) for name in names}
+    rows = args.bptt * args.batch_size
+    mm, steps = [], {name: [] for name in names}
+    evaluations = {name: [] for name in names}
+    sides["ours"].ask("mm")
+    for _ in range(args.steps):
+        mm.append(sides["ours"].ask("mm"))
+        for name, side in sides.items():
+            steps[name].append(side.ask("step"))
+    for number in range(args.evaluations + 1):
+        for name, side in sides.items():
+            time_taken = side.ask("evaluation")
+            if number:  # the first warms up
+                evaluations[name].append(time_taken)
+    for side in sides.values():
+        side.close()
+    rate = 2 * rows * args.nhid * 4 * args.nhid / statistics.median(mm)
+    result = {
+        "recipe": args.recipe, "model": args.model, "device": str(args.device),
+        "torch": str(torch.__version__), "threads": torch.get_num_threads(), "steps": args.steps,
+        "mm_gflops": rate / 1e9,
+    }
+    for name in names:
+        prefix = "" if name == "ours" else "baseline_"
+        median = statistics.median(steps[name])
+        result |= {
+            f"{prefix}ms_per_step": median * 1e3,
+            f"{prefix}ms_min": min(steps[name]) * 1e3,
+            f"{prefix}ms_max": max(steps[name]) * 1e3,
+            f"{prefix}tokens_per_s": rows / median,
+            f"{prefix}utilization": products(args) / (median * rate),
+            f"{prefix}peak_mib": sides[name].peak_mib,
+            f"{prefix}eval_tokens_per_s": EVALUATED / statistics.median(evaluations[name]),
+        }
+    if args.baseline:
+        result |= {
+            "ratio": result["baseline_ms_per_step"] / result["ms_per_step"],
+            "memory_ratio": result["peak_mib"] / result["baseline_peak_mib"],
+            "eval_ratio": result["eval_tokens_per_s"] / result["baseline_eval_tokens_per_s"],
+        }
+    return result
+
+
+def peak_of_this_process(on):
+    """MiB: of the GPU's memory on CUDA, else of the whole process."""
+    if on.type == "cuda":
+        return torch.cuda.max_memory_allocated(on) / 2**20
+    return resident_peak() / 2**20
+
+
+def resident_peak():
+    """The peak of this process's memory in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux's getrusage would count the parent's memory at the fork as ours
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1])
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def read(millions, ntoken=267_735):
+    """Makes a corpus of so many million tokens (WikiText-103's vocabulary), and reads it.
+
+    Returns tokens, tokens per second, and the peak memory that reading added, in MiB and over
+    that of the array of ids. In a process of its own, so that the peak is its own.
+    """
+    code = (
+        "import sys, time\n"
+        "from bench import resident_peak\n"
+        "from data import Corpus\n"
+        "before, begin = resident_peak(), time.perf_counter()\n"
+        "corpus = Corpus(sys.argv[1])\n"
+        "print(time.perf_counter() - begin, resident_peak() - before, len(corpus.train),"
+        " len(corpus.dictionary), corpus.train.element_size())"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        write_corpus(Path(folder), int(millions * 1e6), ntoken)
+        done = subprocess.run(
+            [sys.executable, "-c", code, folder], cwd=Path(__file__).parent, check=True,
+            capture_output=True, text=True,
+        )
+    elapsed, peak, tokens, words, size = map(float, done.stdout.split())
+    return {
+        "tokens": int(tokens), "words": int(words), "tokens_per_s": tokens / elapsed,
+        "peak_mib": peak / 2**20, "peak_over_array": peak / (tokens * size),
+    }
+
+
+def write_corpus(folder, tokens, ntoken, line=100):
+    """train.txt: `tokens` words of Zipf's law (each of the vocabulary once), 100 to a line."""
+    words = [f"w{i}" for i in range(ntoken - 1)]
+    generator = torch.Generator().manual_seed(0)
+    with open(folder / "train.txt", "w") as file:
+        left = tokens
+        while left > 0:
+            uniform = torch.rand(min(left, 1_000_000), generator=generator)
+            ids = (ntoken ** uniform).long().clamp(max=ntoken - 1) - 1
+            for i in range(0, len(ids), line - 1):
+                file.write(" ".join([words[k] for k in ids[i : i + line - 1].tolist()]) + "\n")
+            left -= len(ids)
+    for split in ("valid", "test"):
+        with open(folder / f"{split}.txt", "w") as file:
+            file.writelines(" ".join(words[i : i + line]) + "\n" for i in range(0, ntoken, line))
+
+
+def show(result):
+    """Prints the figures of `measure`, a line a side."""
+    print(
+        f"recipe {result['recipe']}, model {result['model']}, device {result['device']}, torch "
+        f"{result['torch']}, {result['threads']} threads, median of {result['steps']} steps; "
+        f"a large product runs at {result['mm_gflops']:.0f} GFLOP/s"
+    )
+    for side, prefix in (("ours", ""), ("baseline", "baseline_")):
+        if f"{prefix}ms_per_step" in result:
+            r = {key: result[prefix + key] for key in (
+                "ms_per_step", "ms_min", "ms_max", "tokens_per_s", "utilization", "peak_mib",
+                "eval_tokens_per_s",
+            )}
+            print(
+                f"{side:8s} | {r['ms_per_step']:8.1f} ms/step ({r['ms_min']:.1f} to "
+                f"{r['ms_max']:.1f}) | {r['tokens_per_s']:7.0f} tokens/s | utilization "
+                f"{r['utilization']:.2f} | peak {r['peak_mib']:6.0f} MiB | evaluation "
+                f"{r['eval_tokens_per_s']:7.0f} tokens/s"
+            )
+    if "ratio" in result:
+        print(
+            f"ratio    | step {result['ratio']:.2f} times as fast | memory "
+            f"{result['memory_ratio']:.2f} | evaluation {result['eval_ratio']:.2f} times as fast"
+        )
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--recipe", choices=RECIPES, default="ptb")
+    add("--model", type=rnn_type, default="LSTM", help="LSTM or GRU")
+    add("--baseline", action="store_true", help="run plain PyTorch beside it, step for step")
+    add("--steps", type=count, default=15, help="steps timed (default: 15)")
+    add("--evaluations", type=count, default=5, help="evaluations timed (default: 5)")
+    add("--batch_size", type=count, help="instead of the recipe's")
+    add("--bptt", type=count, default=70)
+    add("--device", type=device, help="cpu, cuda, cuda:N or mps (default: cuda if there is one)")
+    add("--json", action="store_true", help="print one JSON object")
+    add("--read", type=float, nargs="+", metavar="N",
+        help="read corpora of so many million tokens instead")
+    add("--child", choices=SIDES, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    recipe = {**make_parser("").defaults, **RECIPES[args.recipe]}
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    args = Namespace(**{"child": None, "read": None, **recipe, **given, "optimizer": "sgd"})
+    args.lr = 1.0  # random words: nothing to learn
+    args.device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return args
+
+
+def main():
+    args = parse_args()
+    torch.manual_seed(0)
+    if args.child:
+        serve(args)
+    elif args.read:
+        for millions in args.read:
+            result = read(millions)
+            print(json.dumps(result) if args.json else (
+                f"{result['tokens']:11,d} tokens, {result['words']:,} words | "
+                f"{result['tokens_per_s']:9,.0f} tokens/s | peak {result['peak_mib']:.0f} MiB, "
+                f"{result['peak_over_array']:.2f} times the array of ids"
+            ))
+    else:
+        result = measure(args)
+        print(json.dumps(result)) if args.json else show(result)
+
+
+if __name__ == "__main__":
+    main()
