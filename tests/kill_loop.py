@@ -146,7 +146,7 @@ def main():
     def tell(line):
         print(line, flush=True)
 
-    tell(f"# python {shlex.join(sys.argv)}")
+    tell(f"# PYTHONPATH=. python {shlex.join(sys.argv)}")
     tell(f"# {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}, {platform.platform()}, "
          f"Python {platform.python_version()}, torch {torch.__version__}, "
          f"{torch.get_num_threads()} threads")
