@@ -13,10 +13,9 @@ from files import exclusive, keep
 from flags import ARCHITECTURE, complete, make_parser, plain, run, take_architecture
 from preemption import Preemption
 from resume import STATE, check_corpus, inherit, is_over, read_state
+from run import check_files, copy_model, finish, new_params, prepare, saved_params, set_aside
 from train import EVAL_BATCH_SIZE, evaluate, loss_columns
-from trainer import (
-    Trainer, check_files, copy_model, finish, new_params, prepare, saved_params, set_aside,
-)
+from trainer import Trainer
 from utils import log, read_checkpoint
 
 COMMAND = "finetune.py"

@@ -16,11 +16,11 @@ from finetune import finetune
 from flags import complete, make_parser, number, plain, run, take_architecture
 from preemption import Preemption
 from resume import check_corpus, inherit, read_state
-from train import EVAL_BATCH_SIZE, evaluate
-from trainer import (
-    Trainer, check_files, copy_model, finish, log_size, new_params, prepare, saved_params,
-    set_aside,
+from run import (
+    check_files, copy_model, finish, log_size, new_params, prepare, saved_params, set_aside,
 )
+from train import EVAL_BATCH_SIZE, evaluate
+from trainer import Trainer
 from utils import RECORDS, log, read_checkpoint
 
 COMMAND = "main.py"

@@ -18,6 +18,7 @@ import flags
 import main
 from model import RNNModel
 from splitcross import SplitCrossEntropyLoss
+from preemption import Preempted
 from trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -130,3 +131,15 @@ def make_params(rnn_type="LSTM", ntoken=50, rate=0.0, splits=(), dtype=None):
 def make_trainer(params, corpus, args, check=lambda: None, **kwargs):
     """A Trainer of main.py's."""
     return Trainer(params, corpus, args, ("main.py", flags.plain(args)), check, **kwargs)
+
+
+class Interrupting:
+    """A `check` that raises at its calls of the given numbers (batches and evaluation windows)."""
+
+    def __init__(self, *points):
+        self.points, self.calls = set(points), 0
+
+    def __call__(self):
+        self.calls += 1
+        if self.calls in self.points:
+            raise Preempted(15)

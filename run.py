@@ -1,0 +1,146 @@
+"""How a run begins and how it ends: what main.py and finetune.py share."""
+
+import math
+import random
+import signal
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from data import SPLITS, Corpus, InputError, unigram_loss
+from files import keep, write_atomically
+from flags import plain
+from model import RNNModel
+from preemption import Preempted
+from resume import STATE, how_to_resume, is_finished, read_state
+from splitcross import SplitCrossEntropyLoss, default_splits
+from train import TEST_BATCH_SIZE, evaluate, loss_columns, perplexity
+from utils import RATES, build, check_writable, log, read_checkpoint
+
+
+def check_files(args):
+    """Raises InputError unless all that a run may write can be written."""
+    # What the run resumes is read, and looked at, later.
+    mine = [] if args.resume == args.save else [args.save]
+    check_writable(args.save, [*mine, *(f"{args.save}.e{epoch}" for epoch in args.when)])
+
+
+def set_aside(path):
+    """Keeps what an unfinished run has saved at `path` under another name, for a run that begins.
+
+    Not that of a run of less than a minute and an epoch.
+    """
+    state = read_state(path)
+    if state and not is_finished(state) and (state["logs"] or state["seconds"] > 60):
+        copy = keep(path, ".unfinished", STATE)
+        again = how_to_resume(state["command"], copy)
+        log(f"Note: {path} is of an unfinished run, which is kept: {again} continues it")
+
+
+def copy_model(path, save):
+    """Copies the checkpoint at `path`, where there is one, to `save`; InputError if that exists."""
+    if path == save:
+        return
+    if Path(save).exists():
+        raise InputError(
+            f"--save {save}: exists; --resume {save} goes on from it, or name another"
+        )
+    if Path(path).exists():
+        read_checkpoint(path)
+        write_atomically(save, Path(path).read_bytes())
+
+
+def prepare(args):
+    """Seeds the generators, reads the corpus, logs what will run.
+
+    Returns the Corpus. Raises InputError, before anything is written, for what cannot work.
+    """
+    corpus = Corpus(args.data)
+    if len(corpus.train) // args.batch_size < 2:
+        raise InputError(
+            f"--batch_size {args.batch_size}: the training split has {len(corpus.train)} tokens, "
+            f"too few for {args.batch_size} columns of 2; lower it"
+        )
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    sizes = ", ".join(f"{split} {len(getattr(corpus, split)):,}" for split in SPLITS)
+    log(f"Corpus {corpus.name}: tokens {sizes}; {len(corpus.dictionary):,} words")
+    log(f"Corpus sha256: {corpus.digest}")
+    log(f"PyTorch {torch.__version__}, device {args.device}, {torch.get_num_threads()} threads")
+    log(f"Args: {plain(args)}")
+    if args.model == "biLSTM":
+        log(
+            "Note: biLSTM reads the word it predicts; its loss is no language model's (the "
+            "report's model, kept as a replication)"
+        )
+    return corpus
+
+
+def new_params(corpus, args):
+    """A new nn.ModuleList([model, criterion]) for the corpus, on `args.device`."""
+    ntoken = len(corpus.dictionary)
+    model = RNNModel(
+        args.model, ntoken, args.emsize, args.nhid, args.nlayers, args.dropout, args.dropouth,
+        args.dropouti, args.dropoute, args.wdrop, tie_weights=True,
+    )
+    criterion = SplitCrossEntropyLoss(args.emsize, default_splits(ntoken))
+    return nn.ModuleList([model, criterion]).to(args.device)
+
+
+def saved_params(path, corpus, args, content=None):
+    """nn.ModuleList([model, criterion]) from the checkpoint at `path`, with `args`' dropouts.
+
+    `content`: its bytes, where they are not to be read from `path`. Raises InputError when it is
+    unusable or its vocabulary is not the corpus's.
+    """
+    checkpoint = read_checkpoint(path, args.device, content)
+    if checkpoint["vocabulary"] != corpus.dictionary.idx2word:
+        raise InputError(
+            f"--data {args.data}: its vocabulary is not that of {path}; name the corpus that the "
+            "model was trained on"
+        )
+    return build(checkpoint, path, **{rate: getattr(args, rate) for rate in RATES})
+
+
+def log_size(params):
+    """Logs the number of parameters, the tied matrix counted once."""
+    log(f"Model total parameters: {sum(p.numel() for p in params.parameters())}")
+
+
+def finish(trainer):
+    """Trains to the end, or until a signal, and tests the best model; returns the exit status.
+
+    Raises InputError when, at last, a file could not be written.
+    """
+    status, check = 0, trainer.check
+    try:
+        trainer.fit()
+    except Preempted as stop:
+        status = 128 + stop.number
+        if stop.number != signal.SIGINT:
+            return status
+        check = None  # the next signal ends it at once
+    trainer.saver.retry()
+    if trainer.best < math.inf:
+        report_test(trainer, check)
+    else:
+        log("No epoch was finished, so there is no model to test")
+    if not trainer.saver.retry():
+        lost = ", ".join(trainer.saver.pending)
+        raise InputError(f"{lost}: could not be written until the end; make room and train again")
+    return status
+
+
+def report_test(trainer, check):
+    """Logs the test loss of the best model, from its file, beside the unigram model's."""
+    corpus, args = trainer.corpus, trainer.args
+    content = trainer.saver.pending.get(str(args.save))  # the disk is full: it is still at hand
+    params = saved_params(args.save, corpus, args, content)
+    loss = evaluate(params, corpus.test, TEST_BATCH_SIZE, args.bptt, check)
+    rule = "=" * 89
+    log(f"{rule}\n| End of training | {loss_columns(loss, 'test ')}\n{rule}")
+    unigram = perplexity(unigram_loss(corpus.train, corpus.test, len(corpus.dictionary)))
+    log(f"For comparison: word frequencies alone (a unigram model) give test ppl {unigram:.2f}")
