@@ -33,14 +33,15 @@ from torch.nn import functional as F
 from allocator import keep_freed_memory
 from data import batchify_exact
 from flags import count, device, make_parser, rnn_type
+from run import new_params
 from train import EVAL_BATCH_SIZE, activation_regularization, evaluate, make_optimizer, train_step
-from trainer import new_params
 
 # The published commands, and the size of their corpora's vocabularies.
 RECIPES = {
     "ptb": {"ntoken": 10_000, "batch_size": 20, "dropouti": 0.4, "dropouth": 0.25},
     "wt2": {"ntoken": 33_278, "batch_size": 80, "dropouth": 0.2},
 }
+SIZES = ("batch_size", "bptt", "emsize", "nhid", "nlayers", "ntoken")
 WARM_UP = 3
 EVALUATED = EVAL_BATCH_SIZE * 70 * 6  # tokens
 
@@ -178,11 +179,9 @@ class Side:
     """One side in a process of its own, which does one thing at a time when it is told to."""
 
     def __init__(self, side, args):
-        argv = [
-            sys.executable, __file__, "--child", side, "--recipe", args.recipe, "--model",
-            args.model, "--device", args.device, "--bptt", args.bptt, "--batch_size",
-            args.batch_size,
-        ]
+        argv = [sys.executable, __file__, "--child", side]
+        for flag in ("recipe", "model", "device", *SIZES):
+            argv += [f"--{flag}", getattr(args, flag)]
         self.process = subprocess.Popen(
             list(map(str, argv)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -359,8 +358,8 @@ def parse_args(argv=None):
     add("--baseline", action="store_true", help="run plain PyTorch beside it, step for step")
     add("--steps", type=count, default=15, help="steps timed (default: 15)")
     add("--evaluations", type=count, default=5, help="evaluations timed (default: 5)")
-    add("--batch_size", type=count, help="instead of the recipe's")
-    add("--bptt", type=count, default=70)
+    for flag in SIZES:
+        add(f"--{flag}", type=count, metavar="N", help="instead of the recipe's")
     add("--device", type=device, help="cpu, cuda, cuda:N or mps (default: cuda if there is one)")
     add("--json", action="store_true", help="print one JSON object")
     add("--read", type=float, nargs="+", metavar="N",

@@ -2,7 +2,7 @@
 
 torch computes an LSTM layer on the CPU with oneDNN, a GRU layer operation by operation, so there
 the GRU, with three quarters of the products, is the slower. Here two thirds of its products have
-all time steps in one large matrix; the recurrent ones use oneDNN's packed form of their matrix; and
+all time steps in one large matrix; the recurrent ones use a packed matrix; and
 all that is element-wise and need not wait for the step before is done for all steps at once.
 """
 
@@ -10,39 +10,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-
-def has_onednn(tensor):
-    """Whether torch's oneDNN products, which take packed weights, can be used on `tensor`."""
-    return (
-        tensor.device.type == "cpu" and tensor.dtype == torch.float32
-        and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
-    )
-
-
-class Packed:
-    """A matrix [N, K] made ready for many products: `Packed(w)(x)` is x @ w.T, x [B, K]."""
-
-    def __init__(self, weight, rows):
-        self.onednn = has_onednn(weight)
-        self.weight = weight.t()
-        if self.onednn:
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-
-    def __call__(self, x, bias=None):
-        if self.onednn:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, bias, "none", [], "")
-        return x @ self.weight if bias is None else torch.addmm(bias, x, self.weight)
-
-    def add(self, x, to):
-        """to + x @ w.T, a new tensor."""
-        if self.onednn:
-            return torch.ops.mkldnn._linear_pointwise.binary(x, to, self.weight, None, "add")
-        return torch.addmm(to, x, self.weight)
-
-
-def product(x, weight, bias=None):
-    """x [M, K] @ weight [N, K].T (+ bias), by the faster of torch's libraries."""
-    return Packed(weight, len(x))(x, bias)
+from products import Packed, product
 
 
 class GRUFunction(torch.autograd.Function):

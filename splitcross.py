@@ -7,13 +7,17 @@ from itertools import pairwise
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import LinearCrossEntropyOptions
 from torch.nn import functional as F
 
+from products import Packed, has_onednn
+
 # Above this many logits (256 MiB of float32) they are made and used chunk by chunk; below it one
-# product is faster.
+# product is faster. On a CPU small chunks, which stay in its cache, are always the fastest.
 CHUNK_ABOVE = 2**26
 CHUNK_LOGITS = 2**24
+CPU_CHUNK_LOGITS = 2**22
 
 
 def default_splits(ntoken):
@@ -28,9 +32,12 @@ def default_splits(ntoken):
 def linear_nll(hiddens, weight, bias, targets, reduction):
     """Cross-entropy (nats) of targets [N] under softmax(hiddens [N, H] @ weight.T [H, V] + bias).
 
-    Past CHUNK_ABOVE logits its gradient is made in the forward pass and can be used once: a
-    second backward through the same loss is refused by torch.
+    Where the logits are made in chunks, the gradient is made in the forward pass and can be used
+    once: a second backward through the same loss raises RuntimeError.
     """
+    if has_onednn(hiddens):
+        total = ChunkedNLL.apply(hiddens, weight, bias, targets, torch.is_grad_enabled())
+        return total / len(targets) if reduction == "mean" else total
     options = None
     if len(hiddens) * len(weight) > CHUNK_ABOVE:
         rows = max(1, CHUNK_LOGITS // len(weight))
@@ -38,6 +45,45 @@ def linear_nll(hiddens, weight, bias, targets, reduction):
     return F.linear_cross_entropy(
         hiddens, weight, targets, linear_bias=bias, reduction=reduction, options=options
     )
+
+
+class ChunkedNLL(torch.autograd.Function):
+    """torch's chunked linear_cross_entropy for a CPU, a quarter faster: its products are oneDNN's.
+
+    The gradient of the sum with respect to the logits is softmax(logits) - onehot(targets).
+    """
+
+    @staticmethod
+    def forward(ctx, hiddens, weight, bias, targets, with_gradient):
+        """hiddens [N, H], weight [V, H], bias [V], targets [N] -> the sum of the losses."""
+        rows = max(1, CPU_CHUNK_LOGITS // len(weight))
+        to_logits, total = Packed(weight, rows), hiddens.new_zeros(())
+        if with_gradient:
+            to_hiddens = Packed(weight.t(), rows)
+            d_hiddens, d_weight = torch.empty_like(hiddens), torch.zeros_like(weight)
+            d_bias = torch.zeros_like(bias)
+            ctx.gradients = d_hiddens, d_weight, d_bias
+        for begin in range(0, len(hiddens), rows):
+            x, y = hiddens[begin : begin + rows], targets[begin : begin + rows, None]
+            logits = to_logits(x, bias)
+            logit, top = logits.gather(1, y), logits.amax(1, keepdim=True)
+            softmax = torch.softmax(logits, 1)
+            # The largest probability is exp(top) over the sum of all: at least 1 / V, never 0.
+            total += (top - softmax.amax(1, keepdim=True).log() - logit).sum()
+            if with_gradient:
+                softmax.scatter_add_(1, y, logit.new_full((1, 1), -1.0).expand_as(logit))
+                d_hiddens[begin : begin + rows] = to_hiddens(softmax)
+                d_weight.addmm_(softmax.t(), x)
+                d_bias += softmax.sum(0)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_total):
+        if ctx.gradients is None:
+            raise RuntimeError("a second backward through a chunked loss: its gradient is used up")
+        gradients, ctx.gradients = ctx.gradients, None
+        return *(gradient.mul_(d_total) for gradient in gradients), None, None
 
 
 class SplitCrossEntropyLoss(nn.Module):

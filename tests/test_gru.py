@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-import gru
+import products
 from gru import GRU, product, product_of_transposed
 from weight_drop import WeightDrop, drop_weight
 
@@ -102,7 +102,7 @@ def test_products_are_plain_products():
 
 def test_without_onednn_it_is_the_same(monkeypatch):
     a, b = twins(torch.float32)
-    monkeypatch.setattr(gru, "has_onednn", lambda tensor: False)
+    monkeypatch.setattr(products, "has_onednn", lambda tensor: False)
     for f, e in zip(everything(a, 5, 3, torch.float32), everything(b, 5, 3, torch.float32)):
         torch.testing.assert_close(f, e)
 

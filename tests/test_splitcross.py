@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import splitcross
+from products import has_onednn
 from splitcross import SplitCrossEntropyLoss, default_splits
 
 
@@ -59,10 +60,14 @@ def test_distribution_and_loss(ntoken, splits):
 
 @pytest.mark.parametrize(("ntoken", "splits"), CASES)
 @pytest.mark.parametrize("chunked", [False, True])
-def test_gradients(ntoken, splits, chunked, monkeypatch):
+@pytest.mark.parametrize("onednn", [False, True])
+def test_gradients(ntoken, splits, chunked, onednn, monkeypatch):
+    if not onednn:
+        monkeypatch.setattr(splitcross, "has_onednn", lambda tensor: False)
     if chunked:
         monkeypatch.setattr(splitcross, "CHUNK_ABOVE", 0)
         monkeypatch.setattr(splitcross, "CHUNK_LOGITS", 64)
+        monkeypatch.setattr(splitcross, "CPU_CHUNK_LOGITS", 64)
     criterion, weight, bias, hiddens, targets = setup(ntoken, splits)
     leaves = [weight, bias, hiddens, *criterion.parameters()]
     for leaf in leaves:
@@ -78,6 +83,25 @@ def test_gradients(ntoken, splits, chunked, monkeypatch):
         if a is not None or b is not None:
             a, b = (torch.zeros(()) if g is None else g for g in (a, b))
             torch.testing.assert_close(*torch.broadcast_tensors(a, b), rtol=1e-4, atol=1e-6)
+
+
+def test_chunked_loss_of_words_that_are_all_but_impossible():
+    """A probability below the smallest float32 has a finite loss, and its gradient."""
+    weight = torch.tensor([[200.0], [0.0], [-300.0]], requires_grad=True)
+    hiddens, targets = torch.ones(2, 1), torch.tensor([2, 1])
+    loss = SplitCrossEntropyLoss(1)(weight, torch.zeros(3), hiddens, targets)
+    loss.backward()
+    assert loss.item() == (500 + 200) / 2
+    torch.testing.assert_close(weight.grad, torch.tensor([[1.0], [-0.5], [-0.5]]))
+
+
+@pytest.mark.skipif(not has_onednn(torch.empty(1)), reason="this torch has no oneDNN")
+def test_chunked_gradient_is_used_once():
+    criterion, weight, bias, hiddens, targets = setup(12, [])
+    loss = criterion(weight.requires_grad_(), bias, hiddens, targets)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="used up"):
+        loss.backward()
 
 
 def test_default_splits_are_the_reference_thresholds():

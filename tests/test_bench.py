@@ -1,0 +1,61 @@
+"""bench.py: its baseline is the same recipe, its counts are right, its output is complete."""
+
+import json
+
+import pytest
+import torch
+
+import bench
+from run import new_params
+from train import EVAL_BATCH_SIZE, evaluate
+
+TINY = "--emsize 8 --nhid 12 --nlayers 3 --ntoken 30 --batch_size 4 --bptt 7".split()
+
+
+@pytest.mark.parametrize("model", ["LSTM", "GRU"])
+def test_the_baseline_is_the_same_model(model):
+    """With the same weights both sides have the same loss."""
+    args = bench.parse_args([*TINY, "--model", model])
+    params = new_params(bench.Namespace(dictionary=range(args.ntoken)), args)
+    plain = bench.Plain(args).eval()
+    ours = {name.replace(".module.", "."): value for name, value in params[0].state_dict().items()}
+    plain.load_state_dict(ours)
+    ids = torch.randint(args.ntoken, (EVAL_BATCH_SIZE * 7 + 1,))
+    words, targets, _ = bench.batchify_exact(ids, EVAL_BATCH_SIZE)
+    loss = bench.nll(plain(words, None)[0], targets.flatten())
+    assert evaluate(params, ids, EVAL_BATCH_SIZE, 7) == pytest.approx(loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("side", ["ours", "baseline"])
+def test_both_sides_take_steps_and_evaluate(side):
+    step, evaluation = bench.SIDES[side](bench.parse_args(TINY))
+    step()
+    step()
+    assert 0 < evaluation() < 1e6
+
+
+def test_products_are_counted():
+    args = bench.parse_args([])
+    # Penn Treebank: 400 -> 1150 -> 1150 -> 400, four gates, and the decoder; 6 operations a
+    # weight and token.
+    weights = 4 * 1150 * (400 + 1150) + 4 * 1150 * (1150 + 1150) + 4 * 400 * (1150 + 400)
+    assert bench.products(args) == 6 * (weights + 400 * 10_000) * 70 * 20
+    assert bench.products(bench.parse_args(["--model", "GRU"])) < bench.products(args)
+
+
+def test_json_has_all_figures(cli):
+    done = cli("bench.py", *TINY, "--steps", 2, "--evaluations", 1, "--baseline", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    result = json.loads(done.stdout)
+    for key in ("ms_per_step", "tokens_per_s", "peak_mib", "utilization", "ratio",
+                "eval_tokens_per_s", "baseline_ms_per_step", "memory_ratio", "eval_ratio"):
+        assert result[key] > 0, key
+    assert result["ms_min"] <= result["ms_per_step"] <= result["ms_max"]
+    assert result["ratio"] == pytest.approx(result["baseline_ms_per_step"] / result["ms_per_step"])
+
+
+def test_reading_is_measured_on_a_corpus_of_the_size_asked_for():
+    result = bench.read(0.02, ntoken=100)
+    assert result["tokens"] == pytest.approx(20_000, rel=0.02)
+    assert result["words"] == 100
+    assert result["tokens_per_s"] > 0
