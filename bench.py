@@ -31,10 +31,12 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from allocator import keep_freed_memory
-from data import batchify_exact
+from data import Corpus, batchify, batchify_exact, get_batch
 from flags import count, device, make_parser, rnn_type
-from run import new_params
-from train import EVAL_BATCH_SIZE, activation_regularization, evaluate, make_optimizer, train_step
+from run import new_params, set_precision
+from train import (
+    EVAL_BATCH_SIZE, Objective, activation_regularization, evaluate, make_optimizer, train_step,
+)
 
 # The published commands, and the size of their corpora's vocabularies.
 RECIPES = {
@@ -122,14 +124,14 @@ def our_side(args):
     """(step, evaluate): two functions without arguments, as main.py runs them."""
     corpus = Namespace(dictionary=range(args.ntoken))
     params = new_params(corpus, args)
-    optimizer = make_optimizer(params, args)
+    optimizer, objective = make_optimizer(params, args), Objective(params)
     data, targets, ids = inputs(args)
     hidden = params[0].init_hidden(args.batch_size)
 
     def step():
         nonlocal hidden
         params.train()
-        _, hidden = train_step(params, optimizer, data, targets, hidden, args)
+        _, hidden = train_step(objective, optimizer, data, targets, hidden, args)
 
     return step, lambda: evaluate(params, ids, EVAL_BATCH_SIZE, args.bptt)
 
@@ -180,7 +182,7 @@ class Side:
 
     def __init__(self, side, args):
         argv = [sys.executable, __file__, "--child", side]
-        for flag in ("recipe", "model", "device", *SIZES):
+        for flag in ("recipe", "model", "device", "precision", *SIZES):
             argv += [f"--{flag}", getattr(args, flag)]
         self.process = subprocess.Popen(
             list(map(str, argv)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -203,6 +205,7 @@ class Side:
 
 def serve(args):
     """The process of a side: reads what to do, a word a line, and answers with a number."""
+    set_precision(args)
     if args.child == "ours" and args.device.type == "cpu":
         keep_freed_memory()  # as every command of ours does
     step, evaluation = SIDES[args.child](args)
@@ -238,7 +241,8 @@ def measure(args):
         side.close()
     rate = 2 * rows * args.nhid * 4 * args.nhid / statistics.median(mm)
     result = {
-        "recipe": args.recipe, "model": args.model, "device": str(args.device),
+        "recipe": args.recipe, "model": args.model, "precision": args.precision,
+        "device": str(args.device),
         "torch": str(torch.__version__), "threads": torch.get_num_threads(), "steps": args.steps,
         "mm_gflops": rate / 1e9,
     }
@@ -282,29 +286,42 @@ def resident_peak():
 def read(millions, ntoken=267_735):
     """Makes a corpus of so many million tokens (WikiText-103's vocabulary), and reads it.
 
-    Returns tokens, tokens per second, and the peak memory that reading added, in MiB and over
-    that of the array of ids. In a process of its own, so that the peak is its own.
+    Returns tokens, words, tokens per second; the peak memory that reading added, in MiB and over
+    that of the array of ids; and the milliseconds of a first training step on it, at the size of
+    the model for Penn Treebank, through the split softmax. In a process of its own, so that the
+    peak is its own.
     """
-    code = (
-        "import sys, time\n"
-        "from bench import resident_peak\n"
-        "from data import Corpus\n"
-        "before, begin = resident_peak(), time.perf_counter()\n"
-        "corpus = Corpus(sys.argv[1])\n"
-        "print(time.perf_counter() - begin, resident_peak() - before, len(corpus.train),"
-        " len(corpus.dictionary), corpus.train.element_size())"
-    )
     with tempfile.TemporaryDirectory() as folder:
         write_corpus(Path(folder), int(millions * 1e6), ntoken)
         done = subprocess.run(
-            [sys.executable, "-c", code, folder], cwd=Path(__file__).parent, check=True,
-            capture_output=True, text=True,
+            [sys.executable, "-c", "import bench; bench.read_and_step()", folder],
+            cwd=Path(__file__).parent, check=True, capture_output=True, text=True,
         )
-    elapsed, peak, tokens, words, size = map(float, done.stdout.split())
-    return {
-        "tokens": int(tokens), "words": int(words), "tokens_per_s": tokens / elapsed,
-        "peak_mib": peak / 2**20, "peak_over_array": peak / (tokens * size),
-    }
+    return json.loads(done.stdout)
+
+
+def read_and_step():
+    """The process of `read`, with the corpus's folder as its argument; prints JSON."""
+    keep_freed_memory()
+    before, begin = resident_peak(), time.perf_counter()
+    corpus = Corpus(sys.argv[1])
+    elapsed, peak = time.perf_counter() - begin, resident_peak() - before
+    args = parse_args(["--device", "cpu"])
+    params = new_params(corpus, args)
+    args.batch_size = min(args.batch_size, len(corpus.train) // 2)
+    source = batchify(corpus.train, args.batch_size, args)
+    data, targets = get_batch(source, 0, args)
+    begin = time.perf_counter()
+    loss, _ = train_step(
+        Objective(params).train(), make_optimizer(params, args), data, targets,
+        params[0].init_hidden(args.batch_size), args,
+    )
+    print(json.dumps({
+        "tokens": len(corpus.train), "words": len(corpus.dictionary),
+        "tokens_per_s": len(corpus.train) / elapsed, "peak_mib": peak / 2**20,
+        "peak_over_array": peak / corpus.train.nbytes, "splits": params[1].splits,
+        "step_ms": 1e3 * (time.perf_counter() - begin), "step_loss": loss.item(),
+    }))
 
 
 def write_corpus(folder, tokens, ntoken, line=100):
@@ -327,9 +344,9 @@ def write_corpus(folder, tokens, ntoken, line=100):
 def show(result):
     """Prints the figures of `measure`, a line a side."""
     print(
-        f"recipe {result['recipe']}, model {result['model']}, device {result['device']}, torch "
-        f"{result['torch']}, {result['threads']} threads, median of {result['steps']} steps; "
-        f"a large product runs at {result['mm_gflops']:.0f} GFLOP/s"
+        f"recipe {result['recipe']}, model {result['model']}, {result['precision']}, device "
+        f"{result['device']}, torch {result['torch']}, {result['threads']} threads, median of "
+        f"{result['steps']} steps; a large product runs at {result['mm_gflops']:.0f} GFLOP/s"
     )
     for side, prefix in (("ours", ""), ("baseline", "baseline_")):
         if f"{prefix}ms_per_step" in result:
@@ -361,6 +378,8 @@ def parse_args(argv=None):
     for flag in SIZES:
         add(f"--{flag}", type=count, metavar="N", help="instead of the recipe's")
     add("--device", type=device, help="cpu, cuda, cuda:N or mps (default: cuda if there is one)")
+    add("--precision", choices=["fp32", "tf32", "bf16"],
+        help="ours: see main.py --help; the baseline has fp32, or tf32 where ours has it")
     add("--json", action="store_true", help="print one JSON object")
     add("--read", type=float, nargs="+", metavar="N",
         help="read corpora of so many million tokens instead")
@@ -371,6 +390,7 @@ def parse_args(argv=None):
     args = Namespace(**{"child": None, "read": None, **recipe, **given, "optimizer": "sgd"})
     args.lr = 1.0  # random words: nothing to learn
     args.device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    args.precision = args.precision or ("tf32" if args.device.type == "cuda" else "fp32")
     return args
 
 
@@ -385,7 +405,8 @@ def main():
             print(json.dumps(result) if args.json else (
                 f"{result['tokens']:11,d} tokens, {result['words']:,} words | "
                 f"{result['tokens_per_s']:9,.0f} tokens/s | peak {result['peak_mib']:.0f} MiB, "
-                f"{result['peak_over_array']:.2f} times the array of ids"
+                f"{result['peak_over_array']:.2f} times the array of ids | a step "
+                f"{result['step_ms']:.0f} ms, loss {result['step_loss']:.2f}"
             ))
     else:
         result = measure(args)

@@ -8,12 +8,13 @@ model was trained. Stops when the validation loss meets the trigger; see train.n
 codes as main.py's.
 """
 
+import parallel
 from data import InputError
-from files import exclusive, keep
+from files import keep
 from flags import ARCHITECTURE, complete, make_parser, plain, run, take_architecture
 from preemption import Preemption
 from resume import STATE, check_corpus, inherit, is_over, read_state
-from run import check_files, copy_model, finish, new_params, prepare, saved_params, set_aside
+from run import alone, copy_model, finish, new_params, prepare, saved_params, set_aside
 from train import EVAL_BATCH_SIZE, evaluate, loss_columns
 from trainer import Trainer
 from utils import log, read_checkpoint
@@ -44,7 +45,8 @@ def finetune(corpus, args, origin, preemption, path=None, state=None):
     params = saved_params(args.save, corpus, args)
     # A run that was cut short can still go on from the copy.
     before = read_state(args.save)
-    base = keep(args.save, ".base", *[STATE] if before and not is_over(before) else [])
+    extensions = [STATE] if before and not is_over(before) else []
+    base = parallel.on_first(keep, args.save, ".base", *extensions)
     log(f"Fine-tuning {args.save}; its base model stays at {base}")
     loss = evaluate(params, corpus.valid, EVAL_BATCH_SIZE, args.bptt, preemption.check)
     log(f"| base model | {loss_columns(loss, 'valid ')}")
@@ -77,8 +79,7 @@ def parse_args(argv=None):
 def main(argv=None):
     """Fine-tunes the checkpoint that `--save` names, and tests it; returns the exit status."""
     args = parse_args(argv)
-    check_files(args)
-    with exclusive(args.save), Preemption() as preemption:
+    with alone(args, COMMAND), Preemption() as preemption:
         path, state = args.resume, None
         if path and (state := read_state(path, COMMAND)):
             args.resume = state["flags"]["resume"]
@@ -88,8 +89,8 @@ def main(argv=None):
         elif path:
             log(f"Warm start from the weights of {path}: it has no training state to go on from")
         if path and path != args.save:
-            set_aside(args.save)
-            copy_model(path, args.save)
+            parallel.on_first(set_aside, args.save)
+            parallel.on_first(copy_model, path, args.save)
         return finetune(corpus, args, (COMMAND, plain(args)), preemption, path, state)
 
 

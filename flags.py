@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+import parallel
 from allocator import keep_freed_memory
 from data import InputError
 from files import is_out_of_memory
@@ -28,7 +29,7 @@ class Parser(argparse.ArgumentParser):
         self.defaults = {}  # flag's name in the namespace -> default
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {message}\n" if parallel.speaks() else None)
 
     def add(self, name, default, help, **kwargs):
         """Adds a flag that leaves no trace in the namespace unless it is given."""
@@ -137,6 +138,10 @@ def make_parser(description, inherited=()):
         action="store_true")
     add("--device", None, "cpu, cuda, cuda:N or mps (default: cuda where there is one, else cpu)",
         type=device)
+    add("--precision", None, "fp32; tf32, matrix products of 10 bits' precision on CUDA; or bf16, "
+        "the recurrent layers in bfloat16 (on a CPU the LSTM's only); embedding, loss, update and "
+        "averaging stay float32 (default: tf32 on CUDA, else fp32)",
+        choices=["fp32", "tf32", "bf16"])
     add("--tied", True, "accepted as in the reference: the weights are always tied",
         action="store_true")
     return parser
@@ -154,6 +159,18 @@ def complete(given, defaults):
         raise InputError(f"--cuda contradicts --device {args.device}; give one of them")
     if args.device is None:
         args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    args.device = parallel.own_device(args.device, hasattr(given, "device"))
+    if args.batch_size % parallel.size():
+        raise InputError(
+            f"--batch_size {args.batch_size}: does not divide over {parallel.size()} processes; "
+            "name a multiple"
+        )
+    if args.precision is None:
+        args.precision = "tf32" if args.device.type == "cuda" else "fp32"
+    if args.precision == "tf32" and args.device.type != "cuda":
+        if hasattr(given, "precision"):
+            raise InputError(f"--precision tf32: device {args.device} has none; leave it out")
+        args.precision = "fp32"  # begun on CUDA, resumed elsewhere
     if args.lr is None:
         # The report's GRU diverged at the LSTM's rate of 30.
         sgd = 10.0 if args.model == "GRU" else 30.0
@@ -195,8 +212,12 @@ def run(main):
     try:
         status = main()
     except (InputError, OSError) as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
+        if parallel.speaks():
+            print(f"{prog}: error: {error}", file=sys.stderr)
         status = 2
+    except parallel.RankLost as error:
+        print(f"{prog}: error: {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # the connections to the dead rank are left as they are
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

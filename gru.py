@@ -93,7 +93,8 @@ class GRU(nn.GRU):
         if input.device.type != "cpu":
             return super().forward(input, hx)
         h0 = input.new_zeros(input.size(1), self.hidden_size) if hx is None else hx[0]
-        out, h = GRUFunction.apply(
-            input, h0, self.weight_ih_l0, self.weight_hh_l0, self.bias_ih_l0, self.bias_hh_l0
-        )
+        with torch.autocast("cpu", enabled=False):
+            out, h = GRUFunction.apply(
+                input, h0, self.weight_ih_l0, self.weight_hh_l0, self.bias_ih_l0, self.bias_hh_l0
+            )
         return out, h.unsqueeze(0)

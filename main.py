@@ -11,13 +11,13 @@ import math
 from argparse import Namespace
 from pathlib import Path
 
-from files import exclusive
+import parallel
 from finetune import finetune
 from flags import complete, make_parser, number, plain, run, take_architecture
 from preemption import Preemption
 from resume import check_corpus, inherit, read_state
 from run import (
-    check_files, copy_model, finish, log_size, new_params, prepare, saved_params, set_aside,
+    alone, copy_model, finish, log_size, new_params, prepare, saved_params, set_aside,
 )
 from train import EVAL_BATCH_SIZE, evaluate
 from trainer import Trainer
@@ -49,8 +49,7 @@ def parse_args(argv=None):
 def main(argv=None):
     """Trains, tests, and fine-tunes where that is asked for; returns the exit status."""
     args = parse_args(argv)
-    check_files(args)
-    with exclusive(args.save), Preemption() as preemption:
+    with alone(args, COMMAND), Preemption() as preemption:
         path, state = args.resume, None
         if path and (state := read_state(path, COMMAND)):
             args.resume = state["flags"]["resume"]  # the whole run's, not this part's
@@ -58,10 +57,10 @@ def main(argv=None):
         origin = COMMAND, plain(args)
         tuning = Namespace(**{**vars(args), "epochs": args.finetune})
         if path != args.save:
-            set_aside(args.save)
+            parallel.on_first(set_aside, args.save)
         if state:
             check_corpus(state, corpus, args, path)
-            copy_model(path, args.save)
+            parallel.on_first(copy_model, path, args.save)
             if state["finetuning"]:
                 return finetune(corpus, tuning, origin, preemption, path, state)
             trainer = Trainer(new_params(corpus, args), corpus, args, origin, preemption.check)

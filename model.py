@@ -1,5 +1,8 @@
 """The model: embedding -> recurrent layers, each regularizer in its place -> decoder."""
 
+import contextlib
+
+import torch
 from torch import nn
 
 from embed_regularize import embedded_dropout
@@ -34,6 +37,9 @@ class RNNModel(nn.Module):
     embedding, `dropouti` the input of the first layer, `wdrop` the hidden-to-hidden weights of
     each layer (both directions), `dropouth` what passes between layers, `dropout` the output.
 
+    With `bf16` the recurrent layers run under torch's autocast to bfloat16, as far as the device
+    has them in it (a CPU the LSTMs, not GRU); weights, dropout, states and outputs stay float32.
+
     biLSTM is the report's model. Its backward direction has read the word to be predicted, so its
     perplexity is not a language model's.
 
@@ -53,6 +59,7 @@ class RNNModel(nn.Module):
         dropoute=0.1,
         wdrop=0,
         tie_weights=False,
+        bf16=False,
     ):
         super().__init__()
         check_architecture(rnn_type, ninp, nhid)
@@ -64,6 +71,7 @@ class RNNModel(nn.Module):
         self.rnn_type = rnn_type
         self.dropout, self.dropouth, self.dropouti = dropout, dropouth, dropouti
         self.dropoute, self.wdrop = dropoute, wdrop
+        self.bf16 = bf16
 
         bidirectional = rnn_type == "biLSTM"
         cell = GRU if rnn_type == "GRU" else nn.LSTM
@@ -105,7 +113,10 @@ class RNNModel(nn.Module):
         x = self.lockdrop(embedded, self.dropouti)  # [T, B, E]
         new_hidden, raw_outputs, outputs = [], [], []
         for layer, rnn in enumerate(self.rnns):
-            x, state = rnn(x, hidden[layer])  # [T, B, H]
+            with self.autocast(x.device.type):
+                x, state = rnn(x, hidden[layer])  # [T, B, H]
+            if self.bf16:
+                x, state = x.float(), as_float(state)
             new_hidden.append(state)
             raw_outputs.append(x)
             x = self.lockdrop(x, self.dropout if layer == len(self.rnns) - 1 else self.dropouth)
@@ -114,6 +125,12 @@ class RNNModel(nn.Module):
         if return_h:
             return output, new_hidden, raw_outputs, outputs
         return output, new_hidden
+
+    def autocast(self, device_type):
+        """The context in which the recurrent layers run."""
+        if not self.bf16:
+            return contextlib.nullcontext()
+        return torch.autocast(device_type, torch.bfloat16)
 
     def init_hidden(self, bsz):
         """A zero state for `bsz` columns, on the model's device: one entry a layer.
@@ -128,3 +145,8 @@ class RNNModel(nn.Module):
         if self.rnn_type == "GRU":
             return states
         return [(h, h.clone()) for h in states]
+
+
+def as_float(state):
+    """A layer's state, a tensor or a tuple of them, in float32."""
+    return state.float() if isinstance(state, torch.Tensor) else tuple(s.float() for s in state)

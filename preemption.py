@@ -6,6 +6,9 @@ closed) end it with exit code 128 + the signal's number: 130, 143, 129.
 
 import os
 import signal
+import time
+
+import parallel
 
 
 class Preempted(Exception):
@@ -20,7 +23,7 @@ class Preemption:
     """While it is held (`with Preemption() as preemption`), signals wait for `check`."""
 
     def __init__(self):
-        self.received = None
+        self.received, self.at = None, 0.0
         self.before = {}
 
     def __enter__(self):
@@ -36,11 +39,14 @@ class Preemption:
             signal.signal(number, handler)
 
     def _handle(self, number, frame):
-        if self.received is not None:
+        if self.received is None:
+            self.received, self.at = number, time.monotonic()
+        # A scheduler can send one to torchrun and to its processes, and torchrun passes its own on.
+        elif parallel.size() == 1 or time.monotonic() - self.at > 3:
             os._exit(128 + number)  # files are whole or absent, so nothing saved is lost
-        self.received = number
 
     def check(self):
-        """Raises Preempted once a signal has come."""
-        if self.received is not None:
-            raise Preempted(self.received)
+        """Raises Preempted once a signal has come, to this rank or to another."""
+        number = parallel.agree(self.received or 0)
+        if number:
+            raise Preempted(number)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 import flags
+import parallel
 from data import InputError
 from files import is_out_of_memory, unpack
 
@@ -90,7 +91,9 @@ def is_finished(state):
 def how_to_resume(command, path):
     """The shell command that continues the run at `path`."""
     separator = "=" if str(path).startswith("-") else " "
-    return f"python {command} --resume{separator}{shlex.quote(str(path))}"
+    ranks = parallel.size()
+    start = "python" if ranks == 1 else f"torchrun --nproc_per_node={ranks}"
+    return f"{start} {command} --resume{separator}{shlex.quote(str(path))}"
 
 
 def inherit(given, state, path, defaults):
@@ -149,13 +152,17 @@ def environment(device):
     return {
         "torch": str(torch.__version__),
         "device": str(device),
+        "ranks": parallel.size(),
         "threads": torch.get_num_threads(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
     }
 
 
 def get_generators(device):
-    """The state of every random generator a run could draw from, as tensors and plain data."""
+    """The state of every random generator a run could draw from, as tensors and plain data.
+
+    The first rank's; those of the others in the list "others".
+    """
     version, internal, gauss = random.getstate()
     name, key, *rest = np.random.get_state()
     state = {
@@ -167,11 +174,14 @@ def get_generators(device):
         state["cuda"] = torch.cuda.get_rng_state(device)
     elif device.type == "mps":
         state["mps"] = torch.mps.get_rng_state()
-    return state
+    state, *others = parallel.everyones(state)
+    return {**state, "others": others}
 
 
 def set_generators(state, device):
-    """Puts back what `get_generators` took."""
+    """Puts back what `get_generators` took; a rank that had none then is seeded from the first."""
+    if 0 < parallel.rank() <= len(state["others"]):
+        state = state["others"][parallel.rank() - 1]
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, key, *rest = state["numpy"]
@@ -181,3 +191,5 @@ def set_generators(state, device):
         torch.cuda.set_rng_state(state["cuda"], device)
     elif device.type == "mps" and "mps" in state:
         torch.mps.set_rng_state(state["mps"])
+    if parallel.rank() > 0 and "others" in state:
+        torch.manual_seed(torch.initial_seed() + parallel.rank())

@@ -1,5 +1,6 @@
 """How a run begins and how it ends: what main.py and finetune.py share."""
 
+import contextlib
 import math
 import random
 import signal
@@ -9,8 +10,9 @@ import numpy as np
 import torch
 from torch import nn
 
+import parallel
 from data import SPLITS, Corpus, InputError, unigram_loss
-from files import keep, write_atomically
+from files import exclusive, keep, write_atomically
 from flags import plain
 from model import RNNModel
 from preemption import Preempted
@@ -20,11 +22,20 @@ from train import TEST_BATCH_SIZE, evaluate, loss_columns, perplexity
 from utils import RATES, build, check_writable, log, read_checkpoint
 
 
-def check_files(args):
-    """Raises InputError unless all that a run may write can be written."""
-    # What the run resumes is read, and looked at, later.
-    mine = [] if args.resume == args.save else [args.save]
-    check_writable(args.save, [*mine, *(f"{args.save}.e{epoch}" for epoch in args.when)])
+@contextlib.contextmanager
+def alone(args, command):
+    """While this is held, the run is the only one at `args.save`, and its ranks are connected.
+
+    Raises InputError unless all that the run may write can be written, and RankLost.
+    """
+    with contextlib.ExitStack() as held:
+        if parallel.is_first():
+            # What the run resumes is read, and looked at, later.
+            mine = [] if args.resume == args.save else [args.save]
+            check_writable(args.save, [*mine, *(f"{args.save}.e{epoch}" for epoch in args.when)])
+            held.enter_context(exclusive(args.save))
+        held.enter_context(parallel.group(args.device, how_to_resume(command, args.save)))
+        yield
 
 
 def set_aside(path):
@@ -65,11 +76,16 @@ def prepare(args):
         )
     random.seed(args.seed)
     np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed + parallel.rank())  # other masks for other columns
+    set_precision(args)
     sizes = ", ".join(f"{split} {len(getattr(corpus, split)):,}" for split in SPLITS)
     log(f"Corpus {corpus.name}: tokens {sizes}; {len(corpus.dictionary):,} words")
     log(f"Corpus sha256: {corpus.digest}")
-    log(f"PyTorch {torch.__version__}, device {args.device}, {torch.get_num_threads()} threads")
+    ranks = f", {parallel.size()} processes" if parallel.size() > 1 else ""
+    log(
+        f"PyTorch {torch.__version__}, device {args.device}, {torch.get_num_threads()} threads"
+        f"{ranks}"
+    )
     log(f"Args: {plain(args)}")
     if args.model == "biLSTM":
         log(
@@ -79,12 +95,20 @@ def prepare(args):
     return corpus
 
 
+def set_precision(args):
+    """Has CUDA's float32 products done as `args.precision` says; nothing on other devices."""
+    if args.device.type == "cuda":
+        how = "tf32" if args.precision == "tf32" else "ieee"
+        torch.backends.cuda.matmul.fp32_precision = how
+        torch.backends.cudnn.rnn.fp32_precision = how
+
+
 def new_params(corpus, args):
     """A new nn.ModuleList([model, criterion]) for the corpus, on `args.device`."""
     ntoken = len(corpus.dictionary)
     model = RNNModel(
         args.model, ntoken, args.emsize, args.nhid, args.nlayers, args.dropout, args.dropouth,
-        args.dropouti, args.dropoute, args.wdrop, tie_weights=True,
+        args.dropouti, args.dropoute, args.wdrop, tie_weights=True, bf16=args.precision == "bf16",
     )
     criterion = SplitCrossEntropyLoss(args.emsize, default_splits(ntoken))
     return nn.ModuleList([model, criterion]).to(args.device)
@@ -102,7 +126,8 @@ def saved_params(path, corpus, args, content=None):
             f"--data {args.data}: its vocabulary is not that of {path}; name the corpus that the "
             "model was trained on"
         )
-    return build(checkpoint, path, **{rate: getattr(args, rate) for rate in RATES})
+    rates = {rate: getattr(args, rate) for rate in RATES}
+    return build(checkpoint, path, bf16=args.precision == "bf16", **rates)
 
 
 def log_size(params):
@@ -137,7 +162,8 @@ def finish(trainer):
 def report_test(trainer, check):
     """Logs the test loss of the best model, from its file, beside the unigram model's."""
     corpus, args = trainer.corpus, trainer.args
-    content = trainer.saver.pending.get(str(args.save))  # the disk is full: it is still at hand
+    # Where the disk is full it is still at hand.
+    content = parallel.first(trainer.saver.pending.get(str(args.save)))
     params = saved_params(args.save, corpus, args, content)
     loss = evaluate(params, corpus.test, TEST_BATCH_SIZE, args.bptt, check)
     rule = "=" * 89

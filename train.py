@@ -5,8 +5,10 @@ from collections import deque
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
+import parallel
 from data import batchify_exact
 from utils import repackage_hidden
 
@@ -47,28 +49,44 @@ def activation_regularization(raw_output, output, alpha, beta):
     return penalty
 
 
-def train_step(params, optimizer, data, targets, hidden, args):
+class Objective(nn.Module):
+    """What a step minimizes, as one module: so it can be replicated, the criterion included.
+
+    `params` is nn.ModuleList([model, criterion]).
+    """
+
+    def __init__(self, params):
+        super().__init__()
+        self.params = params
+
+    def forward(self, data, targets, hidden, alpha, beta):
+        """data [L, B], targets [L*B] -> (loss + AR + TAR, the loss in nats alone, hidden)."""
+        model, criterion = self.params
+        output, hidden, raw_outputs, outputs = model(data, hidden, return_h=True)
+        loss = criterion(model.decoder.weight, model.decoder.bias, output, targets)
+        penalty = activation_regularization(raw_outputs[-1], outputs[-1], alpha, beta)
+        return loss + penalty, loss.detach(), hidden
+
+
+def train_step(objective, optimizer, data, targets, hidden, args):
     """One step of truncated BPTT on `data` [L, B] and `targets` [L*B].
 
-    `params` is nn.ModuleList([model, criterion]). The learning rate of this step is scaled by
+    `objective` is an Objective, or its replica. The learning rate of this step is scaled by
     L / bptt, so that short windows do not weigh as much as long ones. Returns the loss in nats
     without AR and TAR, a tensor that stays on its device, and the new hidden state.
     """
-    model, criterion = params
     hidden = repackage_hidden(hidden)
     optimizer.zero_grad()
-    output, hidden, raw_outputs, outputs = model(data, hidden, return_h=True)
-    raw_loss = criterion(model.decoder.weight, model.decoder.bias, output, targets)
-    penalty = activation_regularization(raw_outputs[-1], outputs[-1], args.alpha, args.beta)
-    (raw_loss + penalty).backward()
+    total, loss, hidden = objective(data, targets, hidden, args.alpha, args.beta)
+    total.backward()
     if args.clip:
-        clip_grad_norm_(params.parameters(), args.clip)
+        clip_grad_norm_(objective.parameters(), args.clip)
     group = optimizer.param_groups[0]
     lr = group["lr"]
     group["lr"] = lr * len(data) / args.bptt
     optimizer.step()
     group["lr"] = lr
-    return raw_loss.detach(), hidden
+    return loss, hidden
 
 
 class Losses:
@@ -119,26 +137,33 @@ def evaluate(params, ids, batch_size, bptt, check=None):
 
     Each is predicted exactly once. Read in `batch_size` columns, whose first state is zero, in
     windows of `bptt` that carry the state along: the window does not change the result (but for
-    biLSTM's, whose backward direction reads no further than its window). `check`, a function, is
-    called after each window: what it raises ends the evaluation.
+    biLSTM's, whose backward direction reads no further than its window). The columns are divided
+    over the ranks, see parallel.py. `check`, a function, is called after each window: what it
+    raises ends the evaluation.
     """
     model, criterion = params
     params.eval()
     device = model.encoder.weight.device
     inputs, targets, n = batchify_exact(ids, batch_size)
-    inputs, targets = inputs.to(device), targets.to(device)
-    hidden = model.init_hidden(batch_size)
+    mine = parallel.columns(batch_size)
+    inputs, targets = inputs[:, mine].to(device), targets[:, mine].to(device)
+    rows, rest = divmod(n, batch_size)  # the first `rest` columns have a prediction more
+    width = inputs.size(1)
+    n = rows * width + min(max(rest - mine.start, 0), width)
+    hidden = model.init_hidden(width)
     losses = Losses()
     for i in range(0, len(inputs), bptt):
-        output, hidden = model(inputs[i : i + bptt], hidden)
-        # All but the end of the last window is predicted; what follows n is padding.
-        count = min(len(output), n - i * batch_size)
-        weight, bias = model.decoder.weight, model.decoder.bias
-        window = targets[i : i + bptt].flatten()
-        losses.add(criterion(weight, bias, output[:count], window[:count]), count)
+        if i * width < n:
+            output, hidden = model(inputs[i : i + bptt], hidden)
+            # All but the end of the last window is predicted; what follows n is padding.
+            count = min(len(output), n - i * width)
+            weight, bias = model.decoder.weight, model.decoder.bias
+            window = targets[i : i + bptt].flatten()
+            losses.add(criterion(weight, bias, output[:count], window[:count]), count)
         if check is not None:
             check()
     losses.read()
+    losses.on_host = [pair for pairs in parallel.everyones(losses.on_host) for pair in pairs]
     return losses.mean()
 
 

@@ -10,6 +10,7 @@ import torch
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
+import parallel
 from data import InputError, batchify, get_batch
 from files import Saver, pack
 from preemption import Preempted
@@ -18,7 +19,7 @@ from resume import (
     read_state, set_generators,
 )
 from train import (
-    EVAL_BATCH_SIZE, Losses, evaluate, loss_columns, make_optimizer, nonmonotone,
+    EVAL_BATCH_SIZE, Losses, Objective, evaluate, loss_columns, make_optimizer, nonmonotone,
     perplexity, random_seq_len, train_step,
 )
 from utils import (
@@ -66,7 +67,9 @@ class Trainer:
     ):
         self.params, self.corpus, self.args, self.origin = params, corpus, args, origin
         self.finetuning, self.best, self.records, self.check = finetuning, best, records, check
-        self.source = batchify(corpus.train, args.batch_size, args)
+        mine = parallel.columns(args.batch_size)
+        self.source = batchify(corpus.train, args.batch_size)[:, mine].to(args.device).contiguous()
+        self.objective = parallel.replicate(Objective(params))
         self.optimizer = make_optimizer(params, args)
         self.averaged = AveragedModel(params) if finetuning else None
         self.epoch, self.row, self.hidden, self.losses = 1, 0, None, Losses()
@@ -92,7 +95,7 @@ class Trainer:
             "seconds": self.seconds(),
             "averaged": None if self.averaged is None else self.averaged.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "hidden": copy_hidden(self.hidden),
+            "hidden": join_hidden(parallel.everyones(copy_hidden(self.hidden))),
             "generators": get_generators(self.args.device),
         }
 
@@ -127,6 +130,7 @@ class Trainer:
                 and bool(self.row) == bool(self.losses.on_host)
             ):
                 raise ValueError("no position in an epoch")
+            self.hidden = own_hidden(self.hidden, parallel.columns(args.batch_size))
 
     def save_state(self):
         """Writes the state. Returns whether that, and all that waited to be written, succeeded.
@@ -139,21 +143,26 @@ class Trainer:
             raise Diverged("a weight is no longer finite")
         # Not before the checkpoint it speaks of: on disk the state is never the newer one.
         succeeded = self.saver.retry()
-        if succeeded:
+        state = self.state_dict()  # of all ranks
+        if succeeded and parallel.is_first():
             path = f"{self.args.save}{STATE}"
-            succeeded = self.saver.write(path, pack(KIND, VERSION, self.state_dict()))
+            succeeded = self.saver.write(path, pack(KIND, VERSION, state))
             self.saver.pending.pop(path, None)  # the next chance has a newer one
-        if succeeded:
+        if succeeded := parallel.first(succeeded):
             self.saved, self.changed = True, False
         self.saved_at = time.perf_counter()
         self.cost = self.saved_at - start
         return succeeded
 
     def is_due(self, seconds=0.0):
-        """Whether the state of `seconds` ago or more is to be replaced, and may be."""
+        """Whether the state of `seconds` ago or more is to be replaced, and may be.
+
+        By the first rank's clock, on all of them.
+        """
         since = time.perf_counter() - self.saved_at
         good = self.above == 0 or self.args.on_divergence == "continue"
-        return good and since >= max(seconds, self.cost / COST)
+        due = good and since >= max(seconds, self.cost / COST)
+        return bool(parallel.agree(int(due and parallel.is_first())))
 
     def start_clock(self, seconds):
         self.before, self.started = seconds, time.perf_counter()
@@ -204,26 +213,27 @@ class Trainer:
         self.params.train()
         if self.hidden is None:
             self.hidden = self.params[0].init_hidden(source.size(1))
+        total = (len(source) - 1) * args.batch_size
         # On the CPU a loss is there at once. Elsewhere the newest is left on its way, so that the
         # host can queue the next step while this one runs.
         ahead = 0 if source.device.type == "cpu" else 1
         batch = timed = len(losses.on_host)
         log_start = time.perf_counter()
         bar = tqdm(
-            desc=f"epoch {self.epoch}", total=(len(source) - 1) * source.size(1),
-            initial=self.row * source.size(1), unit=" tokens", unit_scale=True, leave=False,
-            file=sys.stderr, disable=not sys.stderr.isatty(),
+            desc=f"epoch {self.epoch}", total=total, initial=self.row * args.batch_size,
+            unit=" tokens", unit_scale=True, leave=False, file=sys.stderr,
+            disable=not (sys.stderr.isatty() and parallel.is_first()),
         )
         with bar:
             while self.row < len(source) - 1:
                 seq_len = random_seq_len(args.bptt)
                 data, targets = get_batch(source, self.row, args, seq_len=seq_len)
                 loss, self.hidden = train_step(
-                    self.params, self.optimizer, data, targets, self.hidden, args
+                    self.objective, self.optimizer, data, targets, self.hidden, args
                 )
                 if self.averaged is not None:
                     self.averaged.update_parameters(self.params)
-                losses.add(loss, data.numel())
+                losses.add(parallel.mean(loss), len(data) * args.batch_size)
                 batch += 1
                 self.row += len(data)
                 logging = batch % args.log_interval == 0
@@ -231,7 +241,7 @@ class Trainer:
                 if not bar.disable and losses.on_host:
                     recent = losses.mean(last=(batch - 1) % args.log_interval + 1)
                     bar.set_postfix(ppl=f"{perplexity(recent):.2f}", refresh=False)
-                    bar.update(data.numel())
+                    bar.update(len(data) * args.batch_size)
                 if logging:
                     now = time.perf_counter()
                     log(
@@ -281,7 +291,7 @@ class Trainer:
             keep.append(f"{args.save}.e{self.epoch}")
             log(f"Saving model to {keep[-1]}; dividing the learning rate by 10")
             self.optimizer.param_groups[0]["lr"] /= 10
-        if keep:
+        if keep and parallel.is_first():
             checkpoint = pack_checkpoint(
                 evaluated, self.corpus, self.origin[1], epoch=self.epoch, valid_loss=loss,
                 averaged=self.averaged is not None, finetuned=self.finetuning,
@@ -312,14 +322,15 @@ class Trainer:
         record = {k: None if v == math.inf else v for k, v in record.items()}
         self.records += json.dumps(record) + "\n"
         suffix = FINETUNE_RECORDS if self.finetuning else RECORDS
-        self.saver.write(f"{self.args.save}{suffix}", self.records.encode())
+        if parallel.is_first():
+            self.saver.write(f"{self.args.save}{suffix}", self.records.encode())
 
     def recover(self, error):
         """After a divergence: back to the state on disk with half the rate, or InputError."""
         args = self.args
         lr = self.optimizer.param_groups[0]["lr"]
         what = f"epoch {self.epoch}, lr {lr:g}: {error}"
-        self.saver.retry()
+        parallel.on_first(self.saver.retry)  # the others read after it
         state = None
         if self.saved:
             try:
@@ -417,6 +428,24 @@ def copy_hidden(hidden, device=None):
     if isinstance(hidden, torch.Tensor):
         return hidden.detach().to(device or hidden.device, copy=True)
     return [copy_hidden(part, device) for part in hidden]
+
+
+def join_hidden(parts):
+    """One hidden state of the ranks' parts, each with some of the columns."""
+    if parts[0] is None or len(parts) == 1:
+        return parts[0]
+    if isinstance(parts[0], torch.Tensor):
+        return torch.cat([part.to(parts[0].device) for part in parts], dim=1)
+    return [join_hidden(part) for part in zip(*parts)]
+
+
+def own_hidden(hidden, columns):
+    """The part of a hidden state that belongs to a slice of the columns."""
+    if hidden is None:
+        return None
+    if isinstance(hidden, torch.Tensor):
+        return hidden[:, columns].contiguous()
+    return [own_hidden(part, columns) for part in hidden]
 
 
 def shapes(hidden):

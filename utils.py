@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+import parallel
 from data import Dictionary, InputError, batchify, get_batch
 from files import is_out_of_memory, pack, unpack
 from model import RNNModel
@@ -39,9 +40,11 @@ def repackage_hidden(h):
 def log(line):
     """Prints a line to standard output, above the progress bar where one is shown.
 
-    A log on a full disk, or into a pipe that nobody reads any more (Ctrl-C ends `tee` too), does
-    not end a run: the first line that is lost is reported.
+    Only the first rank does. A log on a full disk, or into a pipe that nobody reads any more
+    (Ctrl-C ends `tee` too), does not end a run: the first line that is lost is reported.
     """
+    if not parallel.is_first():
+        return
     try:
         _print(line, sys.stdout)
     except OSError as error:
@@ -54,9 +57,10 @@ log.failed = False
 
 
 def warn(line):
-    """Prints a line to standard error, above the progress bar where one is shown."""
-    with contextlib.suppress(OSError):
-        _print(line, sys.stderr)
+    """Prints a line to standard error, above the progress bar where one is shown; as `log`."""
+    if parallel.is_first():
+        with contextlib.suppress(OSError):
+            _print(line, sys.stderr)
 
 
 def _print(line, file):
@@ -145,14 +149,14 @@ def is_checkpoint(path):
     return True
 
 
-def build(checkpoint, path="checkpoint", **rates):
+def build(checkpoint, path="checkpoint", **settings):
     """nn.ModuleList([model, criterion]) of a checkpoint, on its tensors' device.
 
-    `rates` are RNNModel's dropout rates. Raises InputError, naming `path`, when the weights do not
-    fit the architecture.
+    `settings` are RNNModel's dropout rates and `bf16`. Raises InputError, naming `path`, when the
+    weights do not fit the architecture.
     """
     try:
-        model = RNNModel(**checkpoint["architecture"], **rates)
+        model = RNNModel(**checkpoint["architecture"], **settings)
         model.load_state_dict(checkpoint["model"])
         criterion = SplitCrossEntropyLoss(model.decoder.in_features, checkpoint["splits"])
         criterion.load_state_dict(checkpoint["criterion"])

@@ -118,7 +118,8 @@ def arguments(**changes):
         "lr": 5.0, "clip": 0.25, "epochs": 3, "batch_size": 4, "bptt": 10, "alpha": 2.0,
         "beta": 1.0, "wdecay": 1.2e-6, "nonmono": 5, "log_interval": 10, "optimizer": "sgd",
         "when": [-1], "device": torch.device("cpu"), "save": None, "resume": "",
-        "on_divergence": "stop", "checkpoint_minutes": 10.0, "dropout": 0.2, **changes,
+        "on_divergence": "stop", "checkpoint_minutes": 10.0, "dropout": 0.2,
+        "precision": "fp32", **changes,
     })
 
 

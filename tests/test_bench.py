@@ -1,6 +1,7 @@
 """bench.py: its baseline is the same recipe, its counts are right, its output is complete."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -59,3 +60,5 @@ def test_reading_is_measured_on_a_corpus_of_the_size_asked_for():
     assert result["tokens"] == pytest.approx(20_000, rel=0.02)
     assert result["words"] == 100
     assert result["tokens_per_s"] > 0
+    assert result["splits"] == []  # of so small a vocabulary
+    assert result["step_loss"] == pytest.approx(math.log(100), abs=0.5)

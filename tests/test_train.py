@@ -17,6 +17,7 @@ from model import RNNModel
 from splitcross import SplitCrossEntropyLoss
 from train import (
     activation_regularization, evaluate, loss_columns, make_optimizer, perplexity, random_seq_len,
+    Objective,
     train_step,
 )
 
@@ -85,7 +86,7 @@ def test_a_step_is_the_update_of_the_paper(clip):
     }
 
     optimizer = make_optimizer(params, args)
-    loss, _ = train_step(params, optimizer, words, targets, model.init_hidden(4), args)
+    loss, _ = train_step(Objective(params), optimizer, words, targets, model.init_hidden(4), args)
     assert loss.item() == pytest.approx(nll.item())  # without AR and TAR
     for name, parameter in params.named_parameters():
         torch.testing.assert_close(parameter.detach(), expected[name], rtol=1e-5, atol=1e-7)
@@ -99,7 +100,7 @@ def test_adam_takes_its_own_kind_of_step():
     before = params[0].decoder.bias.detach().clone()
     words, targets = torch.randint(50, (10, 4)), torch.randint(50, (40,))
     hidden = params[0].init_hidden(4)
-    train_step(params, optimizer, words, targets, hidden, arguments(alpha=0, beta=0))
+    train_step(Objective(params), optimizer, words, targets, hidden, arguments(alpha=0, beta=0))
     moved = (params[0].decoder.bias - before).abs()
     torch.testing.assert_close(moved.max(), torch.tensor(1e-3), rtol=1e-2, atol=0)
 
@@ -116,7 +117,7 @@ def test_a_step_on_the_meta_device(rnn_type, monkeypatch):
     hidden = params[0].init_hidden(4)
     averaged = AveragedModel(params)
     for optimizer in (make_optimizer(params, args), torch.optim.Adam(params.parameters())):
-        loss, hidden = train_step(params, optimizer, words, targets, hidden, args)
+        loss, hidden = train_step(Objective(params), optimizer, words, targets, hidden, args)
         averaged.update_parameters(params)
         tensors = [loss, *hidden] if rnn_type == "GRU" else [loss, *(t for h in hidden for t in h)]
         tensors += list(params.parameters()) + [p.grad for p in params.parameters()]

@@ -1,0 +1,139 @@
+"""Data-parallel training: torchrun starts a process (a rank) a device, each with some columns.
+
+    torchrun --nproc_per_node=2 main.py --data data/penn --batch_size 20
+
+The ranks see the same windows of the text; torch's DistributedDataParallel averages their gradients
+in the backward pass, so that all make the same step. What the hosts must agree on (a signal, a
+loss that decides something, the time to save) goes over gloo, beside the devices. In a process
+that torchrun did not start all of this does nothing: there is one rank, and it is the first.
+"""
+
+import contextlib
+import os
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from data import InputError
+
+
+class RankLost(Exception):
+    """Another process of this run is gone; the message is one line."""
+
+
+def size():
+    """The number of ranks."""
+    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+
+
+def rank():
+    """The number of this one, from 0."""
+    return int(os.environ["RANK"]) if size() > 1 else 0
+
+
+def is_first():
+    """Whether this is the rank that writes files and log lines."""
+    return rank() == 0
+
+
+def speaks():
+    """Whether this rank reports an error that every rank finds: the first on each machine."""
+    return size() == 1 or int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+
+def own_device(device, asked_for):
+    """The device of this rank, given that of the run; raises InputError where there is none."""
+    if size() == 1 or device.type == "cpu":
+        return device
+    if device.type != "cuda":
+        raise InputError(f"--device {device}: one process only; leave torchrun out")
+    if asked_for and device.index is not None:
+        raise InputError(f"--device {device}: under torchrun each process has its own; say cuda")
+    number, found = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if number >= found:
+        raise InputError(f"--nproc_per_node: this machine has {found} CUDA devices; lower it")
+    return torch.device("cuda", number)
+
+
+@contextlib.contextmanager
+def group(device, again):
+    """The ranks' connections, NCCL on CUDA and gloo elsewhere, while this is held.
+
+    `again` is the command that resumes the run. Raises RankLost when another rank has died.
+    """
+    if size() == 1:
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    lost = False
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        group.hosts = dist.new_group(backend="gloo")
+        yield
+    except RuntimeError as error:
+        lost = isinstance(error, dist.DistError) or any(
+            word in str(error) for word in ("gloo", "NCCL", "Connection closed", "Connection reset")
+        )
+        if not lost:
+            raise
+        raise RankLost(
+            f"rank {rank()}: another process of this run is gone; the last state that was saved "
+            f"stands, and {again} goes on from there"
+        ) from None
+    finally:
+        if not lost:  # with a dead rank it could wait for ever; the process ends anyway
+            dist.destroy_process_group()
+
+
+def columns(count):
+    """The slice of `count` columns that this rank has; as even as they can be divided."""
+    return slice(count * rank() // size(), count * (rank() + 1) // size())
+
+
+def replicate(module):
+    """`module` with its weights as the first rank's, and its gradients averaged over the ranks."""
+    if size() == 1:
+        return module
+    return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def mean(loss):
+    """A loss, a tensor, averaged over the ranks; the host does not wait for it."""
+    if size() > 1:
+        dist.all_reduce(loss)
+        loss /= size()
+    return loss
+
+
+def agree(number):
+    """The largest of the ranks' numbers, whole ones, on all of them."""
+    if size() == 1:
+        return number
+    numbers = torch.tensor(number)
+    dist.all_reduce(numbers, dist.ReduceOp.MAX, group.hosts)
+    return numbers.item()
+
+
+def first(value):
+    """The first rank's value, any object, on all of them."""
+    if size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, 0, group.hosts)
+    return values[0]
+
+
+def on_first(function, *args):
+    """What `function` returns, called on the first rank alone."""
+    return first(function(*args) if is_first() else None)
+
+
+def everyones(value):
+    """The values of all ranks, any objects, in a list."""
+    if size() == 1:
+        return [value]
+    values = [None] * size()
+    dist.all_gather_object(values, value, group.hosts)
+    return values

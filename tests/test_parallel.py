@@ -1,0 +1,204 @@
+"""torchrun with two processes on the CPU: the same run as one, ended together, resumed together."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import ROOT
+from kill_loop import same
+from resume import read_state
+from utils import read_checkpoint
+
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+NO_DROPOUT = [word for name in ("", "h", "i", "e") for word in (f"--dropout{name}", "0")]
+NO_DROPOUT += ["--wdrop", "0"]
+
+
+@pytest.fixture
+def begin(tmp_path):
+    """A function that starts a script under torchrun, waits for a line, returns the process."""
+    started = []
+
+    def run(script, *argv, until=None, launch=LAUNCH):
+        process = subprocess.Popen(
+            [*launch, str(script), *map(str, argv)], cwd=tmp_path, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+        )
+        started.append(process)
+        process.begun = ""
+        while until and not re.search(until, process.begun):
+            line = process.stdout.readline()
+            assert line, process.stderr.read()
+            process.begun += line
+        return process
+
+    yield run
+    for process in started:
+        for child in children(process):
+            os.kill(child, signal.SIGKILL)
+        process.kill()
+        process.communicate()
+
+
+def children(process):
+    """The process ids of the ranks, the first first."""
+    try:
+        pids = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    except OSError:
+        return []
+    return sorted(map(int, pids))
+
+
+def finish(process, status=0):
+    """Waits; returns standard output and standard error."""
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == status, err
+    return process.begun + out, err
+
+
+STEPS = """
+import sys
+import torch
+from conftest import arguments, make_params
+import parallel
+from train import Objective, evaluate, make_optimizer, train_step
+
+torch.manual_seed(parallel.rank())  # the first rank's weights are what counts
+args = arguments(lr=1.0)
+with parallel.group(torch.device("cpu"), "again"):
+    params = make_params(sys.argv[1], splits=(20, 30))
+    torch.nn.init.normal_(params[1].tail_vectors)
+    objective = parallel.replicate(Objective(params))
+    optimizer = make_optimizer(params, args)
+    torch.manual_seed(3)
+    words, targets = torch.randint(50, (8, 10, 12)), torch.randint(50, (8, 10, 12))
+    mine = parallel.columns(12)
+    hidden = params[0].init_hidden(mine.stop - mine.start)
+    losses = []
+    for x, y in zip(words[..., mine], targets[..., mine]):
+        loss, hidden = train_step(objective, optimizer, x, y.flatten(), hidden, args)
+        losses.append(parallel.mean(loss).item())
+    checks = []
+    # 107 predictions in 5 columns, the last row of which is not complete; and in one column.
+    ids, count = torch.randint(50, (108,)), lambda: checks.append(1)
+    losses += [evaluate(params, ids, columns, 7, count) for columns in (5, 1)]
+    torch.save([losses, len(checks), params.state_dict()], sys.argv[2] + str(parallel.rank()))
+"""
+
+
+@pytest.mark.parametrize("model", ["LSTM", "GRU"])
+def test_two_ranks_make_the_steps_of_one(model, begin, tmp_path):
+    """Losses, clipped gradients of model and criterion, evaluation: all as in one process."""
+    (tmp_path / "steps.py").write_text(STEPS)
+    finish(begin("steps.py", model, "two"))
+    finish(begin("steps.py", model, "one", launch=[sys.executable]))
+    one, first, second = (torch.load(tmp_path / name) for name in ("one0", "two0", "two1"))
+    assert first[0] == second[0]
+    assert first[0] == pytest.approx(one[0], rel=1e-5)
+    assert first[1] == second[1] == one[1] == 4 + 16
+    for name, weights in one[2].items():
+        assert torch.equal(first[2][name], second[2][name]), name
+        torch.testing.assert_close(first[2][name], weights, rtol=1e-4, atol=1e-6)
+    assert not torch.equal(one[2]["1.tail_bias"], torch.zeros(2))
+
+
+def records(folder, name):
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def test_a_run_of_two_ranks_is_that_of_one(begin, corpus_dir, small, tmp_path):
+    """Without dropout: training, the switch to averaging, fine-tuning, the test."""
+    flags = [*small, *NO_DROPOUT, "--data", corpus_dir, "--epochs", 3, "--nonmono", 0,
+             "--finetune", 1, "--lr", 1]
+    out, _ = finish(begin(ROOT / "main.py", *flags, "--save", "two.pt"))
+    single, _ = finish(begin(ROOT / "main.py", *flags, "--save", "one.pt", launch=[sys.executable]))
+    assert "2 processes" in out
+    for name in ("pt.jsonl", "pt.finetune.jsonl"):
+        one, two = records(tmp_path, f"one.{name}"), records(tmp_path, f"two.{name}")
+        assert len(one) == len(two) > 0
+        for a, b in zip(one, two):
+            assert a["averaging"] == b["averaging"]
+            for key in ("train_loss", "valid_loss"):
+                assert b[key] == pytest.approx(a[key], rel=1e-4)
+    # Every line once, from the first rank.
+    for text in ("| end of epoch   1 ", "| base model |", "Model total parameters"):
+        assert out.count(text) == single.count(text) > 0, text
+    tests = [re.findall(r"test loss +([\d.]+)", text) for text in (out, single)]
+    assert tests[0] == tests[1]
+    assert len(tests[0]) == 2
+    one, two = (read_checkpoint(tmp_path / name) for name in ("one.pt", "two.pt"))
+    for name, weights in one["model"].items():
+        torch.testing.assert_close(two["model"][name], weights, rtol=1e-2, atol=1e-4)
+
+
+def test_ended_together_and_resumed_it_is_the_same_run(begin, corpus_dir, small, tmp_path):
+    """A signal to torchrun, or to one of the processes only, with dropout of its own in each."""
+    flags = [*small, "--data", corpus_dir, "--epochs", 4, "--nonmono", 0]
+    finish(begin(ROOT / "main.py", *flags, "--save", "whole.pt"))
+    process = begin(ROOT / "main.py", *flags, "--save", "parts.pt", until=r"epoch +2 \| +20/")
+    process.terminate()
+    out, _ = process.communicate(timeout=60)
+    out = process.begun + out
+    assert "Exiting from training early (SIGTERM)" in out
+    again = "torchrun --nproc_per_node=2 main.py --resume parts.pt goes on from here"
+    assert out.count(again) == 1
+    assert len(read_state(tmp_path / "parts.pt")["generators"]["others"]) == 1
+
+    process = begin(ROOT / "main.py", "--resume", "parts.pt", until="end of epoch +2 ")
+    assert "It goes on bit-identical to a run never interrupted" in process.begun
+    if children(process):
+        os.kill(children(process)[1], signal.SIGINT)
+        out, _ = process.communicate(timeout=60)
+        assert "Exiting from training early (SIGINT)" in process.begun + out
+        process = begin(ROOT / "main.py", "--resume", "parts.pt")
+    finish(process)
+    whole, parts = (read_checkpoint(tmp_path / name) for name in ("whole.pt", "parts.pt"))
+    assert same(whole["model"], parts["model"])
+    assert whole["valid_loss"] == parts["valid_loss"]
+
+
+def test_another_number_of_ranks_is_announced(begin, corpus_dir, small, tmp_path):
+    flags = [*small, "--data", corpus_dir, "--epochs", 20]
+    process = begin(ROOT / "main.py", *flags, "--save", "m.pt", until="end of epoch +1 ")
+    process.terminate()
+    process.communicate(timeout=60)
+    done = begin(ROOT / "main.py", "--resume", "m.pt", "--epochs", 3, launch=[sys.executable])
+    out, _ = finish(done)
+    assert re.search("no longer bit-identical.*ranks 2 -> 1", out)
+    assert math.isfinite(read_checkpoint(tmp_path / "m.pt")["valid_loss"])
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="no /proc to find the ranks in")
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_a_rank_dies_the_others_end_and_the_last_state_stands(
+    victim, begin, corpus_dir, small, tmp_path
+):
+    flags = [*small, "--data", corpus_dir, "--epochs", 9999, "--checkpoint-minutes", 0.0005]
+    process = begin(ROOT / "main.py", *flags, "--save", "m.pt", until="end of epoch +1 ")
+    os.kill(children(process)[victim], signal.SIGKILL)
+    killed = time.monotonic()
+    _, err = process.communicate(timeout=60)
+    assert time.monotonic() - killed < 30
+    assert process.returncode != 0
+    survivor = f"main.py: error: rank {1 - victim}: another process of this run is gone"
+    assert survivor in err
+    assert "--resume m.pt goes on from there" in err
+    assert f'File "{ROOT}' not in err  # no traceback but torchrun's own
+    assert read_state(tmp_path / "m.pt")["epoch"] >= 1
+
+
+def test_a_batch_that_does_not_divide_is_refused_once(begin, corpus_dir, small, tmp_path):
+    process = begin(ROOT / "main.py", *small, "--data", corpus_dir, "--batch_size", 5)
+    _, err = finish(process, 1)
+    assert err.count("--batch_size 5: does not divide over 2 processes; name a multiple") == 1
+    assert list(tmp_path.glob("*.pt*")) == []
