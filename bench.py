@@ -267,6 +267,29 @@ def measure(args):
     return result
 
 
+def profile(args):
+    """Prints which operations a step and an evaluation of ours spend their time in."""
+    keep_freed_memory()
+    set_precision(args)
+    step, evaluation = our_side(args)
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    if args.device.type == "cuda":
+        kinds.append(torch.profiler.ProfilerActivity.CUDA)
+    for name, function in (("a step", step), ("an evaluation", evaluation)):
+        for _ in range(WARM_UP):
+            function()
+        with torch.profiler.profile(activities=kinds) as profiled:
+            function()
+        times = {
+            event.key: event.self_device_time_total if len(kinds) > 1 else event.self_cpu_time_total
+            for event in profiled.key_averages()
+        }
+        total = sum(times.values())
+        print(f"{name}: {total / 1000:.0f} ms")
+        for key, microseconds in sorted(times.items(), key=lambda item: -item[1])[:12]:
+            print(f"{microseconds / total:6.1%} {microseconds / 1000:8.1f} ms  {key}")
+
+
 def peak_of_this_process(on):
     """MiB: of the GPU's memory on CUDA, else of the whole process."""
     if on.type == "cuda":
@@ -381,6 +404,7 @@ def parse_args(argv=None):
     add("--precision", choices=["fp32", "tf32", "bf16"],
         help="ours: see main.py --help; the baseline has fp32, or tf32 where ours has it")
     add("--json", action="store_true", help="print one JSON object")
+    add("--profile", action="store_true", help="print what the time of a step is spent in instead")
     add("--read", type=float, nargs="+", metavar="N",
         help="read corpora of so many million tokens instead")
     add("--child", choices=SIDES, help=argparse.SUPPRESS)
@@ -408,6 +432,8 @@ def main():
                 f"{result['peak_over_array']:.2f} times the array of ids | a step "
                 f"{result['step_ms']:.0f} ms, loss {result['step_loss']:.2f}"
             ))
+    elif args.profile:
+        profile(args)
     else:
         result = measure(args)
         print(json.dumps(result)) if args.json else show(result)

@@ -225,7 +225,8 @@ def run(main):
         print(f"{prog}: error: out of memory; {advice}", file=sys.stderr)
         status = 2
     except (KeyboardInterrupt, Preempted) as stop:
-        print(f"{prog}: interrupted", file=sys.stderr)
+        if parallel.speaks():
+            print(f"{prog}: interrupted", file=sys.stderr)
         status = 128 + getattr(stop, "number", signal.SIGINT)
     try:
         sys.stdout.flush()

@@ -32,6 +32,13 @@ def rank():
     return int(os.environ["RANK"]) if size() > 1 else 0
 
 
+def launcher():
+    """How a command is started with as many ranks as this one: "python", or torchrun's."""
+    if size() == 1:
+        return "python"
+    return f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', size())}"
+
+
 def is_first():
     """Whether this is the rank that writes files and log lines."""
     return rank() == 0

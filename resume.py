@@ -91,9 +91,7 @@ def is_finished(state):
 def how_to_resume(command, path):
     """The shell command that continues the run at `path`."""
     separator = "=" if str(path).startswith("-") else " "
-    ranks = parallel.size()
-    start = "python" if ranks == 1 else f"torchrun --nproc_per_node={ranks}"
-    return f"{start} {command} --resume{separator}{shlex.quote(str(path))}"
+    return f"{parallel.launcher()} {command} --resume{separator}{shlex.quote(str(path))}"
 
 
 def inherit(given, state, path, defaults):

@@ -66,12 +66,16 @@ class ChunkedNLL(torch.autograd.Function):
         for begin in range(0, len(hiddens), rows):
             x, y = hiddens[begin : begin + rows], targets[begin : begin + rows, None]
             logits = to_logits(x, bias)
-            logit, top = logits.gather(1, y), logits.amax(1, keepdim=True)
             softmax = torch.softmax(logits, 1)
-            # The largest probability is exp(top) over the sum of all: at least 1 / V, never 0.
-            total += (top - softmax.amax(1, keepdim=True).log() - logit).sum()
+            probability = softmax.gather(1, y)
+            losses = -probability.log()
+            tiny = (probability < 1e-30).flatten()
+            if tiny.any():  # or 0
+                rest = logits[tiny]
+                losses[tiny] = rest.logsumexp(1, keepdim=True) - rest.gather(1, y[tiny])
+            total += losses.sum()
             if with_gradient:
-                softmax.scatter_add_(1, y, logit.new_full((1, 1), -1.0).expand_as(logit))
+                softmax.scatter_(1, y, probability - 1)
                 d_hiddens[begin : begin + rows] = to_hiddens(softmax)
                 d_weight.addmm_(softmax.t(), x)
                 d_bias += softmax.sum(0)

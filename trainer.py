@@ -95,7 +95,7 @@ class Trainer:
             "seconds": self.seconds(),
             "averaged": None if self.averaged is None else self.averaged.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "hidden": join_hidden(parallel.everyones(copy_hidden(self.hidden))),
+            "hidden": join_hidden(parallel.everyones(copy_hidden(self.hidden, "cpu"))),
             "generators": get_generators(self.args.device),
         }
 
@@ -435,7 +435,7 @@ def join_hidden(parts):
     if parts[0] is None or len(parts) == 1:
         return parts[0]
     if isinstance(parts[0], torch.Tensor):
-        return torch.cat([part.to(parts[0].device) for part in parts], dim=1)
+        return torch.cat(parts, dim=1)
     return [join_hidden(part) for part in zip(*parts)]
 
 

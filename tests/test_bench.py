@@ -55,6 +55,15 @@ def test_json_has_all_figures(cli):
     assert result["ratio"] == pytest.approx(result["baseline_ms_per_step"] / result["ms_per_step"])
 
 
+def test_the_profile_names_the_layers_kernel(capsys):
+    bench.profile(bench.parse_args([*TINY, "--device", "cpu"]))
+    out = capsys.readouterr().out
+    assert out.startswith("a step: ")
+    assert "an evaluation: " in out
+    shares = [float(line.split("%")[0]) for line in out.splitlines() if "%" in line]
+    assert 50 < sum(shares) <= 200.5
+
+
 def test_reading_is_measured_on_a_corpus_of_the_size_asked_for():
     result = bench.read(0.02, ntoken=100)
     assert result["tokens"] == pytest.approx(20_000, rel=0.02)
