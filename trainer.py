@@ -6,13 +6,13 @@ import sys
 import time
 from pathlib import Path
 
-import torch
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 import parallel
 from data import InputError, batchify, get_batch
 from files import Saver, pack
+from hidden import copy_hidden, join_hidden, own_hidden, shapes
 from preemption import Preempted
 from resume import (
     KIND, STATE, VERSION, changes, environment, get_generators, how_to_resume, making_sense,
@@ -419,37 +419,3 @@ class Trainer:
         if changed:  # it can be of a later epoch than the state
             self.best = min(self.best, loss)
         return []
-
-
-def copy_hidden(hidden, device=None):
-    """A detached copy of a hidden state, nested tuples and lists of tensors or None."""
-    if hidden is None:
-        return None
-    if isinstance(hidden, torch.Tensor):
-        return hidden.detach().to(device or hidden.device, copy=True)
-    return [copy_hidden(part, device) for part in hidden]
-
-
-def join_hidden(parts):
-    """One hidden state of the ranks' parts, each with some of the columns."""
-    if parts[0] is None or len(parts) == 1:
-        return parts[0]
-    if isinstance(parts[0], torch.Tensor):
-        return torch.cat(parts, dim=1)
-    return [join_hidden(part) for part in zip(*parts)]
-
-
-def own_hidden(hidden, columns):
-    """The part of a hidden state that belongs to a slice of the columns."""
-    if hidden is None:
-        return None
-    if isinstance(hidden, torch.Tensor):
-        return hidden[:, columns].contiguous()
-    return [own_hidden(part, columns) for part in hidden]
-
-
-def shapes(hidden):
-    """The shapes in a hidden state, nested as it is; None for None."""
-    if hidden is None or isinstance(hidden, torch.Tensor):
-        return hidden if hidden is None else list(hidden.shape)
-    return [shapes(part) for part in hidden]

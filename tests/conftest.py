@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import subprocess
 import sys
 from argparse import Namespace
@@ -80,6 +81,16 @@ def cli(tmp_path):
 
     run.folder = folder
     return run
+
+
+def await_line(process, pattern):
+    """Reads what a process prints until a line matches; it is kept in `process.begun`."""
+    process.begun = ""
+    while pattern and not re.search(pattern, process.begun):
+        line = process.stdout.readline()
+        assert line, process.stderr.read()
+        process.begun += line
+    return process
 
 
 @pytest.fixture

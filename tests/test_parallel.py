@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import ROOT
+from conftest import ROOT, await_line
 from kill_loop import same
 from resume import read_state
 from utils import read_checkpoint
@@ -35,12 +35,7 @@ def begin(tmp_path):
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
         )
         started.append(process)
-        process.begun = ""
-        while until and not re.search(until, process.begun):
-            line = process.stdout.readline()
-            assert line, process.stderr.read()
-            process.begun += line
-        return process
+        return await_line(process, until)
 
     yield run
     for process in started:

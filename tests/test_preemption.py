@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, await_line
 from kill_loop import kill_loop
 from resume import read_state
 from utils import read_checkpoint
@@ -40,12 +40,7 @@ def start(tmp_path):
             **kwargs,
         )
         started.append(process)
-        process.begun = ""
-        while until and not re.search(until, process.begun):
-            line = process.stdout.readline()
-            assert line, process.stderr.read()
-            process.begun += line
-        return process
+        return await_line(process, until)
 
     run.folder = folder
     yield run
