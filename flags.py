@@ -14,10 +14,14 @@ import parallel
 from allocator import keep_freed_memory
 from data import InputError
 from files import is_out_of_memory
+from attention import KINDS
 from model import check_architecture
 from preemption import Preempted
 
-ARCHITECTURE = {"model": "rnn_type", "emsize": "ninp", "nhid": "nhid", "nlayers": "nlayers"}
+ARCHITECTURE = {
+    "model": "rnn_type", "emsize": "ninp", "nhid": "nhid", "nlayers": "nlayers",
+    "attention": "attention", "attention_window": "attention_window",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -108,6 +112,9 @@ def make_parser(description, inherited=()):
     add("--emsize", 400, "size of word embeddings", type=count)
     add("--nhid", 1150, "hidden units per layer", type=count)
     add("--nlayers", 3, "number of layers", type=count)
+    add("--attention", "none", "attention over the last layer's earlier states: none, single (each "
+        "scored alone) or combined (scored with the current one)", choices=KINDS)
+    add("--attention-window", 70, "how many earlier states are attended", type=count, metavar="N")
     add("--lr", None, "learning rate (default: 30 with sgd, 10 for GRU; 0.001 with adam)",
         type=number(float, 0, 1e30, open_low=True))
     add("--clip", 0.25, "largest gradient norm, 0 for no clipping", type=coefficient)
@@ -180,7 +187,7 @@ def complete(given, defaults):
     if args.resume and Path(args.resume).resolve() == Path(args.save).resolve():
         args.resume = args.save  # two spellings of one file
     try:
-        check_architecture(args.model, args.emsize, args.nhid)
+        check_architecture(args.model, args.emsize, args.nhid, args.attention)
     except ValueError as error:
         raise InputError(f"--{error}") from None
     return args
@@ -193,11 +200,13 @@ def plain(args):
 
 def take_architecture(given, checkpoint, path):
     """The checkpoint's architecture as flags; InputError when a flag that was given differs."""
-    flags = {flag: checkpoint["architecture"][key] for flag, key in ARCHITECTURE.items()}
+    found = checkpoint["architecture"]
+    flags = {flag: found[key] for flag, key in ARCHITECTURE.items() if key in found}
     for flag, value in flags.items():
         if getattr(given, flag, value) != value:
+            name = flag.replace("_", "-")
             raise InputError(
-                f"--{flag} {getattr(given, flag)}: {path} holds a model with {flag} {value}; leave "
+                f"--{name} {getattr(given, flag)}: {path} holds a model with {name} {value}; leave "
                 "the flag out"
             )
     return flags

@@ -31,7 +31,7 @@ def own_hidden(hidden, columns):
 
 
 def shapes(hidden):
-    """The shapes in a hidden state, nested as it is; None for None."""
+    """The shapes [B, H] in a hidden state, nested as it is; None for None."""
     if hidden is None or isinstance(hidden, torch.Tensor):
-        return hidden if hidden is None else list(hidden.shape)
+        return hidden if hidden is None else list(hidden.shape[1:])
     return [shapes(part) for part in hidden]

@@ -5,6 +5,7 @@ import contextlib
 import torch
 from torch import nn
 
+from attention import Attention
 from embed_regularize import embedded_dropout
 from gru import GRU
 from locked_dropout import LockedDropout
@@ -13,12 +14,14 @@ from weight_drop import WeightDrop
 RNN_TYPES = ("LSTM", "GRU", "biLSTM")
 
 
-def check_architecture(rnn_type, ninp, nhid):
+def check_architecture(rnn_type, ninp, nhid, attention="none"):
     """Raises ValueError, saying what to do, for a model that cannot be built."""
     if rnn_type not in RNN_TYPES:
         what = "not supported yet" if rnn_type == "QRNN" else "unknown"
         raise ValueError(f"model {rnn_type} is {what}; choose from {', '.join(RNN_TYPES)}")
     if rnn_type == "biLSTM":
+        if attention != "none":
+            raise ValueError("attention looks back only; biLSTM has none")
         for name, size in (("nhid", nhid), ("emsize", ninp)):
             if size % 2:
                 raise ValueError(
@@ -40,6 +43,9 @@ class RNNModel(nn.Module):
     With `bf16` the recurrent layers run under torch's autocast to bfloat16, as far as the device
     has them in it (a CPU the LSTMs, not GRU); weights, dropout, states and outputs stay float32.
 
+    `attention` ("single" or "combined") attends to the `attention_window` states of the last layer
+    before each, see attention.py.
+
     biLSTM is the report's model. Its backward direction has read the word to be predicted, so its
     perplexity is not a language model's.
 
@@ -60,13 +66,16 @@ class RNNModel(nn.Module):
         wdrop=0,
         tie_weights=False,
         bf16=False,
+        attention="none",
+        attention_window=70,
     ):
         super().__init__()
-        check_architecture(rnn_type, ninp, nhid)
+        check_architecture(rnn_type, ninp, nhid, attention)
         # All that is needed to build this model again, as plain data for checkpoints.
         self.architecture = {
             "rnn_type": rnn_type, "ntoken": ntoken, "ninp": ninp, "nhid": nhid,
-            "nlayers": nlayers, "tie_weights": tie_weights,
+            "nlayers": nlayers, "tie_weights": tie_weights, "attention": attention,
+            "attention_window": attention_window,
         }
         self.rnn_type = rnn_type
         self.dropout, self.dropouth, self.dropouti = dropout, dropouth, dropouti
@@ -88,6 +97,9 @@ class RNNModel(nn.Module):
             )
             for below, width in zip([ninp, *widths], widths)
         )
+        self.attention = None
+        if attention != "none":
+            self.attention = Attention(widths[-1], attention, attention_window)
         self.decoder = nn.Linear(widths[-1], ntoken)
         if tie_weights:  # Press and Wolf 2016 (1608.05859), Inan et al. 2016 (1611.01462)
             self.decoder.weight = self.encoder.weight
@@ -107,7 +119,7 @@ class RNNModel(nn.Module):
 
         output [T*B, E] is the last layer after its dropout, before the decoder. With `return_h`,
         (output, hidden, raw_outputs, outputs): what each layer gave, [T, B, H], before and after
-        dropout; TAR and AR take the last of them.
+        dropout; TAR and AR take the last of them. Attention comes between the two.
         """
         embedded = embedded_dropout(self.encoder, input, self.dropoute if self.training else 0)
         x = self.lockdrop(embedded, self.dropouti)  # [T, B, E]
@@ -119,6 +131,9 @@ class RNNModel(nn.Module):
                 x, state = x.float(), as_float(state)
             new_hidden.append(state)
             raw_outputs.append(x)
+            if self.attention is not None and layer == len(self.rnns) - 1:
+                x, memory = self.attention(x, hidden[-1])
+                new_hidden.append(memory)
             x = self.lockdrop(x, self.dropout if layer == len(self.rnns) - 1 else self.dropouth)
             outputs.append(x)
         output = x.flatten(0, 1)
@@ -135,16 +150,19 @@ class RNNModel(nn.Module):
     def init_hidden(self, bsz):
         """A zero state for `bsz` columns, on the model's device: one entry a layer.
 
-        (h, c) for the LSTMs, h for GRU; each [directions, bsz, H].
+        (h, c) for the LSTMs, h for GRU; each [directions, bsz, H]. Then, with attention, the
+        memory of earlier states, none yet: [0, bsz, E].
         """
         directions = 2 if self.rnn_type == "biLSTM" else 1
         states = [
             self.encoder.weight.new_zeros(directions, bsz, rnn.module.hidden_size)
             for rnn in self.rnns
         ]
-        if self.rnn_type == "GRU":
-            return states
-        return [(h, h.clone()) for h in states]
+        if self.rnn_type != "GRU":
+            states = [(h, h.clone()) for h in states]
+        if self.attention is not None:
+            states.append(self.encoder.weight.new_zeros(0, bsz, self.decoder.in_features))
+        return states
 
 
 def as_float(state):

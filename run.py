@@ -109,6 +109,7 @@ def new_params(corpus, args):
     model = RNNModel(
         args.model, ntoken, args.emsize, args.nhid, args.nlayers, args.dropout, args.dropouth,
         args.dropouti, args.dropoute, args.wdrop, tie_weights=True, bf16=args.precision == "bf16",
+        attention=args.attention, attention_window=args.attention_window,
     )
     criterion = SplitCrossEntropyLoss(args.emsize, default_splits(ntoken))
     return nn.ModuleList([model, criterion]).to(args.device)

@@ -1,0 +1,62 @@
+"""Causal attention over the earlier states of the top layer.
+
+Salton, Ross and Kelleher 2017, "Attentive Language Models" (I17-1045), and Mei, Bansal and Walter
+2017 (1611.06997).
+"""
+
+import torch
+from torch import nn
+
+KINDS = ("none", "single", "combined")
+
+
+class Attention(nn.Module):
+    """Joins each state h_t with a mean of the `window` states before it, weighted by a score.
+
+        score_i = v . tanh(W_s h_i)               kind "single": of the earlier state alone
+        score_i = v . tanh(W_s h_i + W_q h_t)     kind "combined": of both
+        a = softmax(score) over t - window <= i < t
+        c_t = sum_i a_i h_i
+        h'_t = tanh(W_c [h_t; c_t] + b)
+
+    h'_t takes h_t's place before the tied decoder. Where there is no earlier state, c_t is 0.
+    `size` is that of the states. Raises ValueError for another kind.
+    """
+
+    def __init__(self, size, kind, window):
+        super().__init__()
+        if kind not in KINDS[1:]:
+            raise ValueError(f"attention {kind} is unknown; choose from {', '.join(KINDS[1:])}")
+        self.window = window
+        self.earlier = nn.Linear(size, size, bias=False)  # W_s
+        self.current = nn.Linear(size, size, bias=False) if kind == "combined" else None  # W_q
+        self.score = nn.Linear(size, 1, bias=False)  # v
+        self.join = nn.Linear(2 * size, size)  # W_c, b
+
+    def forward(self, states, memory):
+        """states [T, B, H], memory [M, B, H] (the M <= window states before them, detached).
+
+        Returns h' [T, B, H] and the memory of what follows, the last `window` states, detached.
+        """
+        steps, window = len(states), self.window
+        missing = window - len(memory)
+        padding = states.new_zeros(missing, *states.shape[1:])
+        past = torch.cat([padding, memory, states])  # [window + T, B, H]; h_t is past[window + t]
+        keys = self.earlier(past)
+        if self.current is None:
+            scores = self.score(keys.tanh()).squeeze(-1).unfold(0, window, 1)[:steps]
+        else:
+            keys = keys.unfold(0, window, 1)[:steps]  # [T, B, H, window], a view
+            energies = (keys + self.current(states).unsqueeze(-1)).tanh()
+            scores = torch.einsum("tbhw,h->tbw", energies, self.score.weight.squeeze(0))
+        # [T, B, window]: the i-th of h_t is past[t + i], which is padding below `missing`.
+        index = torch.arange(steps, device=states.device).unsqueeze(1)
+        index = (index + torch.arange(window, device=states.device)).unsqueeze(1)  # [T, 1, window]
+        exists = index >= missing
+        weights = scores.masked_fill(~exists, torch.finfo(scores.dtype).min).softmax(-1) * exists
+        # The band as a matrix [T, window + T] for each column, so that the sum is a product.
+        band = weights.new_zeros(*weights.shape[:2], len(past))
+        band = band.scatter(2, index.expand_as(weights), weights)
+        context = torch.einsum("tbi,ibh->tbh", band, past)
+        joined = self.join(torch.cat([states, context], -1)).tanh()
+        return joined, past[max(missing, steps) :].detach()
