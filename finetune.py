@@ -9,20 +9,21 @@ codes as main.py's.
 """
 
 import parallel
+from bidirectional import score
 from data import InputError
 from files import keep
 from flags import ARCHITECTURE, complete, make_parser, plain, run, take_architecture
 from preemption import Preemption
 from resume import STATE, check_corpus, inherit, is_over, read_state
 from run import alone, copy_model, finish, new_params, prepare, saved_params, set_aside
-from train import EVAL_BATCH_SIZE, evaluate, loss_columns
+from train import loss_columns
 from trainer import Trainer
-from utils import log, read_checkpoint
+from utils import log, log_parts, read_checkpoint
 
 COMMAND = "finetune.py"
 INHERITED = (
     "data", "lr", "clip", "batch_size", "bptt", "dropout", "dropouth", "dropouti", "dropoute",
-    "wdrop", "alpha", "beta", "wdecay", "nonmono",
+    "wdrop", "alpha", "beta", "wdecay", "nonmono", "objective",
 )
 
 
@@ -48,8 +49,9 @@ def finetune(corpus, args, origin, preemption, path=None, state=None):
     extensions = [STATE] if before and not is_over(before) else []
     base = parallel.on_first(keep, args.save, ".base", *extensions)
     log(f"Fine-tuning {args.save}; its base model stays at {base}")
-    loss = evaluate(params, corpus.valid, EVAL_BATCH_SIZE, args.bptt, preemption.check)
+    loss, parts = score(params, corpus.valid, args, preemption.check)
     log(f"| base model | {loss_columns(loss, 'valid ')}")
+    log_parts(parts)
     return finish(
         Trainer(params, corpus, args, origin, preemption.check, finetuning=True, best=loss)
     )

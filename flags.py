@@ -15,6 +15,7 @@ from allocator import keep_freed_memory
 from data import InputError
 from files import is_out_of_memory
 from attention import KINDS
+from bidirectional import OBJECTIVES
 from model import check_architecture
 from preemption import Preempted
 
@@ -108,13 +109,16 @@ def make_parser(description, inherited=()):
     parser = Parser(inherited, description=description)
     add = parser.add
     add("--data", "data/penn", "folder with train.txt, valid.txt and test.txt, or 'sample'")
-    add("--model", "LSTM", "recurrent layer: LSTM, GRU or biLSTM", type=rnn_type)
+    add("--model", "LSTM", "recurrent layers: LSTM, GRU, biLSTM (the report's, which reads its own "
+        "answer) or biLM (two language models and cloze prediction)", type=rnn_type)
     add("--emsize", 400, "size of word embeddings", type=count)
     add("--nhid", 1150, "hidden units per layer", type=count)
     add("--nlayers", 3, "number of layers", type=count)
     add("--attention", "none", "attention over the last layer's earlier states: none, single (each "
         "scored alone) or combined (scored with the current one)", choices=KINDS)
     add("--attention-window", 70, "how many earlier states are attended", type=count, metavar="N")
+    add("--objective", "lm", "what biLM is trained for: lm, to predict each word from one side, "
+        "cloze, from both sides, or both", choices=OBJECTIVES)
     add("--lr", None, "learning rate (default: 30 with sgd, 10 for GRU; 0.001 with adam)",
         type=number(float, 0, 1e30, open_low=True))
     add("--clip", 0.25, "largest gradient norm, 0 for no clipping", type=coefficient)
@@ -186,6 +190,8 @@ def complete(given, defaults):
         args.save = f"{time.time():.6f}".replace(".", "") + ".pt"
     if args.resume and Path(args.resume).resolve() == Path(args.save).resolve():
         args.resume = args.save  # two spellings of one file
+    if args.objective != "lm" and args.model != "biLM":
+        raise InputError(f"--objective {args.objective}: for --model biLM only")
     try:
         check_architecture(args.model, args.emsize, args.nhid, args.attention)
     except ValueError as error:

@@ -3,6 +3,13 @@
 import torch
 
 
+def repackage_hidden(h):
+    """Detaches a hidden state, a tensor or nested tuples and lists of them, from its history."""
+    if isinstance(h, torch.Tensor):
+        return h.detach()
+    return tuple(repackage_hidden(v) for v in h)
+
+
 def copy_hidden(hidden, device=None):
     """A detached copy of a hidden state, nested tuples and lists of tensors or None."""
     if hidden is None:

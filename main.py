@@ -12,6 +12,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import parallel
+from bidirectional import score
 from finetune import finetune
 from flags import complete, make_parser, number, plain, run, take_architecture
 from preemption import Preemption
@@ -19,7 +20,6 @@ from resume import check_corpus, inherit, read_state
 from run import (
     alone, copy_model, finish, log_size, new_params, prepare, saved_params, set_aside,
 )
-from train import EVAL_BATCH_SIZE, evaluate
 from trainer import Trainer
 from utils import RECORDS, log, read_checkpoint
 
@@ -85,7 +85,7 @@ def start(corpus, args, origin, preemption):
     log_size(params)
     if args.resume == args.save:
         # The file is only replaced by something better than what it holds.
-        best = evaluate(params, corpus.valid, EVAL_BATCH_SIZE, args.bptt, preemption.check)
+        best, _ = score(params, corpus.valid, args, preemption.check)
         if Path(f"{args.save}{RECORDS}").exists():
             records = Path(f"{args.save}{RECORDS}").read_text(encoding="utf-8")
     elif Path(args.save).exists():

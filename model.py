@@ -11,7 +11,12 @@ from gru import GRU
 from locked_dropout import LockedDropout
 from weight_drop import WeightDrop
 
-RNN_TYPES = ("LSTM", "GRU", "biLSTM")
+RNN_TYPES = ("LSTM", "GRU", "biLSTM", "biLM")
+# What the log and the checkpoint of a model say of its perplexity.
+NOTES = {
+    "biLSTM": "biLSTM has read the word that it predicts: its backward direction reads from the "
+    "window's end. Its perplexity is not a language model's (the report's model, a replication)",
+}
 
 
 def check_architecture(rnn_type, ninp, nhid, attention="none"):
@@ -19,9 +24,9 @@ def check_architecture(rnn_type, ninp, nhid, attention="none"):
     if rnn_type not in RNN_TYPES:
         what = "not supported yet" if rnn_type == "QRNN" else "unknown"
         raise ValueError(f"model {rnn_type} is {what}; choose from {', '.join(RNN_TYPES)}")
+    if rnn_type.startswith("bi") and attention != "none":
+        raise ValueError(f"attention looks back only; {rnn_type} has none")
     if rnn_type == "biLSTM":
-        if attention != "none":
-            raise ValueError("attention looks back only; biLSTM has none")
         for name, size in (("nhid", nhid), ("emsize", ninp)):
             if size % 2:
                 raise ValueError(
@@ -32,7 +37,8 @@ def check_architecture(rnn_type, ninp, nhid, attention="none"):
 class RNNModel(nn.Module):
     """A weight-dropped recurrent language model (Merity et al. 2017, 1708.02182).
 
-    rnn_type: "LSTM", "GRU" or "biLSTM" (each direction half as wide). ntoken: vocabulary size V.
+    rnn_type: "LSTM", "GRU" or "biLSTM" (each direction half as wide); for "biLM" see
+    bidirectional.py. ntoken: vocabulary size V.
     ninp: embedding size E. nhid: hidden size of all layers but the last, which has E where the
     weights are tied (then `decoder.weight is encoder.weight`).
 
@@ -82,21 +88,12 @@ class RNNModel(nn.Module):
         self.dropoute, self.wdrop = dropoute, wdrop
         self.bf16 = bf16
 
-        bidirectional = rnn_type == "biLSTM"
-        cell = GRU if rnn_type == "GRU" else nn.LSTM
-        recurrent = ["weight_hh_l0"] + ["weight_hh_l0_reverse"] * bidirectional
         widths = [nhid] * (nlayers - 1) + [ninp if tie_weights else nhid]
+        self.widths = list(zip([ninp, *widths], widths))  # of each layer's input and output
 
         self.encoder = nn.Embedding(ntoken, ninp)
         self.lockdrop = LockedDropout()
-        self.rnns = nn.ModuleList(
-            WeightDrop(
-                cell(below, width // (1 + bidirectional), bidirectional=bidirectional),
-                recurrent,
-                dropout=wdrop,
-            )
-            for below, width in zip([ninp, *widths], widths)
-        )
+        self.rnns = self.make_layers()
         self.attention = None
         if attention != "none":
             self.attention = Attention(widths[-1], attention, attention_window)
@@ -104,6 +101,20 @@ class RNNModel(nn.Module):
         if tie_weights:  # Press and Wolf 2016 (1608.05859), Inan et al. 2016 (1611.01462)
             self.decoder.weight = self.encoder.weight
         self.init_weights()
+
+    def make_layers(self):
+        """The recurrent layers, nn.ModuleList."""
+        bidirectional = self.rnn_type == "biLSTM"
+        cell = GRU if self.rnn_type == "GRU" else nn.LSTM
+        recurrent = ["weight_hh_l0"] + ["weight_hh_l0_reverse"] * bidirectional
+        return nn.ModuleList(
+            WeightDrop(
+                cell(below, width // (1 + bidirectional), bidirectional=bidirectional),
+                recurrent,
+                dropout=self.wdrop,
+            )
+            for below, width in self.widths
+        )
 
     def init_weights(self):
         """Embedding and decoder uniform in [-0.1, 0.1], decoder bias 0 (section 5 of the paper).
@@ -121,20 +132,24 @@ class RNNModel(nn.Module):
         (output, hidden, raw_outputs, outputs): what each layer gave, [T, B, H], before and after
         dropout; TAR and AR take the last of them. Attention comes between the two.
         """
+        return self.read(self.rnns, input, hidden, return_h)
+
+    def read(self, rnns, input, hidden, return_h=False):
+        """`forward` through the layers `rnns`."""
         embedded = embedded_dropout(self.encoder, input, self.dropoute if self.training else 0)
         x = self.lockdrop(embedded, self.dropouti)  # [T, B, E]
         new_hidden, raw_outputs, outputs = [], [], []
-        for layer, rnn in enumerate(self.rnns):
+        for layer, rnn in enumerate(rnns):
             with self.autocast(x.device.type):
                 x, state = rnn(x, hidden[layer])  # [T, B, H]
             if self.bf16:
                 x, state = x.float(), as_float(state)
             new_hidden.append(state)
             raw_outputs.append(x)
-            if self.attention is not None and layer == len(self.rnns) - 1:
+            if self.attention is not None and layer == len(rnns) - 1:
                 x, memory = self.attention(x, hidden[-1])
                 new_hidden.append(memory)
-            x = self.lockdrop(x, self.dropout if layer == len(self.rnns) - 1 else self.dropouth)
+            x = self.lockdrop(x, self.dropout if layer == len(rnns) - 1 else self.dropouth)
             outputs.append(x)
         output = x.flatten(0, 1)
         if return_h:

@@ -114,6 +114,13 @@ def mean(loss):
     return loss
 
 
+def total(tensor):
+    """A tensor, summed over the ranks."""
+    if size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
 def agree(number):
     """The largest of the ranks' numbers, whole ones, on all of them."""
     if size() == 1:

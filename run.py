@@ -11,15 +11,16 @@ import torch
 from torch import nn
 
 import parallel
+from bidirectional import make_model, score
 from data import SPLITS, Corpus, InputError, unigram_loss
 from files import exclusive, keep, write_atomically
 from flags import plain
-from model import RNNModel
+from model import NOTES
 from preemption import Preempted
 from resume import STATE, how_to_resume, is_finished, read_state
 from splitcross import SplitCrossEntropyLoss, default_splits
-from train import TEST_BATCH_SIZE, evaluate, loss_columns, perplexity
-from utils import RATES, build, check_writable, log, read_checkpoint
+from train import TEST_BATCH_SIZE, loss_columns, perplexity
+from utils import RATES, build, check_writable, log, log_parts, read_checkpoint
 
 
 @contextlib.contextmanager
@@ -87,11 +88,8 @@ def prepare(args):
         f"{ranks}"
     )
     log(f"Args: {plain(args)}")
-    if args.model == "biLSTM":
-        log(
-            "Note: biLSTM reads the word it predicts; its loss is no language model's (the "
-            "report's model, kept as a replication)"
-        )
+    if args.model in NOTES:
+        log(f"Note: {NOTES[args.model]}")
     return corpus
 
 
@@ -106,7 +104,7 @@ def set_precision(args):
 def new_params(corpus, args):
     """A new nn.ModuleList([model, criterion]) for the corpus, on `args.device`."""
     ntoken = len(corpus.dictionary)
-    model = RNNModel(
+    model = make_model(
         args.model, ntoken, args.emsize, args.nhid, args.nlayers, args.dropout, args.dropouth,
         args.dropouti, args.dropoute, args.wdrop, tie_weights=True, bf16=args.precision == "bf16",
         attention=args.attention, attention_window=args.attention_window,
@@ -166,8 +164,10 @@ def report_test(trainer, check):
     # Where the disk is full it is still at hand.
     content = parallel.first(trainer.saver.pending.get(str(args.save)))
     params = saved_params(args.save, corpus, args, content)
-    loss = evaluate(params, corpus.test, TEST_BATCH_SIZE, args.bptt, check)
+    loss, parts = score(params, corpus.test, args, check, TEST_BATCH_SIZE)
     rule = "=" * 89
-    log(f"{rule}\n| End of training | {loss_columns(loss, 'test ')}\n{rule}")
+    log(f"{rule}\n| End of training | {loss_columns(loss, 'test ')}")
+    log_parts(parts)
+    log(rule)
     unigram = perplexity(unigram_loss(corpus.train, corpus.test, len(corpus.dictionary)))
     log(f"For comparison: word frequencies alone (a unigram model) give test ppl {unigram:.2f}")

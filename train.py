@@ -10,7 +10,7 @@ from torch.nn.utils import clip_grad_norm_
 
 import parallel
 from data import batchify_exact
-from utils import repackage_hidden
+from hidden import repackage_hidden
 
 EVAL_BATCH_SIZE, TEST_BATCH_SIZE = 10, 1  # as in the reference
 
@@ -68,16 +68,16 @@ class Objective(nn.Module):
         return loss + penalty, loss.detach(), hidden
 
 
-def train_step(objective, optimizer, data, targets, hidden, args):
+def train_step(objective, optimizer, data, targets, hidden, args, **more):
     """One step of truncated BPTT on `data` [L, B] and `targets` [L*B].
 
-    `objective` is an Objective, or its replica. The learning rate of this step is scaled by
-    L / bptt, so that short windows do not weigh as much as long ones. Returns the loss in nats
-    without AR and TAR, a tensor that stays on its device, and the new hidden state.
+    `objective` is an Objective, or its replica; it gets `more` as well. The learning rate of this
+    step is scaled by L / bptt, so that short windows do not weigh as much as long ones. Returns the
+    loss in nats without AR and TAR, a tensor that stays on its device, and the new hidden state.
     """
     hidden = repackage_hidden(hidden)
     optimizer.zero_grad()
-    total, loss, hidden = objective(data, targets, hidden, args.alpha, args.beta)
+    total, loss, hidden = objective(data, targets, hidden, args.alpha, args.beta, **more)
     total.backward()
     if args.clip:
         clip_grad_norm_(objective.parameters(), args.clip)

@@ -10,6 +10,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 import parallel
+from bidirectional import is_bilm, make_objective, score
 from data import InputError, batchify, get_batch
 from files import Saver, pack
 from hidden import copy_hidden, join_hidden, own_hidden, shapes
@@ -19,11 +20,10 @@ from resume import (
     read_state, set_generators,
 )
 from train import (
-    EVAL_BATCH_SIZE, Losses, Objective, evaluate, loss_columns, make_optimizer, nonmonotone,
-    perplexity, random_seq_len, train_step,
+    Losses, loss_columns, make_optimizer, nonmonotone, perplexity, random_seq_len, train_step,
 )
 from utils import (
-    FINETUNE_RECORDS, RECORDS, describe, log, pack_checkpoint, read_checkpoint, warn,
+    FINETUNE_RECORDS, RECORDS, describe, log, log_parts, pack_checkpoint, read_checkpoint, warn,
 )
 
 ABOVE = 20  # batches in a row with a loss above ln(vocabulary) + 1: the run has diverged
@@ -69,7 +69,11 @@ class Trainer:
         self.finetuning, self.best, self.records, self.check = finetuning, best, records, check
         mine = parallel.columns(args.batch_size)
         self.source = batchify(corpus.train, args.batch_size)[:, mine].to(args.device).contiguous()
-        self.objective = parallel.replicate(Objective(params))
+        self.reversed = None  # the text from its end
+        if is_bilm(params):
+            self.reversed = batchify(corpus.train.flip(0), args.batch_size)
+            self.reversed = self.reversed[:, mine].to(args.device).contiguous()
+        self.objective = parallel.replicate(make_objective(params, args))
         self.optimizer = make_optimizer(params, args)
         self.averaged = AveragedModel(params) if finetuning else None
         self.epoch, self.row, self.hidden, self.losses = 1, 0, None, Losses()
@@ -229,7 +233,8 @@ class Trainer:
                 seq_len = random_seq_len(args.bptt)
                 data, targets = get_batch(source, self.row, args, seq_len=seq_len)
                 loss, self.hidden = train_step(
-                    self.objective, self.optimizer, data, targets, self.hidden, args
+                    self.objective, self.optimizer, data, targets, self.hidden, args,
+                    **self.backward_batch(len(data)),
                 )
                 if self.averaged is not None:
                     self.averaged.update_parameters(self.params)
@@ -256,6 +261,13 @@ class Trainer:
                     self.save_state()
         self.watch()
 
+    def backward_batch(self, seq_len):
+        """What a bidirectional objective takes beside the window at `self.row`."""
+        if self.reversed is None:
+            return {}
+        window = get_batch(self.reversed, self.row, self.args, seq_len=seq_len)
+        return {"backward": window, "begins": self.row == 0}
+
     def watch(self, ahead=0):
         """Looks at the losses that have arrived; raises Diverged. See Losses.read for `ahead`."""
         for loss in self.losses.read(ahead):
@@ -274,12 +286,14 @@ class Trainer:
         lr = self.optimizer.param_groups[0]["lr"]
         train_loss, train_seconds = self.losses.mean(), self.seconds()
         evaluated = self.params if self.averaged is None else self.averaged.module
-        loss = evaluate(evaluated, self.corpus.valid, EVAL_BATCH_SIZE, args.bptt, self.check)
+        loss, parts = score(evaluated, self.corpus.valid, args, self.check)
         rule = "-" * 89
         log(
             f"{rule}\n| end of epoch {self.epoch:3d} | time: {self.seconds():5.2f}s "
-            f"| {loss_columns(loss, 'valid ')}\n{rule}"
+            f"| {loss_columns(loss, 'valid ')}"
         )
+        log_parts(parts)
+        log(rule)
         if not math.isfinite(loss):
             raise Diverged(f"the validation loss is {loss}")
         keep = [args.save] if loss < self.best else []
@@ -302,6 +316,7 @@ class Trainer:
             epoch=self.epoch, seconds=round(self.seconds(), 2),
             train_loss=train_loss, train_ppl=perplexity(train_loss),
             valid_loss=loss, valid_ppl=perplexity(loss),
+            **{f"{name}_ppl": perplexity(part) for name, part in parts.items()},
             lr=lr, averaging=self.averaged is not None,
             tokens_per_s=round(sum(n for _, n in self.losses.on_host) / train_seconds, 1),
         )

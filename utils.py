@@ -5,16 +5,18 @@ import os
 import sys
 from pathlib import Path
 
-import torch
 from torch import nn
 from tqdm import tqdm
 
 import parallel
+from bidirectional import make_model
 from data import Dictionary, InputError, batchify, get_batch
 from files import is_out_of_memory, pack, unpack
-from model import RNNModel
+from hidden import repackage_hidden
+from model import NOTES
 from resume import STATE, read_state
 from splitcross import SplitCrossEntropyLoss
+from train import loss_columns
 
 __all__ = [
     "batchify", "get_batch", "load", "log", "pack_checkpoint", "read_checkpoint",
@@ -28,13 +30,6 @@ KEYS = {
 }
 RECORDS, FINETUNE_RECORDS = ".jsonl", ".finetune.jsonl"  # appended to the checkpoint's path
 RATES = ("dropout", "dropouth", "dropouti", "dropoute", "wdrop")  # RNNModel's dropout rates
-
-
-def repackage_hidden(h):
-    """Detaches a hidden state, a tensor or nested tuples and lists of them, from its history."""
-    if isinstance(h, torch.Tensor):
-        return h.detach()
-    return tuple(repackage_hidden(v) for v in h)
 
 
 def log(line):
@@ -66,6 +61,12 @@ def warn(line):
 def _print(line, file):
     tqdm.write(line, file=file)
     file.flush()
+
+
+def log_parts(parts):
+    """Logs a line for each of the losses that `parts` names."""
+    for name, loss in parts.items():
+        log(f"| {name:8s} | {loss_columns(loss)}")
 
 
 def check_writable(path, checkpoints):
@@ -108,8 +109,8 @@ def pack_checkpoint(params, corpus, flags, **progress):
 
     `params` is nn.ModuleList([model, criterion]). Keys: format, version; architecture (RNNModel's
     arguments without the dropout rates); flags; vocabulary (words in order of id); corpus (name,
-    sha256); model and criterion (state dicts), splits; and `progress` (epoch, valid_loss in nats,
-    averaged, finetuned).
+    sha256); model and criterion (state dicts), splits; note (on what its loss is not); and
+    `progress` (epoch, valid_loss in nats, averaged, finetuned).
     """
     return pack(KIND, VERSION, {**describe(params, corpus, flags), **progress})
 
@@ -125,6 +126,7 @@ def describe(params, corpus, flags):
         "model": model.state_dict(),
         "criterion": criterion.state_dict(),
         "splits": criterion.splits,
+        "note": NOTES.get(model.rnn_type, ""),
     }
 
 
@@ -156,7 +158,7 @@ def build(checkpoint, path="checkpoint", **settings):
     weights do not fit the architecture.
     """
     try:
-        model = RNNModel(**checkpoint["architecture"], **settings)
+        model = make_model(**checkpoint["architecture"], **settings)
         model.load_state_dict(checkpoint["model"])
         criterion = SplitCrossEntropyLoss(model.decoder.in_features, checkpoint["splits"])
         criterion.load_state_dict(checkpoint["criterion"])

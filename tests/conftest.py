@@ -17,7 +17,7 @@ from torch import nn
 
 import flags
 import main
-from model import RNNModel
+from bidirectional import make_model
 from splitcross import SplitCrossEntropyLoss
 from preemption import Preempted
 from trainer import Trainer
@@ -130,13 +130,13 @@ def arguments(**changes):
         "beta": 1.0, "wdecay": 1.2e-6, "nonmono": 5, "log_interval": 10, "optimizer": "sgd",
         "when": [-1], "device": torch.device("cpu"), "save": None, "resume": "",
         "on_divergence": "stop", "checkpoint_minutes": 10.0, "dropout": 0.2,
-        "precision": "fp32", **changes,
+        "precision": "fp32", "objective": "lm", **changes,
     })
 
 
 def make_params(rnn_type="LSTM", ntoken=50, rate=0.0, splits=(), dtype=None):
     """A small nn.ModuleList([model, criterion])."""
-    model = RNNModel(rnn_type, ntoken, 8, 12, 2, rate, rate, rate, rate, rate, tie_weights=True)
+    model = make_model(rnn_type, ntoken, 8, 12, 2, rate, rate, rate, rate, rate, tie_weights=True)
     return nn.ModuleList([model, SplitCrossEntropyLoss(8, splits)]).to(dtype)
 
 

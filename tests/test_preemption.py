@@ -149,14 +149,14 @@ def test_a_second_signal_exits_at_once_and_loses_nothing_saved(second, status, s
 
 
 SLOW_EVALUATION = """
-import time, train, trainer
+import time, bidirectional, train
 def slow(params, ids, batch_size, bptt, check):
     def announced():
         print("evaluating", flush=True)
         time.sleep(0.2)
         check()
     return train.evaluate(params, ids, batch_size, 1, announced)
-trainer.evaluate = slow
+bidirectional.evaluate = slow
 """
 
 

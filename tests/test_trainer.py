@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import bidirectional
 import trainer
 from conftest import arguments, make_params, make_trainer
 from data import Corpus, Dictionary, InputError, get_batch
@@ -111,7 +112,7 @@ def corpus(corpus_dir):
 def spy_on_steps(monkeypatch):
     """Records the weights after each step, and the weights at each evaluation."""
     iterates, evaluated = [], []
-    step, score = trainer.train_step, trainer.evaluate
+    step, score = trainer.train_step, bidirectional.evaluate
 
     def recorded_step(params, *rest):
         result = step(params, *rest)
@@ -124,7 +125,7 @@ def spy_on_steps(monkeypatch):
         return score(params, *rest)
 
     monkeypatch.setattr(trainer, "train_step", recorded_step)
-    monkeypatch.setattr(trainer, "evaluate", recorded_evaluate)
+    monkeypatch.setattr(bidirectional, "evaluate", recorded_evaluate)
     return iterates, evaluated
 
 
@@ -139,8 +140,8 @@ def assert_weights(found, expected):
 
 def test_nt_asgd_evaluates_and_saves_the_mean_since_the_switch(corpus, tmp_path, monkeypatch):
     iterates, evaluated = spy_on_steps(monkeypatch)
-    hand_made = HandMade(trainer.evaluate, [5, 4, 6, 3, 2])
-    monkeypatch.setattr(trainer, "evaluate", hand_made)
+    hand_made = HandMade(bidirectional.evaluate, [5, 4, 6, 3, 2])
+    monkeypatch.setattr(bidirectional, "evaluate", hand_made)
     args = arguments(epochs=5, nonmono=1, save=str(tmp_path / "m.pt"))
     params = make_params(ntoken=len(corpus.dictionary), rate=0.2, splits=(3,))
     make_trainer(params, corpus, args).fit()
@@ -178,7 +179,8 @@ def test_finetuning_averages_from_its_first_step_and_stops_at_the_trigger(
     corpus, tmp_path, monkeypatch
 ):
     iterates, evaluated = spy_on_steps(monkeypatch)
-    monkeypatch.setattr(trainer, "evaluate", HandMade(trainer.evaluate, [3, 4, 5, 9, 9]))
+    hand_made = HandMade(bidirectional.evaluate, [3, 4, 5, 9, 9])
+    monkeypatch.setattr(bidirectional, "evaluate", hand_made)
     args = arguments(epochs=5, nonmono=1, save=str(tmp_path / "m.pt"))
     params = make_params(ntoken=len(corpus.dictionary))
     make_trainer(params, corpus, args, best=3.5, finetuning=True).fit()
@@ -195,7 +197,8 @@ def test_only_improvements_are_saved_and_when_divides_the_rate(corpus, tmp_path,
         trainer, "train_step",
         lambda p, o, *a: rates.append(o.param_groups[0]["lr"]) or step(p, o, *a),
     )
-    monkeypatch.setattr(trainer, "evaluate", HandMade(trainer.evaluate, [4, 3, 5, 6]))
+    hand_made = HandMade(bidirectional.evaluate, [4, 3, 5, 6])
+    monkeypatch.setattr(bidirectional, "evaluate", hand_made)
     args = arguments(epochs=4, when=[1, 3], lr=2.0, save=str(tmp_path / "m.pt"))
     make_trainer(make_params(ntoken=len(corpus.dictionary)), corpus, args).fit()
     assert read_checkpoint(args.save)["epoch"] == 2

@@ -1,0 +1,196 @@
+"""An honest bidirectional model: two language models, and words predicted from both their contexts.
+
+A forward and a backward stack never mix below the output, so neither has seen the word it predicts:
+its perplexity is that of a language model, of the text as it stands or read from its end. For cloze
+prediction a word's two contexts, all words before it and all after it, are combined.
+"""
+
+import torch
+from torch import nn
+
+import parallel
+from data import batchify_exact
+from model import RNNModel
+from train import EVAL_BATCH_SIZE, Losses, Objective, activation_regularization, evaluate
+
+CONTEXT = 10  # a window's word is scored in training with so many words of the window after it
+# What is minimized, a sum, and reported, their mean.
+OBJECTIVES = {
+    "lm": ("forward", "backward"), "cloze": ("cloze",), "both": ("forward", "backward", "cloze")
+}
+
+
+class BiLM(RNNModel):
+    """Two stacks of weight-dropped LSTMs that share the embedding and the tied decoder.
+
+    As an RNNModel it is its forward half. `init_hidden` has the states of the forward stack, then
+    those of the backward stack. The combiner of f [.., E], the forward state before a word, and b
+    [.., E], the backward state after it, is tanh(W [f; b] + c), which the decoder reads.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.backward_rnns = self.make_layers()
+        size = self.decoder.in_features
+        self.combiner = nn.Linear(2 * size, size)
+
+    def init_hidden(self, bsz):
+        return super().init_hidden(bsz) + super().init_hidden(bsz)
+
+    def read_backward(self, words, hidden, return_h=False):
+        """The backward stack over `words` [T, B], in its own order: the text's last word first.
+
+        As `forward` otherwise.
+        """
+        return self.read(self.backward_rnns, words, hidden, return_h)
+
+    def combine(self, before, after):
+        """[.., E], [.., E] -> [.., E]"""
+        return self.combiner(torch.cat([before, after], -1)).tanh()
+
+
+class BiObjective(Objective):
+    """What a step of BiLM minimizes: the sum of the losses that `objective` names.
+
+    The backward language model reads a stream of its own, the text from its end, with a state of
+    its own that is carried on. For cloze prediction the backward stack reads the forward stream's
+    window from a zero state at its end, and the words with CONTEXT others after them in the window
+    are scored (in an epoch's first window, with as many before them). With "lm" the combiner
+    alone learns from that, on states and a decoder that it does not change.
+    """
+
+    def __init__(self, params, objective):
+        super().__init__(params)
+        self.objective = objective
+
+    def forward(self, data, targets, hidden, alpha, beta, backward, begins):
+        """data [L, B], targets [L*B]; backward: such a pair of the reversed stream.
+
+        Returns (the sum + AR + TAR, the mean of the losses in nats, hidden).
+        """
+        model, criterion = self.params
+        weight, bias = model.decoder.weight, model.decoder.bias
+        parts = OBJECTIVES[self.objective]
+        layers = len(model.rnns)
+        passes, losses = [], {}
+        before, states, *outputs = model(data, hidden[:layers], return_h=True)
+        passes.append(outputs)
+        states_back = hidden[layers:]
+        if "forward" in parts:
+            losses["forward"] = criterion(weight, bias, before, targets)
+            words, words_after = backward
+            output, states_back, *outputs = model.read_backward(words, states_back, return_h=True)
+            losses["backward"] = criterion(weight, bias, output, words_after)
+            passes.append(outputs)
+        targets = targets.view(data.shape)
+        with torch.set_grad_enabled("cloze" in parts and torch.is_grad_enabled()):
+            zero = model.init_hidden(data.size(1))[layers:]
+            _, _, *outputs = model.read_backward(targets.flip(0), zero, return_h=True)
+        after = outputs[1][-1].flip(0)  # [L, B, E]: of the words from each to the window's end
+        before = before.view_as(after)
+        if "cloze" in parts:
+            passes.append(outputs)
+        else:
+            before, weight, bias = before.detach(), weight.detach(), bias.detach()
+        after = torch.cat([after[1:], torch.zeros_like(after[:1])])  # nothing follows the last
+        margin = min(CONTEXT, len(data) // 2)
+        scored = slice(min(margin, len(data) - margin - 1) if begins else 0, len(data) - margin)
+        cloze = criterion(
+            weight, bias, model.combine(before[scored], after[scored]), targets[scored]
+        )
+        total = cloze
+        if "cloze" in parts:
+            losses["cloze"] = cloze
+        for name in ("forward", "backward"):
+            total = total + losses.get(name, 0.0)
+        for raw, dropped in passes:
+            total = total + activation_regularization(raw[-1], dropped[-1], alpha, beta)
+        mean = sum(losses[part] for part in parts) / len(parts)
+        return total, mean.detach(), [*states, *states_back]
+
+
+@torch.no_grad()
+def evaluate_directions(params, ids, batch_size, bptt, check=None):
+    """{"forward", "backward", "cloze": mean negative log-likelihood in nats} of `ids` [N].
+
+    The language models predict all words but the first they read, as train.evaluate's. Cloze
+    prediction is of the same words as the forward model's. All contexts are whole columns of the
+    text, read in windows that carry the state along.
+    """
+    model, criterion = params
+    params.eval()
+    weight, bias = model.decoder.weight, model.decoder.bias
+    layers = len(model.rnns)
+    places = torch.arange(len(ids))
+
+    def windows(places):
+        """Of this rank's columns: (window of places [T, B], how many of them predict a word)."""
+        columns, _, n = batchify_exact(places, batch_size)
+        mine = parallel.columns(batch_size)
+        columns = columns[:, mine]
+        width = columns.size(1)
+        rows, rest = divmod(n, batch_size)  # as in train.evaluate
+        n = rows * width + min(max(rest - mine.start, 0), width)
+        for i in range(0, len(columns), bptt):
+            yield columns[i : i + bptt], min(n - i * width, columns[i : i + bptt].numel())
+
+    def run(places, read, hidden, step, losses, use):
+        for window, count in windows(places):
+            if count > 0:
+                output, hidden = read(ids[window].to(weight.device), hidden)
+                at = window.flatten()[:count]
+                targets = ids[at + step].to(weight.device)
+                losses.add(criterion(weight, bias, output[:count], targets), count)
+                use(output[:count], at, targets)
+            if check is not None:
+                check()
+
+    forward, backward, cloze = Losses(), Losses(), Losses()
+    mine = parallel.columns(batch_size)
+    states = model.init_hidden(mine.stop - mine.start)
+    # The state after reading each place of the text from its end; past the end, where nothing has
+    # been read, zero.
+    after = weight.new_zeros(len(ids) + 1, weight.size(1))
+
+    def keep(output, at, targets):
+        after[at.to(after.device)] = output
+
+    def combine(output, at, targets):
+        combined = model.combine(output, after[(at + 2).to(after.device)])
+        cloze.add(criterion(weight, bias, combined, targets), len(at))
+
+    run(places.flip(0), model.read_backward, states[layers:], -1, backward, keep)
+    after = parallel.total(after)
+    run(places, model, states[:layers], 1, forward, combine)
+    result = {}
+    for name, losses in (("forward", forward), ("backward", backward), ("cloze", cloze)):
+        losses.read()
+        losses.on_host = [pair for pairs in parallel.everyones(losses.on_host) for pair in pairs]
+        result[name] = losses.mean()
+    return result
+
+
+def make_model(rnn_type, *args, **kwargs):
+    """An RNNModel, or its subclass for "biLM"."""
+    return (BiLM if rnn_type == "biLM" else RNNModel)(rnn_type, *args, **kwargs)
+
+
+def make_objective(params, args):
+    """The Objective of the model in `params`."""
+    return BiObjective(params, args.objective) if is_bilm(params) else Objective(params)
+
+
+def is_bilm(params):
+    return isinstance(params[0], BiLM)
+
+
+def score(params, ids, args, check=None, batch_size=EVAL_BATCH_SIZE):
+    """The loss in nats of `ids` [N] that training minimizes, and {name: loss} of its parts, if any.
+
+    See train.evaluate.
+    """
+    if not is_bilm(params):
+        return evaluate(params, ids, batch_size, args.bptt, check), {}
+    parts = evaluate_directions(params, ids, batch_size, args.bptt, check)
+    chosen = OBJECTIVES[args.objective]
+    return sum(parts[name] for name in chosen) / len(chosen), parts
