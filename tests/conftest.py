@@ -134,9 +134,12 @@ def arguments(**changes):
     })
 
 
-def make_params(rnn_type="LSTM", ntoken=50, rate=0.0, splits=(), dtype=None):
+def make_params(
+    rnn_type="LSTM", ntoken=50, rate=0.0, splits=(), dtype=None, attention="none"
+):
     """A small nn.ModuleList([model, criterion])."""
-    model = make_model(rnn_type, ntoken, 8, 12, 2, rate, rate, rate, rate, rate, tie_weights=True)
+    model = make_model(rnn_type, ntoken, 8, 12, 2, rate, rate, rate, rate, rate, tie_weights=True,
+                       attention=attention, attention_window=13)
     return nn.ModuleList([model, SplitCrossEntropyLoss(8, splits)]).to(dtype)
 
 

@@ -111,10 +111,11 @@ def records(folder, name):
     return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
 
-def test_a_run_of_two_ranks_is_that_of_one(begin, corpus_dir, small, tmp_path):
+@pytest.mark.parametrize("model", ["LSTM --attention single", "biLM --objective both"])
+def test_a_run_of_two_ranks_is_that_of_one(model, begin, corpus_dir, small, tmp_path):
     """Without dropout: training, the switch to averaging, fine-tuning, the test."""
     flags = [*small, *NO_DROPOUT, "--data", corpus_dir, "--epochs", 3, "--nonmono", 0,
-             "--finetune", 1, "--lr", 1]
+             "--finetune", 1, "--lr", 1, "--model", *model.split()]
     out, _ = finish(begin(ROOT / "main.py", *flags, "--save", "two.pt"))
     single, _ = finish(begin(ROOT / "main.py", *flags, "--save", "one.pt", launch=[sys.executable]))
     assert "2 processes" in out

@@ -23,7 +23,9 @@ from utils import read_checkpoint
 # ---------------------------------------------------------------- bit for bit
 
 
-def train_in_parts(folder, corpus_dir, points, finetuning, optimizer, rnn_type="LSTM"):
+def train_in_parts(
+    folder, corpus_dir, points, finetuning, optimizer, rnn_type="LSTM", attention="none"
+):
     """Trains 4 epochs, ended at each of `points` and resumed by objects made anew.
 
     Returns (last state, checkpoint, log of losses, calls of `check`, number of parts).
@@ -38,7 +40,9 @@ def train_in_parts(folder, corpus_dir, points, finetuning, optimizer, rnn_type="
     while True:
         seed = 1 if parts == 0 else 1000 + parts  # what a new process draws has no influence
         random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
-        params = make_params(rnn_type, len(corpus.dictionary), rate=0.3, splits=(4,))
+        params = make_params(
+            rnn_type, len(corpus.dictionary), rate=0.3, splits=(4,), attention=attention
+        )
         run = make_trainer(params, corpus, args, check, finetuning=finetuning)
         if parts:
             run.resume(read_state(args.save), args.save)
@@ -52,14 +56,18 @@ def train_in_parts(folder, corpus_dir, points, finetuning, optimizer, rnn_type="
 
 
 @pytest.mark.parametrize(
-    ("finetuning", "optimizer", "rnn_type"),
-    [(False, "sgd", "LSTM"), (True, "sgd", "GRU"), (False, "adam", "biLSTM")],
+    ("tries", "finetuning", "optimizer", "rnn_type", "attention"),
+    [
+        (12, False, "sgd", "LSTM", "none"), (12, True, "sgd", "GRU", "none"),
+        (12, False, "adam", "biLSTM", "none"), (6, False, "sgd", "biLM", "none"),
+        (6, False, "sgd", "LSTM", "combined"),
+    ],
 )
 def test_interrupted_anywhere_and_resumed_it_is_the_same_run(
-    finetuning, optimizer, rnn_type, corpus_dir, tmp_path_factory, monkeypatch
+    tries, finetuning, optimizer, rnn_type, attention, corpus_dir, tmp_path_factory, monkeypatch
 ):
     """At random batches and evaluation windows, up to five times, averaging switched on between."""
-    how = (finetuning, optimizer, rnn_type)
+    how = (finetuning, optimizer, rnn_type, attention)
     if not finetuning:  # SGD is averaged from epoch 3 on
         monkeypatch.setattr(trainer, "nonmonotone", lambda logs, loss, nonmono: len(logs) == 1)
     folders = tmp_path_factory.mktemp("resumed")
@@ -67,7 +75,7 @@ def test_interrupted_anywhere_and_resumed_it_is_the_same_run(
     assert whole[-1] == 1
     assert (whole[0]["averaged"] is not None) == (finetuning or optimizer == "sgd")
 
-    @settings(parent=repeated, max_examples=TRIES or 12)
+    @settings(parent=repeated, max_examples=TRIES or tries)
     @given(st.sets(st.integers(1, whole[-2]), min_size=1, max_size=5))
     def check(points):
         folder = tmp_path_factory.mktemp("parts") / "parts"
