@@ -31,8 +31,8 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from allocator import keep_freed_memory
-from data import Corpus, batchify, batchify_exact, get_batch
-from flags import count, device, make_parser, rnn_type
+from data import Corpus, InputError, batchify, batchify_exact, get_batch
+from flags import Parser, count, device, make_parser, number, run
 from run import new_params, set_precision
 from train import (
     EVAL_BATCH_SIZE, Objective, activation_regularization, evaluate, make_optimizer, train_step,
@@ -185,7 +185,8 @@ class Side:
         for flag in ("recipe", "model", "device", "precision", *SIZES):
             argv += [f"--{flag}", getattr(args, flag)]
         self.process = subprocess.Popen(
-            list(map(str, argv)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            list(map(str, argv)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            start_new_session=True,  # Ctrl-C ends this process, and the end of its input that one
         )
         for _ in range(WARM_UP):
             self.ask("step")
@@ -196,7 +197,7 @@ class Side:
         print(what, file=self.process.stdin, flush=True)
         answer = self.process.stdout.readline()
         if not answer:
-            raise SystemExit(f"bench.py: error: the process of one side ended at {what!r}")
+            raise InputError(f"the process of one side ended at {what!r}: lower the sizes")
         return float(answer)
 
     def close(self):
@@ -232,10 +233,10 @@ def measure(args):
         mm.append(sides["ours"].ask("mm"))
         for name, side in sides.items():
             steps[name].append(side.ask("step"))
-    for number in range(args.evaluations + 1):
+    for times in range(args.evaluations + 1):
         for name, side in sides.items():
             time_taken = side.ask("evaluation")
-            if number:  # the first warms up
+            if times:  # the first warms up
                 evaluations[name].append(time_taken)
     for side in sides.values():
         side.close()
@@ -268,7 +269,7 @@ def measure(args):
 
 
 def profile(args):
-    """Prints which operations a step and an evaluation of ours spend their time in."""
+    """Prints which operations a step and an evaluation of ours spend their time in, in ms."""
     keep_freed_memory()
     set_precision(args)
     step, evaluation = our_side(args)
@@ -285,6 +286,10 @@ def profile(args):
             for event in profiled.key_averages()
         }
         total = sum(times.values())
+        if args.json:
+            milliseconds = {key: time_taken / 1000 for key, time_taken in times.items()}
+            print(json.dumps({"of": name, "ms": total / 1000, "operations": milliseconds}))
+            continue
         print(f"{name}: {total / 1000:.0f} ms")
         for key, microseconds in sorted(times.items(), key=lambda item: -item[1])[:12]:
             print(f"{microseconds / total:6.1%} {microseconds / 1000:8.1f} ms  {key}")
@@ -391,10 +396,10 @@ def show(result):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--recipe", choices=RECIPES, default="ptb")
-    add("--model", type=rnn_type, default="LSTM", help="LSTM or GRU")
+    add("--model", choices=["LSTM", "GRU"], default="LSTM")
     add("--baseline", action="store_true", help="run plain PyTorch beside it, step for step")
     add("--steps", type=count, default=15, help="steps timed (default: 15)")
     add("--evaluations", type=count, default=5, help="evaluations timed (default: 5)")
@@ -405,7 +410,7 @@ def parse_args(argv=None):
         help="ours: see main.py --help; the baseline has fp32, or tf32 where ours has it")
     add("--json", action="store_true", help="print one JSON object")
     add("--profile", action="store_true", help="print what the time of a step is spent in instead")
-    add("--read", type=float, nargs="+", metavar="N",
+    add("--read", type=number(float, 0.01, 1e5), nargs="+", metavar="N",
         help="read corpora of so many million tokens instead")
     add("--child", choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -415,6 +420,8 @@ def parse_args(argv=None):
     args.lr = 1.0  # random words: nothing to learn
     args.device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     args.precision = args.precision or ("tf32" if args.device.type == "cuda" else "fp32")
+    if args.precision == "tf32" and args.device.type != "cuda":
+        parser.error(f"--precision tf32: device {args.device} has none; leave it out")
     return args
 
 
@@ -440,4 +447,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

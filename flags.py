@@ -174,7 +174,7 @@ def complete(given, defaults):
     if args.batch_size % parallel.size():
         raise InputError(
             f"--batch_size {args.batch_size}: does not divide over {parallel.size()} processes; "
-            "name a multiple"
+            "name a multiple, or another number of processes"
         )
     if args.precision is None:
         args.precision = "tf32" if args.device.type == "cuda" else "fp32"
@@ -227,7 +227,7 @@ def run(main):
     try:
         status = main()
     except (InputError, OSError) as error:
-        if parallel.speaks():
+        if parallel.speaks(error):
             print(f"{prog}: error: {error}", file=sys.stderr)
         status = 2
     except parallel.RankLost as error:

@@ -10,6 +10,7 @@ that torchrun did not start all of this does nothing: there is one rank, and it 
 
 import contextlib
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -44,9 +45,13 @@ def is_first():
     return rank() == 0
 
 
-def speaks():
-    """Whether this rank reports an error that every rank finds: the first on each machine."""
-    return size() == 1 or int(os.environ.get("LOCAL_RANK", 0)) == 0
+def speaks(error=None):
+    """Whether this rank reports an error: not one that another has reported.
+
+    Before the ranks are connected every one finds the same; the first on each machine reports it.
+    """
+    first_here = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    return size() == 1 or not getattr(error, "reported", not first_here)
 
 
 def own_device(device, asked_for):
@@ -67,7 +72,7 @@ def own_device(device, asked_for):
 def group(device, again):
     """The ranks' connections, NCCL on CUDA and gloo elsewhere, while this is held.
 
-    `again` is the command that resumes the run. Raises RankLost when another rank has died.
+    `again` returns the command that resumes the run. Raises RankLost when another rank has died.
     """
     if size() == 1:
         yield
@@ -76,9 +81,18 @@ def group(device, again):
         torch.cuda.set_device(device)
     lost = False
     try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        store, _, _ = next(dist.rendezvous("env://"))
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", store=store, rank=rank(),
+            world_size=size(),
+        )
         group.hosts = dist.new_group(backend="gloo")
         yield
+    except (InputError, OSError) as error:
+        if is_first():
+            store.set("error", str(error))
+        error.reported = not is_first() and is_also_the_firsts(error, store)
+        raise
     except RuntimeError as error:
         lost = isinstance(error, dist.DistError) or any(
             word in str(error) for word in ("gloo", "NCCL", "Connection closed", "Connection reset")
@@ -87,11 +101,20 @@ def group(device, again):
             raise
         raise RankLost(
             f"rank {rank()}: another process of this run is gone; the last state that was saved "
-            f"stands, and {again} goes on from there"
+            f"stands, and {again()} goes on from there"
         ) from None
     finally:
         if not lost:  # with a dead rank it could wait for ever; the process ends anyway
             dist.destroy_process_group()
+
+
+def is_also_the_firsts(error, store):
+    """Whether the first rank has found this error too, within seconds."""
+    try:
+        store.wait(["error"], timedelta(seconds=5))
+        return store.get("error").decode() == str(error)
+    except RuntimeError:
+        return False
 
 
 def columns(count):
@@ -103,7 +126,7 @@ def replicate(module):
     """`module` with its weights as the first rank's, and its gradients averaged over the ranks."""
     if size() == 1:
         return module
-    return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return DistributedDataParallel(module, gradient_as_bucket_view=True)
 
 
 def mean(loss):
@@ -140,8 +163,17 @@ def first(value):
 
 
 def on_first(function, *args):
-    """What `function` returns, called on the first rank alone."""
-    return first(function(*args) if is_first() else None)
+    """What `function` returns, or the InputError it raises, called on the first rank alone."""
+    result = error = None
+    if is_first():
+        try:
+            result = function(*args)
+        except (InputError, OSError) as raised:
+            error = InputError(str(raised))
+    result, error = first((result, error))
+    if error is not None:
+        raise error
+    return result
 
 
 def everyones(value):

@@ -27,6 +27,8 @@ class Packed:
     def __call__(self, x, bias=None):
         """x [rows, K] @ w.T (+ bias [N]) -> [rows, N]."""
         if self.onednn:
+            if bias is not None:
+                bias = bias.contiguous()  # the kernel reads it as if it were
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, bias, "none", [], "")
         return x @ self.weight if bias is None else torch.addmm(bias, x, self.weight)
 

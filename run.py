@@ -35,7 +35,10 @@ def alone(args, command):
             mine = [] if args.resume == args.save else [args.save]
             check_writable(args.save, [*mine, *(f"{args.save}.e{epoch}" for epoch in args.when)])
             held.enter_context(exclusive(args.save))
-        held.enter_context(parallel.group(args.device, how_to_resume(command, args.save)))
+        held.enter_context(
+            parallel.group(args.device, lambda: how_to_resume(command, args.save))
+        )
+        args.save = parallel.first(args.save)  # one made from the time differs
         yield
 
 
@@ -88,6 +91,8 @@ def prepare(args):
         f"{ranks}"
     )
     log(f"Args: {plain(args)}")
+    if args.model == "GRU" and args.precision == "bf16" and args.device.type == "cpu":
+        log("Note: on a CPU GRU has no bfloat16 form; it runs in float32")
     if args.model in NOTES:
         log(f"Note: {NOTES[args.model]}")
     return corpus
@@ -147,13 +152,13 @@ def finish(trainer):
         if stop.number != signal.SIGINT:
             return status
         check = None  # the next signal ends it at once
-    trainer.saver.retry()
+    parallel.on_first(trainer.saver.retry)
     if trainer.best < math.inf:
         report_test(trainer, check)
     else:
         log("No epoch was finished, so there is no model to test")
-    if not trainer.saver.retry():
-        lost = ", ".join(trainer.saver.pending)
+    parallel.on_first(trainer.saver.retry)
+    if lost := ", ".join(parallel.first(list(trainer.saver.pending))):
         raise InputError(f"{lost}: could not be written until the end; make room and train again")
     return status
 
@@ -162,7 +167,8 @@ def report_test(trainer, check):
     """Logs the test loss of the best model, from its file, beside the unigram model's."""
     corpus, args = trainer.corpus, trainer.args
     # Where the disk is full it is still at hand.
-    content = parallel.first(trainer.saver.pending.get(str(args.save)))
+    content = trainer.saver.pending.get(str(args.save))
+    content = parallel.first(None if content is None else bytes(content))
     params = saved_params(args.save, corpus, args, content)
     loss, parts = score(params, corpus.test, args, check, TEST_BATCH_SIZE)
     rule = "=" * 89

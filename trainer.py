@@ -389,10 +389,10 @@ class Trainer:
         settings = self.origin[1]
         self.load_state_dict(state)
         self.saved = path == self.args.save
-        self.changed = state["flags"] != settings
+        self.changed = parallel.first(state["flags"] != settings)  # the device is each rank's own
         log(f"Resuming the run of {self.args.save} at {self.position()}")
         with making_sense(path):
-            changed = changes(state, settings, self.args.device)
+            changed = parallel.first(changes(state, settings, self.args.device))
         changed += self.meet_checkpoint(state, bool(changed))
         if changed:
             log(f"Note: no longer bit-identical to a run never interrupted: {'; '.join(changed)}")

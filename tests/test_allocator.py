@@ -32,5 +32,7 @@ def test_memory_that_is_kept_is_not_asked_for_again():
             check=True,
         )
         faults[how] = int(done.stdout)
+    if faults["leave"] == 0:
+        pytest.skip("this system does not count page faults")
     assert faults["keep"] < 10_000  # pages of 4 KiB; 200 MB have 50,000
     assert faults["leave"] > 3 * faults["keep"]

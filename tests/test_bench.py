@@ -55,6 +55,21 @@ def test_json_has_all_figures(cli):
     assert result["ratio"] == pytest.approx(result["baseline_ms_per_step"] / result["ms_per_step"])
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model", "biLSTM"], "argument --model: invalid choice: 'biLSTM'"),
+        (["--read", "0"], "argument --read: must be a number in [0.01, 100000), not 0"),
+        (["--precision", "tf32", "--device", "cpu"], "--precision tf32: device cpu has none"),
+    ],
+)
+def test_bad_flags(flags, message, cli):
+    done = cli("bench.py", *flags)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"bench.py: error: {message}")
+    assert done.stderr.count("\n") == 1
+
+
 def test_the_profile_names_the_layers_kernel(capsys):
     bench.profile(bench.parse_args([*TINY, "--device", "cpu"]))
     out = capsys.readouterr().out

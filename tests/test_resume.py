@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import bidirectional
 import main
 import trainer
 from conftest import TRIES, Interrupting, arguments, invoke, make_params, make_trainer, repeated
@@ -226,7 +227,7 @@ def test_a_failed_save_is_reported_and_retried_and_ends_nothing(corpus_dir, tmp_
     args = arguments(epochs=5, save=str(folder / "m.pt"))
     run = make_trainer(make_params(ntoken=len(corpus.dictionary)), corpus, args)
     monkeypatch.setattr(
-        trainer, "evaluate", lambda *a: {1: 5.0, 2: 3.0, 3: 4.0, 4: 4.0, 5: 4.0}[run.epoch]
+        bidirectional, "evaluate", lambda *a: {1: 5.0, 2: 3.0, 3: 4.0, 4: 4.0, 5: 4.0}[run.epoch]
     )
     end_epoch = run.end_epoch
 

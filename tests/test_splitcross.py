@@ -104,6 +104,14 @@ def test_chunked_gradient_is_used_once():
         loss.backward()
 
 
+def test_vectors_that_are_not_contiguous():
+    criterion, weight, bias, hiddens, targets = setup(12, [])
+    strided = torch.stack([bias, torch.randn(12)], 1)[:, 0]
+    assert not strided.is_contiguous()
+    loss = criterion(weight, strided, hiddens, targets)
+    torch.testing.assert_close(loss, criterion(weight, bias, hiddens, targets))
+
+
 def test_default_splits_are_the_reference_thresholds():
     assert default_splits(75_000) == []
     assert default_splits(75_001) == default_splits(500_000) == [2800, 20000, 76000]
