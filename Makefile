@@ -10,7 +10,7 @@ test: .venv/ready
 	.venv/bin/ruff check .
 	.venv/bin/python -m pytest
 
-.venv/ready: requirements.txt requirements-dev.txt
+.venv/ready: requirements.txt requirements-plot.txt requirements-dev.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet -r requirements-dev.txt
