@@ -120,6 +120,7 @@ def sabotaged(start, slow):
 
 ENDLESS_STEP = """
 import time, train, trainer
+trainer.COST = 1e9  # save however long it takes
 step, seen = train.train_step, []
 def endless(*a):
     if len(seen) == 600:
