@@ -80,16 +80,7 @@ class Corpus:
         self._hash.update(b"\0split\0")  # so that moving text between splits changes the digest
         ids = array("q")
         eos, blank = None, True
-        for number, line in enumerate(lines, 1):
-            self._hash.update(line)
-            if number == 1:
-                line = line.removeprefix(codecs.BOM_UTF8)
-            try:
-                words = line.decode("utf-8").split()
-            except UnicodeDecodeError:
-                raise InputError(f"{name}: line {number} is not UTF-8; convert the file") from None
-            if b"\0" in line:
-                raise InputError(f"{name}: line {number} holds a NUL byte; is this a text file?")
+        for words in words_of_lines(self._hashed(lines), name):
             # One dictionary look-up a token: a new word gets the next id, an old one keeps its own.
             ids.extend([setdefault(word, len(word2idx)) for word in words])
             blank = blank and not words
@@ -100,6 +91,28 @@ class Corpus:
         if blank:
             raise InputError(f"{name}: holds no words")
         return torch.frombuffer(ids, dtype=torch.int64)
+
+    def _hashed(self, lines):
+        for line in lines:
+            self._hash.update(line)
+            yield line
+
+
+def words_of_lines(lines, name):
+    """Yields the words of each of `lines`, bytes: UTF-8 (a BOM is ignored), white space between.
+
+    Raises InputError, naming `name` and the line, for what is no text.
+    """
+    for number, line in enumerate(lines, 1):
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        try:
+            words = line.decode("utf-8").split()
+        except UnicodeDecodeError:
+            raise InputError(f"{name}: line {number} is not UTF-8; convert the file") from None
+        if b"\0" in line:
+            raise InputError(f"{name}: line {number} holds a NUL byte; is this a text file?")
+        yield words
 
 
 def unigram_loss(train, test, ntoken):

@@ -15,6 +15,7 @@ from bidirectional import make_model, score
 from data import SPLITS, Corpus, InputError, unigram_loss
 from files import exclusive, keep, write_atomically
 from flags import plain
+from gru import chrono_init
 from model import NOTES
 from preemption import Preempted
 from resume import STATE, how_to_resume, is_finished, read_state
@@ -114,6 +115,9 @@ def new_params(corpus, args):
         args.dropouti, args.dropoute, args.wdrop, tie_weights=True, bf16=args.precision == "bf16",
         attention=args.attention, attention_window=args.attention_window,
     )
+    if args.model == "GRU" and args.gru_init == "chrono":
+        for rnn in model.rnns:
+            chrono_init(rnn.module, args.bptt)
     criterion = SplitCrossEntropyLoss(args.emsize, default_splits(ntoken))
     return nn.ModuleList([model, criterion]).to(args.device)
 
@@ -125,13 +129,18 @@ def saved_params(path, corpus, args, content=None):
     unusable or its vocabulary is not the corpus's.
     """
     checkpoint = read_checkpoint(path, args.device, content)
-    if checkpoint["vocabulary"] != corpus.dictionary.idx2word:
-        raise InputError(
-            f"--data {args.data}: its vocabulary is not that of {path}; name the corpus that the "
-            "model was trained on"
-        )
+    check_vocabulary(checkpoint["vocabulary"], corpus, args.data, path)
     rates = {rate: getattr(args, rate) for rate in RATES}
     return build(checkpoint, path, bf16=args.precision == "bf16", **rates)
+
+
+def check_vocabulary(words, corpus, data, path):
+    """Raises InputError unless the corpus from --data has the words of the model at `path`."""
+    if words != corpus.dictionary.idx2word:
+        raise InputError(
+            f"--data {data}: its vocabulary is not that of {path}; name the corpus that the model "
+            "was trained on"
+        )
 
 
 def log_size(params):

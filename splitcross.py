@@ -147,6 +147,14 @@ class SplitCrossEntropyLoss(nn.Module):
         total = total + linear_nll(hiddens, head_weight, head_bias, head_targets, "sum")
         return total / len(targets)
 
+    def target_logprob(self, weight, bias, hiddens, targets):
+        """Log-probability (nats) of one word for each: hiddens [N, H], targets [N] -> [N]."""
+        rows = max(1, CPU_CHUNK_LOGITS // len(weight))
+        return torch.cat([
+            self.logprob(weight, bias, h).gather(1, y.unsqueeze(1)).squeeze(1)
+            for h, y in zip(hiddens.split(rows), targets.split(rows))
+        ])
+
     def logprob(self, weight, bias, hiddens):
         """Log-probabilities (nats) of every word: hiddens [N, H] -> [N, V]."""
         head_weight, head_bias, tails = self._cut(weight, bias)

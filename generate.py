@@ -1,0 +1,188 @@
+"""Writes text with a trained model, word by word.
+
+    python generate.py --checkpoint PTB.pt --words 100 --prompt "the company said"
+    python generate.py --checkpoint PTB.pt --interactive
+
+The checkpoint is all that is needed. The same seed writes the same text on the same machine.
+"""
+
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from data import EOS, InputError
+from flags import Parser, count, number, run
+from trained import UNK, add_flags, begin_of_text, encode, trained, warn_of_unknown
+from utils import warn
+
+
+def truncate(probability, top_k=0, top_p=1.0):
+    """Keeps the `top_k` likeliest words (0: all), then the nucleus of `top_p`.
+
+    The nucleus is the fewest likeliest words that have the probability `top_p` together (Holtzman
+    et al. 2019, 1904.09751). probability [V] -> [V], what is left scaled to a sum of 1.
+    """
+    ranked, words = probability.sort(descending=True)
+    if top_k:
+        ranked[top_k:] = 0
+    ranked /= ranked.sum()
+    before = ranked.cumsum(0) - ranked  # of the words that are likelier
+    ranked[before >= top_p] = 0  # never the likeliest
+    return torch.zeros_like(probability).scatter_(0, words, ranked / ranked.sum())
+
+
+class Generator:
+    """Draws words from a model; `text` is a stream of ids that goes on and on.
+
+    The next word's log-probabilities are divided by `temperature`, then truncated; `banned` is an
+    iterable of ids that are never drawn. Draws are made on the CPU, in float64.
+    """
+
+    def __init__(self, params, seed, temperature=1.0, top_k=0, top_p=1.0, banned=()):
+        self.params = params.eval()
+        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
+        self.banned = list(banned)
+        self.random = torch.Generator().manual_seed(seed)
+
+    @torch.inference_mode()
+    def text(self, prompt):
+        """Yields ids that follow those in `prompt`, of which there has to be one at least."""
+        model, criterion = self.params
+        device = model.encoder.weight.device
+        hidden, words = model.init_hidden(1), torch.tensor(prompt)
+        while True:
+            # oneDNN's recurrent layers pack their weights anew at each call, which for a single
+            # word takes longer than the word.
+            with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):
+                output, hidden = model(words.to(device).unsqueeze(1), hidden)
+                weight, bias = model.decoder.weight, model.decoder.bias
+                logprob = criterion.logprob(weight, bias, output[-1:])[0]
+            words = self.draw(logprob)
+            yield words.item()
+
+    def draw(self, logprob):
+        """One id [1] of log-probabilities [V]."""
+        logprob = logprob.cpu().double()
+        logprob[self.banned] = -torch.inf
+        probability = (logprob / self.temperature).softmax(0)
+        if self.top_k or self.top_p < 1:
+            probability = truncate(probability, self.top_k, self.top_p)
+        return torch.multinomial(probability, 1, generator=self.random)
+
+
+def write(ids, dictionary, out, begun=False, every=0, words=0):
+    """Writes words to the file `out` as they come, a sentence a line.
+
+    `begun`: the line has words already. `every`: how often progress is reported, of `words`.
+    """
+    for number_, idx in enumerate(ids, 1):
+        word = dictionary.idx2word[idx]
+        if word == EOS:
+            out.write("\n")
+        else:
+            out.write(f" {word}" if begun else word)
+        begun = word != EOS
+        out.flush()
+        if every and number_ % every == 0:
+            warn(f"| Generated {number_}/{words} words")
+    if begun:
+        out.write("\n")
+        out.flush()
+
+
+def open_output(path):
+    """A text file for writing. Raises InputError where one is that is no text."""
+    if path == "-":
+        return sys.stdout
+    path = Path(path)
+    try:
+        if path.exists() and not path.is_dir():
+            with open(path, "rb") as file:
+                if b"\0" in file.read(4096):
+                    raise InputError(f"--outf {path}: exists and is no text; name another")
+        return open(path, "w", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--outf {path}: cannot be written ({error.strerror})") from None
+
+
+def parse_args(argv=None):
+    parser = Parser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--checkpoint", required=True, help="the trained model")
+    add("--words", type=count, default=1000,
+        help="words to write, ends of sentences included (default: 1000)")
+    add("--prompt", default="", help="what the text begins with")
+    add("--temperature", type=number(float, 1e-3), default=1.0,
+        help="below 1 likely words become likelier (default: 1)")
+    add("--top-k", type=number(int, 0), default=0, metavar="K",
+        help="draw from the K likeliest words only (default: 0, from all)")
+    add("--top-p", type=number(float, 0, 1.0000001, open_low=True), default=1.0, metavar="P",
+        help="draw from the fewest words that have the probability P (default: 1, from all)")
+    add("--no-unk", action="store_true", help=f"never write {UNK}")
+    add("--seed", type=number(int, 0, 2**32), default=1111, help="random seed (default: 1111)")
+    add("--outf", default="-", metavar="FILE", help="file to write (default: -, standard output)")
+    add("--log-interval", type=count, default=100, metavar="N",
+        help="words between reports when writing to a file (default: 100)")
+    add("--interactive", action="store_true",
+        help="ask for prompts, and go on with each to the sentence's end")
+    add("--data", help="accepted as in the reference; the checkpoint holds the vocabulary")
+    add_flags(parser)
+    args = parser.parse_args(argv)
+    if args.interactive and (args.prompt or args.outf != "-"):
+        parser.error(
+            "--interactive: asks for the prompt, writes to the terminal; leave out --prompt, --outf"
+        )
+    return args
+
+
+def converse(generator, dictionary, args):
+    """Asks for a prompt, goes on with it to the end of the sentence; until the end of input."""
+    with suppress(ImportError):
+        import readline  # noqa: F401 - arrow keys in input()
+    while True:
+        try:
+            prompt = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        words, unknown = encode(prompt.split(), dictionary, args.checkpoint)
+        warn_of_unknown(unknown)
+        print(" ".join(dictionary.idx2word[word] for word in words), end="", flush=True)
+        ids = generator.text([begin_of_text(dictionary), *words])
+        write(sentence(ids, dictionary, args.words), dictionary, sys.stdout, begun=bool(words))
+
+
+def sentence(ids, dictionary, most):
+    """The ids up to the end of a sentence, `most` at most."""
+    for _, idx in zip(range(most), ids):
+        yield idx
+        if dictionary.idx2word[idx] == EOS:
+            return
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    params, dictionary = trained(args.checkpoint, args)
+    prompt, unknown = encode(args.prompt.split(), dictionary, args.checkpoint)
+    warn_of_unknown(unknown)
+    banned = [dictionary.word2idx[UNK]] if args.no_unk and UNK in dictionary.word2idx else []
+    generator = Generator(
+        params, args.seed, args.temperature, args.top_k, args.top_p, banned
+    )
+    if args.interactive:
+        converse(generator, dictionary, args)
+        return 0
+    out = open_output(args.outf)
+    every = 0 if out is sys.stdout else args.log_interval
+    out.write(" ".join(dictionary.idx2word[word] for word in prompt))
+    ids = generator.text([begin_of_text(dictionary), *prompt])
+    drawn = (idx for _, idx in zip(range(args.words), ids))
+    write(drawn, dictionary, out, bool(prompt), every, args.words)
+    if out is not sys.stdout:
+        out.close()
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,194 @@
+"""Scores of text against the model word by word, however the lines are batched."""
+
+import io
+import sys
+
+import pytest
+import torch
+
+import evaluate
+import main
+from conftest import invoke, make_params
+from evaluate import score_lines
+from utils import load
+
+
+@pytest.fixture
+def trained_with_unk(small, tmp_path):
+    """The path of a checkpoint whose vocabulary has <unk>."""
+    folder = tmp_path / "unk"
+    folder.mkdir()
+    for split in ("train", "valid", "test"):
+        (folder / f"{split}.txt").write_text("ann sees <unk>\nbob hears the cat\n" * 30)
+    path = tmp_path / "unk.pt"
+    status, _, err = invoke(
+        main.main, "--data", folder, *small, "--epochs", 1, "--save", path
+    )
+    assert status == 0, err
+    return path
+
+
+def run(*argv):
+    return invoke(lambda: evaluate.main(list(map(str, argv))))
+
+
+def logprob_of(model, ids, backward=None):
+    """The sum of the log-probabilities of ids[1:], one at a time."""
+    total = 0.0
+    for t in range(1, len(ids)):
+        with torch.no_grad():
+            words = torch.tensor(ids[:t]).unsqueeze(1)
+            state = model(words, model.init_hidden(1))[0][-1]
+            if backward:
+                after = torch.zeros_like(state)
+                if ids[t + 1 :]:
+                    words = torch.tensor(ids[t + 1 :]).flip(0).unsqueeze(1)
+                    hidden = model.init_hidden(1)[len(model.rnns) :]
+                    after = model.read_backward(words, hidden)[0][-1]
+                state = model.combine(state, after)
+            total += model.decoder(state).log_softmax(0)[ids[t]].item()
+    return total
+
+
+@pytest.mark.parametrize("rnn_type", ["LSTM", "GRU", "biLM"])
+@pytest.mark.parametrize("tokens", [1, 20, 2**15])
+@pytest.mark.parametrize("bptt", [2, 2000])
+def test_lines_score_as_if_alone(rnn_type, tokens, bptt, monkeypatch):
+    monkeypatch.setattr(evaluate, "TOKENS", tokens)
+    monkeypatch.setattr(evaluate, "BPTT", bptt)
+    params = make_params(rnn_type, ntoken=20, dtype=torch.float64).eval()
+    lines = [[0, *torch.randint(1, 20, (n,)).tolist(), 0] for n in (3, 0, 9, 1, 5, 9)]
+    expected = [logprob_of(params[0], ids, rnn_type == "biLM") for ids in lines]
+    assert score_lines(params, lines) == pytest.approx(expected)
+
+
+def test_a_split_softmax():
+    params = make_params(ntoken=20, splits=[5, 9], dtype=torch.float64).eval()
+    lines = [[0, 3, 17, 8, 0], [0, 12, 0]]
+    expected = []
+    for ids in lines:
+        with torch.no_grad():
+            model, criterion = params
+            words = torch.tensor(ids)
+            output, _ = model(words[:-1, None], model.init_hidden(1))
+            logprob = criterion.logprob(model.decoder.weight, model.decoder.bias, output)
+            expected.append(logprob.gather(1, words[1:, None]).sum().item())
+    assert score_lines(params, lines) == pytest.approx(expected)
+
+
+def table(out):
+    rows = [line.split("\t") for line in out.splitlines()]
+    assert rows[0] == ["ppl", "loss", "tokens", "unknown", "text"]
+    return rows[1:]
+
+
+def test_each_line_of_a_file(trained, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_bytes(b"\xef\xbb\xbfann sees the dog\r\n\r\nbob likes  the cat")
+    status, out, err = run("--checkpoint", trained, "--per-line", text)
+    assert (status, err) == (0, "")
+    model, vocabulary = load(trained)
+    rows = table(out)
+    assert [row[4] for row in rows] == ["ann sees the dog", "", "bob likes the cat"]
+    for ppl, loss, tokens, unknown, line in rows:
+        ids = [vocabulary.word2idx[w] for w in ("<eos>", *line.split(), "<eos>")]
+        expected = -logprob_of(model, ids) / (len(ids) - 1)
+        assert float(loss) == pytest.approx(expected, abs=1e-4)
+        assert float(ppl) == pytest.approx(2.718281828**expected, abs=0.01)
+        assert (int(tokens), unknown) == (len(ids) - 1, "0")
+
+
+def test_a_whole_text_is_one_stream(trained, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("ann sees the dog\nbob likes the cat\n")
+    status, out, err = run("--checkpoint", trained, text)
+    assert (status, err) == (0, "")
+    model, vocabulary = load(trained)
+    words = "<eos> ann sees the dog <eos> bob likes the cat <eos>".split()
+    ids = [vocabulary.word2idx[w] for w in words]
+    loss = -logprob_of(model, ids) / 10
+    ppl = torch.tensor(loss).exp().item()
+    assert f"| {text} | loss {loss:5.2f} | ppl {ppl:8.2f} |" in out
+    assert "| 10 tokens, 0 unknown" in out
+    assert run("--checkpoint", trained, text) == (status, out, err)
+    _, in_parts, _ = run("--checkpoint", trained, text, "--batch_size", 2)
+    assert "| 10 tokens, 0 unknown" in in_parts
+
+
+def test_the_test_split_scores_as_in_training(trained, corpus_dir, small, tmp_path):
+    status, out, _ = invoke(
+        main.main, "--data", corpus_dir, *small, "--epochs", 1, "--save", tmp_path / "m.pt"
+    )
+    assert status == 0
+    logged = float(out.partition("test loss ")[2].split()[0])
+    _, out, _ = run("--checkpoint", tmp_path / "m.pt", corpus_dir / "test.txt")
+    assert float(out.partition("| loss ")[2].split()[0]) == pytest.approx(logged, abs=0.02)
+
+
+def test_bilm_reports_its_cloze_score(corpus_dir, small, tmp_path):
+    path, text = tmp_path / "bi.pt", tmp_path / "text.txt"
+    flags = [*small, "--data", corpus_dir, "--model", "biLM", "--objective", "both"]
+    assert invoke(main.main, *flags, "--epochs", 1, "--save", path)[0] == 0
+    text.write_text("ann sees the dog\nbob likes the cat\n")
+    _, out, _ = run("--checkpoint", path, text)
+    losses = {line.split("|")[1].strip(): line for line in out.splitlines()}
+    assert set(losses) == {str(text), "forward", "backward", "cloze"}
+    cloze = losses["cloze"].partition("ppl")[2].split()[0]
+    assert f"ppl {float(cloze):8.2f}" in losses[str(text)]
+    _, out, _ = run("--checkpoint", path, "--per-line", text)
+    model, vocabulary = load(path)
+    for row in table(out):
+        ids = [vocabulary.word2idx[w] for w in ("<eos>", *row[4].split(), "<eos>")]
+        expected = -logprob_of(model, ids, backward=True) / (len(ids) - 1)
+        assert float(row[1]) == pytest.approx(expected, abs=1e-4)
+
+
+def stdin(monkeypatch, content):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+
+def test_unknown_words_are_mapped_and_counted(trained_with_unk, monkeypatch):
+    stdin(monkeypatch, b"ann sees zoe\nbob hears zoe and eve\n")
+    status, out, err = run("--checkpoint", trained_with_unk)
+    assert (status, err) == (0, "")
+    assert "| - | loss " in out
+    assert "| 10 tokens, 4 unknown ('zoe', 'and', 'eve')" in out
+
+    stdin(monkeypatch, b"ann sees zoe\nann sees <unk>\n")
+    status, out, err = run("--checkpoint", trained_with_unk, "--per-line")
+    assert status == 0
+    first, second = table(out)
+    assert first[:3] == second[:3]
+    assert (first[3:], second[3:]) == (["1", "ann sees zoe"], ["0", "ann sees <unk>"])
+    assert err == "Warning: not in the vocabulary, read as <unk>: 'zoe'\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "-: holds no words"),
+        (b"\n \n", "-: holds no words"),
+        (b"ann \0 sees", "-: line 1 holds a NUL byte"),
+        (b"ann\n\xff\xfe", "-: line 2 is not UTF-8; convert the file"),
+        (b"ann sees zoe", "{trained}: its vocabulary has no <unk>, and lacks 'zoe'; leave them"),
+    ],
+)
+def test_bad_text(content, message, trained, monkeypatch):
+    stdin(monkeypatch, content)
+    status, out, err = run("--checkpoint", trained)
+    assert (status, out) == (2, "")
+    assert err.partition("error: ")[2].startswith(message.format(trained=trained))
+    assert err.count("\n") == 1
+
+
+def test_bad_files_and_flags(trained, tmp_path):
+    for argv, message in (
+        ([tmp_path / "absent.txt"], f"{tmp_path}/absent.txt: cannot be read (No such file"),
+        ([tmp_path], f"{tmp_path}: cannot be read (Is a directory)"),
+        (["--batch_size", 0], "argument --batch_size: must be a whole number in [1, "),
+        (["--model", "GRU"], f"--model GRU: {trained} holds a model LSTM"),
+    ):
+        status, out, err = run("--checkpoint", trained, *argv)
+        assert (status, out) == (2, "")
+        assert err.partition("error: ")[2].startswith(message)
+        assert err.count("\n") == 1

@@ -1,0 +1,218 @@
+"""Generated text: drawn as it should be, from a checkpoint alone, the same for the same seed."""
+
+import io
+import itertools
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import generate
+import main
+from conftest import ROOT, invoke, make_params
+from data import EOS
+from generate import Generator, truncate
+from utils import load
+
+
+@pytest.fixture
+def trained_with_unk(small, tmp_path):
+    """The path of a checkpoint whose vocabulary has <unk>."""
+    folder = tmp_path / "unk"
+    folder.mkdir()
+    for split in ("train", "valid", "test"):
+        (folder / f"{split}.txt").write_text("ann sees <unk>\nbob hears the cat\n" * 30)
+    path = tmp_path / "unk.pt"
+    status, _, err = invoke(
+        main.main, "--data", folder, *small, "--epochs", 1, "--save", path
+    )
+    assert status == 0, err
+    return path
+
+
+def run(*argv):
+    return invoke(lambda: generate.main(list(map(str, argv))))
+
+
+def take(ids, number):
+    return list(itertools.islice(ids, number))
+
+
+def lively(params):
+    """Makes the weights larger, so that the likeliest word changes from place to place."""
+    for weight in params.parameters():
+        weight.data.mul_(4)
+
+
+def test_the_likeliest_word_is_what_the_whole_text_predicts():
+    """So the state is carried on: each word is drawn given all before it."""
+    for rnn_type in ("LSTM", "GRU", "biLM"):
+        params = make_params(rnn_type).eval()
+        model, _ = params
+        lively(params)
+        found = take(Generator(params, 1, top_k=1).text([3, 7]), 30)
+        text = torch.tensor([3, 7, *found])
+        with torch.no_grad():
+            output, _ = model(text.unsqueeze(1), model.init_hidden(1))
+            expected = model.decoder(output).argmax(1)[1:-1]
+        assert found == expected.tolist()
+        assert len(set(found)) > 2
+
+
+@pytest.mark.parametrize("attention", ["single", "combined"])
+def test_attention_reaches_over_the_words_drawn(attention):
+    params = make_params(attention=attention).eval()
+    model, _ = params
+    lively(params)
+    found = take(Generator(params, 1, top_k=1).text([3, 7]), 30)
+    text = torch.tensor([3, 7, *found])
+    with torch.no_grad():
+        output, _ = model(text.unsqueeze(1), model.init_hidden(1))
+    assert found == model.decoder(output).argmax(1)[1:-1].tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_words_are_drawn_with_the_probability_of_the_softmax(temperature):
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, 3.0])
+    generator = Generator(make_params(), 1, temperature, banned=[4])
+    logprob = logits.log_softmax(0)
+    before = logprob.clone()
+    draws = [generator.draw(logprob).item() for _ in range(20_000)]
+    found = np.bincount(draws, minlength=5) / 20_000
+    weights = np.exp(np.array([2.0, 1.0, 0.0, -1.0]) / temperature)
+    assert found[4] == 0
+    assert found[:4] == pytest.approx(weights / weights.sum(), abs=0.015)
+    assert torch.equal(logprob, before)
+
+
+def test_a_split_softmax_draws_from_its_tails():
+    params = make_params(splits=[10, 30])
+    params[1].tail_bias.data += 5
+    assert max(take(Generator(params, 1).text([3]), 50)) >= 30
+
+
+def test_truncation():
+    probability = torch.tensor([0.1, 0.4, 0.2, 0.25, 0.05], dtype=torch.float64)
+
+    def found(**settings):
+        return truncate(probability.clone(), **settings).tolist()
+
+    assert found(top_k=2) == pytest.approx([0, 0.4 / 0.65, 0, 0.25 / 0.65, 0])
+    assert found(top_k=99) == pytest.approx(probability.tolist())
+    assert found(top_p=1e-9) == [0, 1, 0, 0, 0]
+    assert found(top_p=0.41) == pytest.approx([0, 0.4 / 0.65, 0, 0.25 / 0.65, 0])
+    assert found(top_p=0.9) == pytest.approx([0.1 / 0.95, 0.4 / 0.95, 0.2 / 0.95, 0.25 / 0.95, 0])
+    # The nucleus is of what top_k leaves: 0.4 of 0.65 is more than 0.6 of it.
+    assert found(top_k=2, top_p=0.6) == [0, 1, 0, 0, 0]
+
+
+def test_the_same_seed_writes_the_same_text(trained):
+    first, again = (run("--checkpoint", trained, "--words", 50) for _ in range(2))
+    assert first == again
+    assert first[0] == 0
+    other = run("--checkpoint", trained, "--words", 50, "--seed", 2)
+    assert other[1] != first[1]
+    longer = run("--checkpoint", trained, "--words", 80)
+    assert longer[1].startswith(first[1].rstrip("\n"))
+    for flags in (["--top-k", 3], ["--top-p", 0.3], ["--temperature", 0.2]):
+        assert run("--checkpoint", trained, "--words", 50, *flags)[1] != first[1]
+
+
+def test_so_many_words_are_written_a_sentence_a_line(trained):
+    _, out, err = run("--checkpoint", trained, "--words", 60)
+    assert err == ""
+    _, vocabulary = load(trained)
+    assert set(out.split()) <= set(vocabulary.idx2word) - {EOS}
+    # The end of the last line is only an <eos> where the text ended so.
+    assert len(out.split()) + out.count("\n") in (60, 61)
+    assert "  " not in out
+    assert " \n" not in out
+    assert out.endswith("\n")
+
+
+def test_a_prompt_begins_the_text(trained):
+    _, out, _ = run("--checkpoint", trained, "--words", 5, "--prompt", "ann  sees the")
+    assert out.startswith("ann sees the")
+    assert len(out.split()) + out.count("\n") in (8, 9)
+    status, out, err = run("--checkpoint", trained, "--words", 5, "--prompt", "ann sees zoe")
+    assert (status, out) == (2, "")
+    assert "its vocabulary has no <unk>, and lacks 'zoe'; leave them out" in err
+
+
+def test_words_that_are_unknown_are_named(trained_with_unk):
+    status, out, err = run(
+        "--checkpoint", trained_with_unk, "--words", 5, "--prompt", "ann sees zoe"
+    )
+    assert status == 0
+    assert out.startswith("ann sees <unk>")
+    assert err == "Warning: not in the vocabulary, read as <unk>: 'zoe'\n"
+
+
+def test_unk_can_be_left_out(trained_with_unk):
+    argv = ["--checkpoint", trained_with_unk, "--words", 300, "--temperature", 5]
+    assert "<unk>" in run(*argv)[1]
+    assert "<unk>" not in run(*argv, "--no-unk")[1]
+
+
+def test_the_references_flags_write_a_file(trained, tmp_path):
+    out = tmp_path / "out.txt"
+    for words in (250, 100):  # a text is written anew
+        status, printed, err = run(
+            "--data", "no/such", "--model", "LSTM", "--checkpoint", trained, "--outf", out,
+            "--words", words, "--seed", 1111, "--temperature", 1.0, "--log-interval", 100,
+        )
+        assert (status, printed) == (0, "")
+        reports = [f"| Generated {n}/{words} words\n" for n in (100, 200) if n <= words]
+        assert err == "".join(reports)
+        assert len(out.read_text().split()) + out.read_text().count("\n") in (words, words + 1)
+    assert out.read_text() == run("--checkpoint", trained, "--words", 100)[1]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--checkpoint", "absent.pt"], "absent.pt: no such checkpoint"),
+        (["--temperature", "0"], "argument --temperature: must be a number of 0.001 or more"),
+        (["--top-p", "0"], "argument --top-p: must be a number in (0, 1"),
+        (["--top-k", "-1"], "argument --top-k: must be a whole number of 0 or more"),
+        (["--words", "0"], "argument --words: must be a whole number in [1, "),
+        (["--outf", "no/such/f.txt"], "--outf no/such/f.txt: cannot be written (No such file"),
+        (["--outf", "{trained}"], "--outf {trained}: exists and is no text; name another"),
+        (["--interactive", "--prompt", "ann"], "--interactive: asks for the prompt"),
+        (["--model", "GRU"], "--model GRU: {trained} holds a model LSTM; leave the flag out"),
+    ],
+)
+def test_bad_input(argv, message, trained):
+    before = trained.read_bytes()
+    argv = [text.format(trained=trained) for text in argv]
+    status, out, err = run("--checkpoint", trained, *argv)
+    assert (status, out) == (2, "")
+    assert err.partition("error: ")[2].startswith(message.format(trained=trained))
+    assert err.count("\n") == 1
+    assert trained.read_bytes() == before
+
+
+def test_interactive_goes_on_with_each_prompt_to_the_sentences_end(trained_with_unk, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("ann sees\n\nbob zoe\n"))
+    status, out, err = run("--checkpoint", trained_with_unk, "--interactive", "--words", 9)
+    assert status == 0
+    lines = out.splitlines()
+    assert len(lines) == 3
+    assert lines[0].startswith("ann sees")
+    assert lines[2].startswith("bob <unk>")
+    assert all(len(line.split()) <= 11 for line in lines)
+    assert "read as <unk>: 'zoe'" in err
+
+
+def test_text_streams_and_a_reader_that_leaves_ends_it_quietly(trained):
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "generate.py"), "--checkpoint", str(trained),
+         "--words", "100000000"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )
+    assert process.stdout.readline()  # long before the last word
+    process.stdout.close()
+    assert process.wait(timeout=60) == 141
+    assert process.stderr.read() == ""

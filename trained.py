@@ -1,0 +1,76 @@
+"""A trained model, ready for use: what pointer.py, generate.py and evaluate.py share."""
+
+from collections import Counter
+
+import torch
+
+from data import EOS, Dictionary, InputError
+from flags import device, rnn_type
+from model import NOTES
+from run import set_precision
+from utils import build, read_checkpoint, warn
+
+UNK = "<unk>"
+
+
+def add_flags(parser):
+    """The flags that say where a model runs, and of which type it has to be."""
+    add = parser.add_argument
+    add("--model", type=rnn_type, help="the checkpoint's type, which is checked (default: any)")
+    add("--cuda", action="store_true", help="require CUDA (otherwise used where there is one)")
+    add("--device", type=device, help="cpu, cuda, cuda:N or mps (default: cuda or cpu)")
+
+
+def trained(path, args):
+    """nn.ModuleList([model, criterion]) of the checkpoint at `path`, in evaluation mode, float32.
+
+    On `args.device`, or on CUDA where there is one. Returns also the checkpoint's dictionary of
+    words. A biLM is its forward half, unless its other parts are asked for. Raises InputError for
+    a flag that cannot be met, and for biLSTM, which has no use: it wants to read the answer.
+    """
+    has_cuda = torch.cuda.is_available()
+    if args.cuda and not has_cuda:
+        raise InputError("--cuda: torch finds no CUDA device here; leave the flag out")
+    if args.cuda and args.device is not None and args.device.type != "cuda":
+        raise InputError(f"--cuda contradicts --device {args.device}; give one of them")
+    args.device = args.device or torch.device("cuda" if has_cuda else "cpu")
+    args.precision = "fp32"
+    set_precision(args)
+    checkpoint = read_checkpoint(path, args.device)
+    params = build(checkpoint, path).eval()
+    found = params[0].rnn_type
+    if args.model not in (None, found):
+        raise InputError(f"--model {args.model}: {path} holds a model {found}; leave the flag out")
+    if found == "biLSTM":
+        raise InputError(f"{path}: {NOTES[found]}; name another model")
+    return params, Dictionary(checkpoint["vocabulary"])
+
+
+def encode(words, dictionary, path):
+    """Ids of `words`, and a Counter of those that the vocabulary of `path` lacks, read as <unk>.
+
+    Raises InputError, naming some of those, where the vocabulary has no <unk>.
+    """
+    unknown = Counter(word for word in words if word not in dictionary.word2idx)
+    if unknown and UNK not in dictionary.word2idx:
+        raise InputError(
+            f"{path}: its vocabulary has no {UNK}, and lacks {some(unknown)}; leave them out"
+        )
+    default = dictionary.word2idx.get(UNK)
+    return [dictionary.word2idx.get(word, default) for word in words], unknown
+
+
+def some(unknown, most=5):
+    """The commonest of a Counter of words, for a message."""
+    named = ", ".join(repr(word) for word, _ in unknown.most_common(most))
+    return named + (f" and {len(unknown) - most} others" if len(unknown) > most else "")
+
+
+def begin_of_text(dictionary):
+    """The id of what stands before a text's first word: the end of the sentence before."""
+    return dictionary.word2idx[EOS]
+
+
+def warn_of_unknown(unknown):
+    if unknown:
+        warn(f"Warning: not in the vocabulary, read as {UNK}: {some(unknown)}")
