@@ -12,8 +12,10 @@ from pathlib import Path
 
 import torch
 
+from cells import Cell
 from data import EOS, InputError
 from flags import Parser, count, number, run
+from products import Packed
 from trained import UNK, add_flags, begin_of_text, encode, trained, warn_of_unknown
 from utils import warn
 
@@ -42,6 +44,10 @@ class Generator:
 
     def __init__(self, params, seed, temperature=1.0, top_k=0, top_p=1.0, banned=()):
         self.params = params.eval()
+        model, criterion = params
+        with torch.no_grad():
+            self.cells = [Cell(rnn.module) for rnn in model.rnns]
+            self.logits = None if criterion.splits else Packed(model.decoder.weight, 1)
         self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
         self.banned = list(banned)
         self.random = torch.Generator().manual_seed(seed)
@@ -50,23 +56,23 @@ class Generator:
     def text(self, prompt):
         """Yields ids that follow those in `prompt`, of which there has to be one at least."""
         model, criterion = self.params
-        device = model.encoder.weight.device
+        weight, bias = model.decoder.weight, model.decoder.bias
         hidden, words = model.init_hidden(1), torch.tensor(prompt)
         while True:
-            # oneDNN's recurrent layers pack their weights anew at each call, which for a single
-            # word takes longer than the word.
-            with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):
-                output, hidden = model(words.to(device).unsqueeze(1), hidden)
-                weight, bias = model.decoder.weight, model.decoder.bias
-                logprob = criterion.logprob(weight, bias, output[-1:])[0]
-            words = self.draw(logprob)
+            words = words.to(weight.device).unsqueeze(1)
+            output, hidden = model.read(self.cells, words, hidden)
+            if self.logits is None:
+                logits = criterion.logprob(weight, bias, output[-1:])
+            else:
+                logits = self.logits(output[-1:], bias)
+            words = self.draw(logits[0])
             yield words.item()
 
-    def draw(self, logprob):
-        """One id [1] of log-probabilities [V]."""
-        logprob = logprob.cpu().double()
-        logprob[self.banned] = -torch.inf
-        probability = (logprob / self.temperature).softmax(0)
+    def draw(self, logits):
+        """One id [1] of log-probabilities [V], up to a constant."""
+        logits = logits.cpu().double()
+        logits[self.banned] = -torch.inf
+        probability = (logits / self.temperature).softmax(0)
         if self.top_k or self.top_p < 1:
             probability = truncate(probability, self.top_k, self.top_p)
         return torch.multinomial(probability, 1, generator=self.random)
