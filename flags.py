@@ -117,8 +117,6 @@ def make_parser(description, inherited=()):
     add("--attention", "none", "attention over the last layer's earlier states: none, single (each "
         "scored alone) or combined (scored with the current one)", choices=KINDS)
     add("--attention-window", 70, "how many earlier states are attended", type=count, metavar="N")
-    add("--gru-init", "chrono", "how a GRU's update gates begin: chrono, with memories of up to "
-        "bptt words, or uniform, as torch's and the report's", choices=["chrono", "uniform"])
     add("--objective", "lm", "what biLM is trained for: lm, to predict each word from one side, "
         "cloze, from both sides, or both", choices=OBJECTIVES)
     add("--lr", None, "learning rate (default: 30 with sgd, 10 for GRU; 0.001 with adam)",

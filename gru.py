@@ -80,18 +80,6 @@ def product_of_transposed(a, b):
     return product(a.t(), b.t())
 
 
-@torch.no_grad()
-def chrono_init(gru, longest):
-    """Initializes a one-layer nn.GRU so that its units remember for 2 to `longest` time steps.
-
-    Chrono initialization (Tallec and Ollivier 2018, 1804.11188): a unit whose update gate is z
-    forgets in about 1 / (1 - z) steps, so the gate's bias is log(u), u ~ U(1, longest - 1).
-    """
-    update = slice(gru.hidden_size, 2 * gru.hidden_size)
-    gru.bias_ih_l0[update].uniform_(1, max(longest - 1, 1)).log_()
-    gru.bias_hh_l0[update] = 0
-
-
 class GRU(nn.GRU):
     """nn.GRU of one layer and one direction: the same parameters, the same results."""
 

@@ -30,7 +30,7 @@ FIXED = ("batch_size", "optimizer", "seed")
 # These change nothing in what is computed; `data` is compared by its content.
 FREE = (
     "data", "save", "resume", "epochs", "finetune", "log_interval", "cuda", "device", "tied",
-    "checkpoint_minutes", "on_divergence", "gru_init",
+    "checkpoint_minutes", "on_divergence",
 )
 
 

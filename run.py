@@ -15,7 +15,6 @@ from bidirectional import make_model, score
 from data import SPLITS, Corpus, InputError, unigram_loss
 from files import exclusive, keep, write_atomically
 from flags import plain
-from gru import chrono_init
 from model import NOTES
 from preemption import Preempted
 from resume import STATE, how_to_resume, is_finished, read_state
@@ -115,9 +114,6 @@ def new_params(corpus, args):
         args.dropouti, args.dropoute, args.wdrop, tie_weights=True, bf16=args.precision == "bf16",
         attention=args.attention, attention_window=args.attention_window,
     )
-    if args.model == "GRU" and args.gru_init == "chrono":
-        for rnn in model.rnns:
-            chrono_init(rnn.module, args.bptt)
     criterion = SplitCrossEntropyLoss(args.emsize, default_splits(ntoken))
     return nn.ModuleList([model, criterion]).to(args.device)
 

@@ -1,15 +1,11 @@
 """The fast GRU against torch's own, in float64 by definition and in float32 as it runs."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import nn
 
-import main
 import products
-from gru import GRU, chrono_init, product, product_of_transposed
-from run import new_params
+from gru import GRU, product, product_of_transposed
 from weight_drop import WeightDrop, drop_weight
 
 
@@ -119,33 +115,3 @@ def test_elsewhere_it_is_torchs_own(monkeypatch):
     assert len(called) == 1
     with pytest.raises(ValueError, match="one direction"):
         GRU(5, 7, bidirectional=True)
-
-
-def test_chrono_init_gives_memories_of_2_to_so_many_steps():
-    layer = GRU(5, 2_000)
-    candidates = layer.bias_ih_l0[4_000:].clone()
-    chrono_init(layer, 70)
-    update = slice(2_000, 4_000)
-    # With nothing else in the gate, what is left of a state after n steps is z^n.
-    z = (layer.bias_ih_l0 + layer.bias_hh_l0)[update].double().sigmoid()
-    spans = 1 / (1 - z)
-    assert spans.min() >= 2 - 1e-3
-    assert spans.max() <= 70 + 1e-2
-    assert spans.mean().item() == pytest.approx(36, abs=2)  # uniform from 2 to 70
-    assert torch.equal(layer.bias_ih_l0[4_000:], candidates)
-    assert layer.bias_hh_l0[:2_000].abs().max() > 0
-    small = GRU(5, 7)
-    chrono_init(small, 1)
-    assert torch.equal(small.bias_ih_l0[7:14], torch.zeros(7))
-
-
-def test_the_gates_of_a_new_model_are_as_the_flag_says():
-    corpus = SimpleNamespace(dictionary=range(50))
-    flags = ["--emsize", "8", "--nhid", "400", "--nlayers", "2"]
-    for given, chrono in ((["GRU"], True), (["GRU", "--gru-init", "uniform"], False)):
-        args = main.parse_args([*flags, "--model", *given])
-        model, _ = new_params(corpus, args)
-        gates = model.rnns[0].module.bias_ih_l0[400:800]
-        assert (gates.mean() > 3) == chrono
-    uniform = 1 / 400**0.5
-    assert gates.abs().max() <= uniform
