@@ -23,8 +23,8 @@ from trained import add_flags, trained
 from utils import log
 
 CHUNK = 256  # words whose attention over the cache is computed at once
-THETAS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5)
-WINDOWS = (100, 200, 500, 1000, 2000, 3785)
+THETAS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0)
+WINDOWS = (50, 100, 200, 500, 1000, 2000, 3785)
 # Of dynamic evaluation with segments of 5 words; both grow with the segment.
 RATES = {"rms": (3e-5, 5e-5, 7e-5, 1e-4, 2e-4), "sgd": (0.003, 0.01, 0.03, 0.1)}
 DECAYS = {"rms": (1e-3, 2e-3, 5e-3), "sgd": (0.0, 1e-3, 5e-3)}
