@@ -42,7 +42,8 @@ class Rule:
         if name == "rms":
             self.scales = [r + epsilon for r in root_mean_square]
             mean = torch.stack([r.mean() for r in root_mean_square]).mean()
-            self.decays = [(decay / mean * r).clamp(max=1) for r in root_mean_square]
+            ratios = [(r / mean).nan_to_num(0.0) for r in root_mean_square]  # 0 / 0: no gradient
+            self.decays = [(decay * ratio).clamp(max=1) for ratio in ratios]
 
     @torch.no_grad()
     def step(self):

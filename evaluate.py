@@ -95,6 +95,8 @@ def states_after(model, words, lengths, hidden):
 def open_text(path):
     """The lines of a file, or of standard input for "-", as bytes. Raises InputError."""
     if path == "-":
+        if sys.stdin is None:
+            raise InputError("standard input is closed; name a file")
         return sys.stdin.buffer
     try:
         return open(path, "rb")
@@ -114,7 +116,8 @@ def score_text(params, dictionary, path, args):
     if blank:
         raise InputError(f"{path}: holds no words")
     settings = Namespace(bptt=BPTT, objective="cloze")
-    loss, parts = score(params, torch.tensor(ids), settings, batch_size=args.batch_size)
+    columns = min(args.batch_size, len(ids) - 1)
+    loss, parts = score(params, torch.tensor(ids), settings, batch_size=columns)
     named = f" ({some(unknown)})" if unknown else ""
     log(f"| {path} | {loss_columns(loss)} | {len(ids) - 1:,} tokens, "
         f"{unknown.total():,} unknown{named}")
@@ -153,7 +156,10 @@ def parse_args(argv=None):
         help="parts in which a whole text is read side by side; more are faster, but each but the "
              "first begins without its context (default: 1)")
     add_flags(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.text.count("-") > 1:
+        parser.error("-: standard input can be read once; name it once")
+    return args
 
 
 def main(argv=None):
@@ -163,7 +169,7 @@ def main(argv=None):
         print("ppl\tloss\ttokens\tunknown\ttext", flush=True)
     for path in args.text:
         (score_each_line if args.per_line else score_text)(params, dictionary, path, args)
-    return 0
+    return 2 if log.failed else 0
 
 
 if __name__ == "__main__":

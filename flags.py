@@ -222,6 +222,8 @@ def run(main):
     """Calls `main()` and exits with its status: one line and 2 for bad input, 128 + a signal's."""
     prog = sys.argv[0].rpartition("/")[2]
     keep_freed_memory()
+    if sys.stdout is None:  # closed
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - to the end
     if hasattr(sys.stdout, "reconfigure"):  # a name the terminal cannot show must not end a run
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -229,6 +231,8 @@ def run(main):
     except BrokenPipeError:  # who read the output has seen enough, as `head` does
         os._exit(141)  # 128 + SIGPIPE
     except (InputError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is None:  # nothing but the output has none
+            error = f"the output cannot be written ({error.strerror}); make room and run it again"
         if parallel.speaks(error):
             print(f"{prog}: error: {error}", file=sys.stderr)
         status = 2
@@ -238,7 +242,7 @@ def run(main):
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        advice = "lower --batch_size, --bptt, --nhid or --emsize"
+        advice = "lower --batch_size, --bptt, --window, --nhid or --emsize"
         print(f"{prog}: error: out of memory; {advice}", file=sys.stderr)
         status = 2
     except (KeyboardInterrupt, Preempted) as stop:

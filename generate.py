@@ -6,6 +6,7 @@
 The checkpoint is all that is needed. The same seed writes the same text on the same machine.
 """
 
+import argparse
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -99,18 +100,23 @@ def write(ids, dictionary, out, begun=False, every=0, words=0):
 
 
 def open_output(path):
-    """A text file for writing. Raises InputError where one is that is no text."""
+    """A file for writing, standard output for "-". Raises InputError where there is one already."""
     if path == "-":
         return sys.stdout
-    path = Path(path)
     try:
-        if path.exists() and not path.is_dir():
-            with open(path, "rb") as file:
-                if b"\0" in file.read(4096):
-                    raise InputError(f"--outf {path}: exists and is no text; name another")
+        if Path(path).is_file() and Path(path).stat().st_size:
+            raise InputError(f"--outf {path}: exists; remove it, or name another")
         return open(path, "w", encoding="utf-8")
     except OSError as error:
         raise InputError(f"--outf {path}: cannot be written ({error.strerror})") from None
+
+
+def mass(text):
+    """An argparse type: a probability above 0, and 1 too."""
+    value = number(float, 0, open_low=True)(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"must be a number of 1 or less, not {text}")
+    return value
 
 
 def parse_args(argv=None):
@@ -124,7 +130,7 @@ def parse_args(argv=None):
         help="below 1 likely words become likelier (default: 1)")
     add("--top-k", type=number(int, 0), default=0, metavar="K",
         help="draw from the K likeliest words only (default: 0, from all)")
-    add("--top-p", type=number(float, 0, 1.0000001, open_low=True), default=1.0, metavar="P",
+    add("--top-p", type=mass, default=1.0, metavar="P",
         help="draw from the fewest words that have the probability P (default: 1, from all)")
     add("--no-unk", action="store_true", help=f"never write {UNK}")
     add("--seed", type=number(int, 0, 2**32), default=1111, help="random seed (default: 1111)")
@@ -145,6 +151,8 @@ def parse_args(argv=None):
 
 def converse(generator, dictionary, args):
     """Asks for a prompt, goes on with it to the end of the sentence; until the end of input."""
+    if sys.stdin is None:
+        raise InputError("--interactive: standard input is closed; open it")
     with suppress(ImportError):
         import readline  # noqa: F401 - arrow keys in input()
     while True:

@@ -7,6 +7,7 @@ import argparse
 import io
 import json
 import math
+import warnings
 from pathlib import Path
 
 from data import InputError
@@ -51,7 +52,7 @@ def read_run(path):
 def curve(epochs, field):
     """The values of `field`, one an epoch; NaN, which leaves a gap, where there is none."""
     values = [epoch.get(field) for epoch in epochs]
-    return [value if isinstance(value, int | float) else math.nan for value in values]
+    return [value if isinstance(value, float | int) else math.nan for value in values]
 
 
 def time_unit(seconds):
@@ -98,13 +99,17 @@ def draw(runs, fields=("valid_ppl",), against="epochs", scale="auto", title="", 
             if against == "time":
                 times = [epoch["elapsed"] / seconds for epoch in epochs]
             drawn += [value for value in values if not math.isnan(value)]
+            label = name if len(fields) == 1 else f"{name}, {describe(field)}"
             axes.plot(
                 times, values, style, color=COLOURS[index % len(COLOURS)], linewidth=1.6,
-                marker="o" if len(epochs) <= 20 else None, markersize=3.5,
-                label=name if len(fields) == 1 else f"{name}, {describe(field)}",
+                marker="o" if len(epochs) <= 20 else None, markersize=3.5, label=literal(label),
             )
     if not drawn:
         raise InputError(f"--field {' '.join(fields)}: no run has a finite value")
+    if scale == "log" and min(drawn) <= 0:
+        raise InputError("--scale log: not all values are above 0; draw them with --scale linear")
+    if highest is not None and highest <= min(drawn):
+        raise InputError(f"--highest {highest:g}: all values are above it; raise it")
     log_scale = scale == "log" or (
         scale == "auto" and min(drawn) > 0 and min(max(drawn), highest or math.inf) > 4 * min(drawn)
     )
@@ -121,12 +126,24 @@ def draw(runs, fields=("valid_ppl",), against="epochs", scale="auto", title="", 
     names = [describe(fields[0] if len(fields) == 1 else kind) for kind in sorted(kinds)]
     unit_of = {"loss": " (nats a token)"}
     axes.set_ylabel(", ".join(names) + (unit_of.get(*kinds, "") if len(kinds) == 1 else ""))
-    axes.set_title(title)
+    axes.set_title(literal(title))
     figure.legend(
         loc="outside lower center", ncols=min(len(axes.lines), 2 if len(fields) > 1 else 4),
         frameon=False, fontsize="small",
     )
     return figure
+
+
+def literal(text):
+    """A text of the user's for matplotlib, which reads formulas into $, and hides what begins _."""
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
+
+
+def check_replaceable(path):
+    """Raises InputError unless there is a picture of the same kind at `path`, or nothing."""
+    begins = {".png": (b"\x89PNG",), ".svg": (b"<?xml", b"<svg")}[Path(path).suffix.lower()]
+    if Path(path).is_file() and not Path(path).read_bytes().startswith(begins):
+        raise InputError(f"--out {path}: exists and is no picture; name another")
 
 
 def save(figure, path):
@@ -135,7 +152,8 @@ def save(figure, path):
 
     file = io.BytesIO()
     kind = Path(path).suffix[1:].lower()
-    with matplotlib.rc_context({"svg.hashsalt": "awd-lstm"}):
+    with warnings.catch_warnings(), matplotlib.rc_context({"svg.hashsalt": "awd-lstm"}):
+        warnings.simplefilter("ignore")  # of letters that the font lacks
         figure.savefig(file, format=kind, dpi=130, metadata={"Date": None} if kind == "svg" else {})
     write_atomically(path, file.getvalue())
 
@@ -143,7 +161,9 @@ def save(figure, path):
 def named(text):
     """An argparse type: NAME=PATH, or a path that is its own name."""
     name, equals, path = text.partition("=")
-    return (name, path) if equals else (Path(text).name, text)
+    exists = any(Path(f"{text}{suffix}").exists() for suffix in ("", RECORDS))
+    whole = exists or not (name and equals)
+    return (Path(text).name, text) if whole else (name, path)
 
 
 def picture(text):
@@ -180,6 +200,8 @@ def main(argv=None):
     args = parse_args(argv)
     runs = {name: read_run(path) for name, path in args.runs}
     figure = draw(runs, args.field, args.against, args.scale, args.title, args.highest)
+    for path in args.out:
+        check_replaceable(path)
     for path in args.out:
         save(figure, path)
         print(f"Written: {path}")

@@ -14,7 +14,7 @@ from itertools import product as grid
 import torch
 from tqdm import tqdm
 
-from data import Corpus
+from data import Corpus, InputError
 from dynamic_evaluation import RULES, Rule, read_dynamically, root_mean_square
 from flags import Parser, coefficient, count, number, rate, run
 from run import check_vocabulary
@@ -23,7 +23,7 @@ from trained import add_flags, trained
 from utils import log
 
 CHUNK = 256  # words whose attention over the cache is computed at once
-THETAS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0)
+THETAS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0)
 WINDOWS = (50, 100, 200, 500, 1000, 2000, 3785)
 # Of dynamic evaluation with segments of 5 words; both grow with the segment.
 RATES = {"rms": (3e-5, 5e-5, 7e-5, 1e-4, 2e-4), "sgd": (0.003, 0.01, 0.03, 0.1)}
@@ -85,8 +85,8 @@ def log_mixture(logprob, p_cache, lambdasm, exists):
 
     `logprob` is log p_model; `exists`, broadcast over it, says where there is a cache.
     """
-    share = p_cache.new_tensor(lambdasm)
-    mixed = torch.logaddexp(logprob + (-share).log1p(), p_cache.log() + share.log())
+    share = math.log(lambdasm) if lambdasm else -math.inf
+    mixed = torch.logaddexp(logprob + math.log1p(-lambdasm), p_cache.log() + share)
     return torch.where(exists, mixed, logprob)
 
 
@@ -230,7 +230,7 @@ def tune(reader, ids, args):
         _, args.theta, args.lambdasm, args.window = tune_cache(reader(ids), thetas, windows)
         log(
             f"Best on valid: --theta {args.theta:g} --lambdasm {args.lambdasm:.4f} "
-            f"--window {args.window}"
+            f"--window {args.window}" + " (the cache does not help)" * (not args.lambdasm)
         )
 
 
@@ -248,13 +248,16 @@ def report(reader, ids, split, args):
     if args.lambdasm:
         name = "dynamic and cache" if args.dynamic else "with cache"
         log(f"| {name} | {loss_columns(loss, f'{split} ')}")
+    if args.dynamic and not without < math.log(len(reader.params[0].decoder.bias)) + 1:
+        raise InputError(f"--lr {args.lr:g}: dynamic evaluation has diverged; lower it")
     return loss
 
 
 def parse_args(argv=None):
     parser = Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--data", default="data/penn", help="the corpus that the model was trained on")
+    add("--data", default="data/penn",
+        help="the corpus that the model was trained on (default: data/penn)")
     add("--save", required=True, metavar="CHECKPOINT", help="the trained model")
     add("--window", type=count, default=500, help="pairs in the cache (default: 500)")
     add("--theta", type=coefficient, default=1.0,
@@ -305,7 +308,7 @@ def main(argv=None):
         loss = report(reader, getattr(corpus, split), split, args)
     rule = "=" * 89
     log(f"{rule}\n| End of training | {loss_columns(loss, f'{split} ')}\n{rule}")
-    return 0
+    return 2 if log.failed else 0
 
 
 if __name__ == "__main__":

@@ -41,6 +41,10 @@ def trained(path, args):
     found = params[0].rnn_type
     if args.model not in (None, found):
         raise InputError(f"--model {args.model}: {path} holds a model {found}; leave the flag out")
+    if EOS not in checkpoint["vocabulary"]:
+        raise InputError(f"{path}: its vocabulary has no {EOS}; train again")
+    if not all(weight.isfinite().all() for weight in params.parameters()):
+        raise InputError(f"{path}: its weights are not all finite; train again")
     if found == "biLSTM":
         raise InputError(f"{path}: {NOTES[found]}; name another model")
     return params, Dictionary(checkpoint["vocabulary"])

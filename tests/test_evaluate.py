@@ -113,6 +113,7 @@ def test_a_whole_text_is_one_stream(trained, tmp_path):
     assert run("--checkpoint", trained, text) == (status, out, err)
     _, in_parts, _ = run("--checkpoint", trained, text, "--batch_size", 2)
     assert "| 10 tokens, 0 unknown" in in_parts
+    assert run("--checkpoint", trained, text, "--batch_size", 2**30)[0] == 0
 
 
 def test_the_test_split_scores_as_in_training(trained, corpus_dir, small, tmp_path):
@@ -185,6 +186,7 @@ def test_bad_files_and_flags(trained, tmp_path):
     for argv, message in (
         ([tmp_path / "absent.txt"], f"{tmp_path}/absent.txt: cannot be read (No such file"),
         ([tmp_path], f"{tmp_path}: cannot be read (Is a directory)"),
+        (["-", "-"], "-: standard input can be read once; name it once"),
         (["--batch_size", 0], "argument --batch_size: must be a whole number in [1, "),
         (["--model", "GRU"], f"--model GRU: {trained} holds a model LSTM"),
     ):

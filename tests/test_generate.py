@@ -4,6 +4,7 @@ import io
 import itertools
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +14,9 @@ import generate
 import main
 from conftest import ROOT, invoke, make_params
 from data import EOS
+from files import pack
 from generate import Generator, truncate
-from utils import load
+from utils import load, read_checkpoint
 
 
 @pytest.fixture
@@ -157,8 +159,8 @@ def test_unk_can_be_left_out(trained_with_unk):
 
 
 def test_the_references_flags_write_a_file(trained, tmp_path):
-    out = tmp_path / "out.txt"
-    for words in (250, 100):  # a text is written anew
+    for words in (250, 100):
+        out = tmp_path / f"{words}.txt"
         status, printed, err = run(
             "--data", "no/such", "--model", "LSTM", "--checkpoint", trained, "--outf", out,
             "--words", words, "--seed", 1111, "--temperature", 1.0, "--log-interval", 100,
@@ -175,11 +177,12 @@ def test_the_references_flags_write_a_file(trained, tmp_path):
     [
         (["--checkpoint", "absent.pt"], "absent.pt: no such checkpoint"),
         (["--temperature", "0"], "argument --temperature: must be a number of 0.001 or more"),
-        (["--top-p", "0"], "argument --top-p: must be a number in (0, 1"),
+        (["--top-p", "0"], "argument --top-p: must be a number above 0, not 0"),
+        (["--top-p", "1.1"], "argument --top-p: must be a number of 1 or less, not 1.1"),
         (["--top-k", "-1"], "argument --top-k: must be a whole number of 0 or more"),
         (["--words", "0"], "argument --words: must be a whole number in [1, "),
         (["--outf", "no/such/f.txt"], "--outf no/such/f.txt: cannot be written (No such file"),
-        (["--outf", "{trained}"], "--outf {trained}: exists and is no text; name another"),
+        (["--outf", "{trained}"], "--outf {trained}: exists; remove it, or name another"),
         (["--interactive", "--prompt", "ann"], "--interactive: asks for the prompt"),
         (["--model", "GRU"], "--model GRU: {trained} holds a model LSTM; leave the flag out"),
     ],
@@ -216,3 +219,41 @@ def test_text_streams_and_a_reader_that_leaves_ends_it_quietly(trained):
     process.stdout.close()
     assert process.wait(timeout=60) == 141
     assert process.stderr.read() == ""
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-"])
+def test_closed_streams(closed, trained):
+    flags = "--interactive" if closed == "<&-" else "--words 3"
+    done = subprocess.run(
+        f"{sys.executable} {ROOT}/generate.py --checkpoint {trained} {flags} {closed}", shell=True,
+        capture_output=True, text=True,
+    )
+    expected = "generate.py: error: --interactive: standard input is closed; open it\n"
+    assert (done.returncode, done.stderr) == ((2, expected) if closed == "<&-" else (0, ""))
+
+
+def test_a_file_that_is_no_regular_one_is_written_to(trained):
+    command = f"{sys.executable} {ROOT}/generate.py --checkpoint {trained} --words 9 --outf"
+    piped = subprocess.run(f"{command} /dev/stdout | cat", shell=True, capture_output=True,
+                           text=True, timeout=60)
+    assert piped.stdout == run("--checkpoint", trained, "--words", 9)[1]
+    if Path("/dev/full").exists():
+        full = subprocess.run(f"{command} /dev/full", shell=True, capture_output=True, text=True)
+        assert full.returncode == 2
+        assert full.stderr.startswith("generate.py: error: the output cannot be written (No space")
+
+
+def test_checkpoints_that_no_text_can_come_from(trained, tmp_path):
+    for change, message in (("nan", "its weights are not all finite"), ("eos", "has no <eos>")):
+        checkpoint = read_checkpoint(trained)
+        if change == "nan":
+            checkpoint["model"]["decoder.bias"][0] = float("nan")
+        else:
+            words = checkpoint["vocabulary"]
+            words[words.index(EOS)] = "other"
+        content = {k: v for k, v in checkpoint.items() if k not in ("format", "version")}
+        path = tmp_path / f"{change}.pt"
+        path.write_bytes(pack("checkpoint", checkpoint["version"], content))
+        status, out, err = run("--checkpoint", path)
+        assert (status, out) == (2, "")
+        assert message in err

@@ -86,6 +86,9 @@ def test_against_time_with_a_style_for_each_field(tmp_path, monkeypatch):
         (["a.jsonl", "--out", "no/such/a.png"], "no/such/a.png: cannot be written (No such"),
         (["bad.jsonl"], "bad.jsonl: line 2 is no epoch of a run"),
         (["empty.jsonl"], "empty.jsonl: has no epoch yet"),
+        (["a.jsonl", "--highest", "2"], "--highest 2: all values are above it; raise it"),
+        (["a.jsonl", "--out", "new.png", "text.png"], "--out text.png: exists and is no picture"),
+        (["zero.jsonl", "--scale", "log"], "--scale log: not all values are above 0"),
         (["a.jsonl", "--highest", "0"], "argument --highest: must be a number above 0, not 0"),
     ],
 )
@@ -94,12 +97,24 @@ def test_bad_input(argv, message, tmp_path, monkeypatch):
     write(tmp_path / "a.jsonl", 3.0)
     (tmp_path / "bad.jsonl").write_text((tmp_path / "a.jsonl").read_text() + "[]\n")
     (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "text.png").write_text("no picture")
+    write(tmp_path / "zero.jsonl", 0.0)
     before = sorted(tmp_path.iterdir())
     status, err, _ = draw(monkeypatch, *argv)
     assert status == 2
     assert err.partition("error: ")[2].startswith(message)
     assert err.count("\n") == 1
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_names_are_what_they_are(tmp_path, monkeypatch, recwarn):
+    write(tmp_path / "lr=5.jsonl", 3.0)
+    runs = [tmp_path / "lr=5.jsonl", f"_a $b${{={tmp_path}/lr=5.jsonl", f"={tmp_path}/lr=5.jsonl"]
+    status, err, (figure,) = draw(
+        monkeypatch, *runs[:2], "--title", "$\\bad$ \u65e5", "--out", tmp_path / "c.png"
+    )
+    assert (status, err, len(recwarn)) == (0, "", 0)
+    assert list(curves(figure)) == ["lr=5.jsonl", " _a \\$b\\${"]
 
 
 def test_without_matplotlib_it_says_how_to_install_it(tmp_path, monkeypatch):

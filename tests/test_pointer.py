@@ -103,6 +103,8 @@ def test_the_mixture_is_a_distribution(params):
     assert torch.equal(logs[0], model[0])  # nothing has been read
     unlikely = log_mixture(torch.tensor([-500.0]), torch.zeros(1), 0.3, torch.tensor([True]))
     assert unlikely.item() == pytest.approx(-500 + math.log(0.7))
+    nearly = log_mixture(torch.tensor([-5.0]), torch.zeros(1), 1 - 1e-12, torch.tensor([True]))
+    assert nearly.item() == pytest.approx(-5 + math.log(1e-12), rel=1e-4)
 
 
 def test_theta_0_counts_all_pairs_alike(params):
@@ -192,7 +194,7 @@ def test_tuned_it_is_no_worse_on_what_it_was_tuned_on(trained, corpus_dir):
     assert losses(out, "with cache", "valid") <= losses(out, "model alone", "valid")
 
 
-@pytest.mark.parametrize(("rule", "lr"), [("rms", "0.01"), ("sgd", "1")])
+@pytest.mark.parametrize(("rule", "lr"), [("rms", "0.001"), ("sgd", "0.5")])
 def test_dynamic_evaluation_with_the_cache(rule, lr, trained, corpus_dir):
     argv = ["--data", str(corpus_dir), "--save", str(trained), "--dynamic", rule]
     status, out, err = invoke(lambda: pointer.main([*argv, "--lr", lr]))
@@ -242,12 +244,14 @@ def test_dynamic_evaluation_is_tuned_first(trained, corpus_dir):
         (["--lr", "0.1"], "--lr: belongs to --dynamic; give that too"),
         (["--tune", "--lambdasm", "0"], "--lambdasm 0: there is nothing to tune; leave it out"),
         (["--cuda", "--device", "cpu"], "--cuda"),
+        (["--dynamic", "sgd", "--lr", "1e20"], "--lr 1e+20: dynamic evaluation has diverged"),
     ],
 )
 def test_bad_input(argv, message, trained, corpus_dir):
     given = ["--data", str(corpus_dir), "--save", str(trained), *argv]
     status, out, err = invoke(lambda: pointer.main(given))
-    assert (status, out) == (2, "")
+    assert status == 2
+    assert "End of training" not in out
     assert err.partition("error: ")[2].startswith(message.format(trained=trained))
     assert err.count("\n") == 1
 
