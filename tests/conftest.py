@@ -123,6 +123,21 @@ def trained(corpus_dir, small, tmp_path):
     return path
 
 
+@pytest.fixture
+def trained_with_unk(small, tmp_path):
+    """The path of a checkpoint whose vocabulary has <unk>."""
+    folder = tmp_path / "unk"
+    folder.mkdir()
+    for split in ("train", "valid", "test"):
+        (folder / f"{split}.txt").write_text("ann sees <unk>\nbob hears the cat\n" * 30)
+    path = tmp_path / "unk.pt"
+    status, _, err = invoke(
+        main.main, "--data", folder, *small, "--epochs", 1, "--save", path
+    )
+    assert status == 0, err
+    return path
+
+
 def arguments(**changes):
     """The flags of a run, as a Namespace."""
     return Namespace(**{
