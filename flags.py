@@ -1,6 +1,7 @@
 """The flags that main.py and finetune.py share, their defaults, and their checks."""
 
 import argparse
+import errno
 import os
 import re
 import signal
@@ -12,13 +13,14 @@ import torch
 
 import parallel
 from allocator import keep_freed_memory
-from data import InputError
-from files import is_out_of_memory
 from attention import KINDS
 from bidirectional import OBJECTIVES
+from data import InputError
+from files import is_out_of_memory
 from model import check_architecture
 from preemption import Preempted
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's share of it, the file
 ARCHITECTURE = {
     "model": "rnn_type", "emsize": "ninp", "nhid": "nhid", "nlayers": "nlayers",
     "attention": "attention", "attention_window": "attention_window",
@@ -158,18 +160,23 @@ def make_parser(description, inherited=()):
     return parser
 
 
-def complete(given, defaults):
-    """The flags of a run: what was `given`, else the default.
-
-    Settles the device, the learning rate and the name of the checkpoint. Raises InputError.
-    """
-    args = argparse.Namespace(**{**defaults, **vars(given)})
+def settle_device(args):
+    """Sets `args.device`, where it is None, to CUDA or the CPU. Raises InputError for --cuda."""
     if args.cuda and not torch.cuda.is_available():
         raise InputError("--cuda: torch finds no CUDA device here; leave the flag out")
     if args.cuda and args.device is not None and args.device.type != "cuda":
         raise InputError(f"--cuda contradicts --device {args.device}; give one of them")
     if args.device is None:
         args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def complete(given, defaults):
+    """The flags of a run: what was `given`, else the default.
+
+    Settles the device, the learning rate and the name of the checkpoint. Raises InputError.
+    """
+    args = argparse.Namespace(**{**defaults, **vars(given)})
+    settle_device(args)
     args.device = parallel.own_device(args.device, hasattr(given, "device"))
     if args.batch_size % parallel.size():
         raise InputError(
@@ -231,7 +238,7 @@ def run(main):
     except BrokenPipeError:  # who read the output has seen enough, as `head` does
         os._exit(141)  # 128 + SIGPIPE
     except (InputError, OSError) as error:
-        if isinstance(error, OSError) and error.filename is None:  # nothing but the output has none
+        if getattr(error, "errno", None) in FULL and error.filename is None:
             error = f"the output cannot be written ({error.strerror}); make room and run it again"
         if parallel.speaks(error):
             print(f"{prog}: error: {error}", file=sys.stderr)
@@ -253,4 +260,6 @@ def run(main):
         sys.stdout.flush()
     except OSError:  # reported when it began, see utils.log; Python would say it once more
         os._exit(status)
+    if parallel.size() > 1:  # in Python's own end torch can abort: gloo's threads may hold a tensor
+        os._exit(status or 0)
     sys.exit(status)

@@ -65,29 +65,34 @@ STEPS = """
 import sys
 import torch
 from conftest import arguments, make_params
+import flags
 import parallel
 from train import Objective, evaluate, make_optimizer, train_step
 
-torch.manual_seed(parallel.rank())  # the first rank's weights are what counts
-args = arguments(lr=1.0)
-with parallel.group(torch.device("cpu"), "again"):
-    params = make_params(sys.argv[1], splits=(20, 30))
-    torch.nn.init.normal_(params[1].tail_vectors)
-    objective = parallel.replicate(Objective(params))
-    optimizer = make_optimizer(params, args)
-    torch.manual_seed(3)
-    words, targets = torch.randint(50, (8, 10, 12)), torch.randint(50, (8, 10, 12))
-    mine = parallel.columns(12)
-    hidden = params[0].init_hidden(mine.stop - mine.start)
-    losses = []
-    for x, y in zip(words[..., mine], targets[..., mine]):
-        loss, hidden = train_step(objective, optimizer, x, y.flatten(), hidden, args)
-        losses.append(parallel.mean(loss).item())
-    checks = []
-    # 107 predictions in 5 columns, the last row of which is not complete; and in one column.
-    ids, count = torch.randint(50, (108,)), lambda: checks.append(1)
-    losses += [evaluate(params, ids, columns, 7, count) for columns in (5, 1)]
-    torch.save([losses, len(checks), params.state_dict()], sys.argv[2] + str(parallel.rank()))
+
+def main():
+    torch.manual_seed(parallel.rank())  # the first rank's weights are what counts
+    args = arguments(lr=1.0)
+    with parallel.group(torch.device("cpu"), lambda: "again"):
+        params = make_params(sys.argv[1], splits=(20, 30))
+        torch.nn.init.normal_(params[1].tail_vectors)
+        objective = parallel.replicate(Objective(params))
+        optimizer = make_optimizer(params, args)
+        torch.manual_seed(3)
+        words, targets = torch.randint(50, (8, 10, 12)), torch.randint(50, (8, 10, 12))
+        mine = parallel.columns(12)
+        hidden = params[0].init_hidden(mine.stop - mine.start)
+        losses = []
+        for x, y in zip(words[..., mine], targets[..., mine]):
+            loss, hidden = train_step(objective, optimizer, x, y.flatten(), hidden, args)
+            losses.append(parallel.mean(loss).item())
+        checks = []
+        # 107 predictions in 5 columns, the last row of which is not complete; and in one column.
+        ids, count = torch.randint(50, (108,)), lambda: checks.append(1)
+        losses += [evaluate(params, ids, columns, 7, count) for columns in (5, 1)]
+        torch.save([losses, len(checks), params.state_dict()], sys.argv[2] + str(parallel.rank()))
+
+flags.run(main)
 """
 
 
