@@ -72,7 +72,7 @@ class Rule:
                     weight.grad = None
 
 
-def read_dynamically(params, ids, segment, rule, check=None):
+def read_dynamically(params, ids, segment, rule):
     """Reads `ids` [N], segment by segment of `segment` words, the weights moving by `rule`.
 
     Yields for each the states before its words, [L, E], the words [L], and their log-probabilities
@@ -94,8 +94,6 @@ def read_dynamically(params, ids, segment, rule, check=None):
                 (-logprob.mean()).backward()
             yield output.detach(), targets, logprob.detach()
             rule.step()
-            if check is not None:
-                check()
 
 
 def root_mean_square(params, ids, batches=None, batch_size=STATISTICS[0], bptt=STATISTICS[1]):

@@ -57,7 +57,6 @@ def score_columns(params, words, lengths):
     layers = len(model.rnns)
     hidden = model.init_hidden(words.size(1))
     after = states_after(model, words, lengths, hidden[layers:]) if is_bilm(params) else None
-    hidden = hidden if after is None else hidden[:layers]
     total = torch.zeros(words.size(1), dtype=torch.float64, device=device)
     steps = len(words) - 1
     for start in range(0, steps, BPTT):

@@ -2,10 +2,8 @@
 
 from collections import Counter
 
-import torch
-
 from data import EOS, Dictionary, InputError
-from flags import device, rnn_type
+from flags import device, rnn_type, settle_device
 from model import NOTES
 from run import set_precision
 from utils import build, read_checkpoint, warn
@@ -28,12 +26,7 @@ def trained(path, args):
     words. A biLM is its forward half, unless its other parts are asked for. Raises InputError for
     a flag that cannot be met, and for biLSTM, which has no use: it wants to read the answer.
     """
-    has_cuda = torch.cuda.is_available()
-    if args.cuda and not has_cuda:
-        raise InputError("--cuda: torch finds no CUDA device here; leave the flag out")
-    if args.cuda and args.device is not None and args.device.type != "cuda":
-        raise InputError(f"--cuda contradicts --device {args.device}; give one of them")
-    args.device = args.device or torch.device("cuda" if has_cuda else "cpu")
+    settle_device(args)
     args.precision = "fp32"
     set_precision(args)
     checkpoint = read_checkpoint(path, args.device)

@@ -26,6 +26,15 @@ def test_a_cell_is_its_layer(kind, dtype):
         torch.testing.assert_close((torch.cat(outputs), state), expected)
 
 
+@pytest.mark.parametrize("kind", [nn.LSTM, GRU])
+def test_a_cell_is_on_its_layers_device(kind):
+    layer = kind(5, 7).to("meta")
+    state = torch.zeros(1, 1, 7, device="meta")
+    state = (state, state) if kind is nn.LSTM else state
+    with torch.no_grad():
+        assert Cell(layer)(torch.zeros(2, 1, 5, device="meta"), state)[0].is_meta
+
+
 @pytest.mark.parametrize("options", [{"num_layers": 2}, {"bidirectional": True}])
 def test_other_layers_are_refused(options):
     with pytest.raises(ValueError, match="one layer and one direction"):

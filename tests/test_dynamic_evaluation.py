@@ -137,6 +137,17 @@ def test_a_split_softmax_with_tails_that_are_not_read():
         assert found.isfinite().all()
 
 
+@pytest.mark.parametrize("name", ["sgd", "rms"])
+def test_everything_is_on_the_models_device(name):
+    """On `meta` any tensor that is left on the CPU, and any wait for a value, is an error."""
+    params = make_params(ntoken=V).to("meta").eval()
+    moving = rule(params, name, 0.1, 0.1, torch.randint(V, (700,)))
+    for states, words, logprob in read_dynamically(params, torch.randint(V, (23,)), 5, moving):
+        assert states.is_meta
+        assert words.is_meta
+        assert logprob.is_meta
+
+
 def test_wrong_rules_are_refused(params):
     with pytest.raises(ValueError, match="rule adam is unknown"):
         Rule(params, "adam", 0.1, 0.1)

@@ -47,6 +47,15 @@ def test_lines_score_as_if_alone(rnn_type, tokens, bptt, monkeypatch):
     assert score_lines(params, lines) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("rnn_type", ["LSTM", "GRU", "biLM"])
+def test_everything_is_on_the_models_device(rnn_type):
+    """On `meta` any tensor that is left on the CPU, and any wait for a value, is an error."""
+    params = make_params(rnn_type, ntoken=20).to("meta").eval()
+    words, lengths = torch.zeros(9, 3, dtype=torch.int64), torch.tensor([8, 5, 1])
+    with torch.no_grad():
+        assert evaluate.score_columns(params, words, lengths).is_meta
+
+
 def test_a_split_softmax():
     params = make_params(ntoken=20, splits=[5, 9], dtype=torch.float64).eval()
     lines = [[0, 3, 17, 8, 0], [0, 12, 0]]
@@ -83,7 +92,7 @@ def test_each_line_of_a_file(trained, tmp_path):
         assert (int(tokens), unknown) == (len(ids) - 1, "0")
 
 
-def test_a_whole_text_is_one_stream(trained, tmp_path):
+def test_a_whole_text_is_one_stream(trained, tmp_path, monkeypatch):
     text = tmp_path / "text.txt"
     text.write_text("ann sees the dog\nbob likes the cat\n")
     status, out, err = run("--checkpoint", trained, text)
@@ -96,9 +105,17 @@ def test_a_whole_text_is_one_stream(trained, tmp_path):
     assert f"| {text} | loss {loss:5.2f} | ppl {ppl:8.2f} |" in out
     assert "| 10 tokens, 0 unknown" in out
     assert run("--checkpoint", trained, text) == (status, out, err)
-    _, in_parts, _ = run("--checkpoint", trained, text, "--batch_size", 2)
-    assert "| 10 tokens, 0 unknown" in in_parts
-    assert run("--checkpoint", trained, text, "--batch_size", 2**30)[0] == 0
+    sizes, real = [], evaluate.score
+
+    def recorded(*args, batch_size):
+        sizes.append(batch_size)
+        return real(*args, batch_size=batch_size)
+
+    monkeypatch.setattr(evaluate, "score", recorded)
+    for columns in (1, 2, 2**30):
+        _, in_parts, _ = run("--checkpoint", trained, text, "--batch_size", columns)
+        assert "| 10 tokens, 0 unknown" in in_parts
+    assert sizes == [1, 2, 10]  # at most one for each word
 
 
 def test_the_test_split_scores_as_in_training(trained, corpus_dir, small, tmp_path):

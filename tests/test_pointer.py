@@ -9,11 +9,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pointer
 from conftest import invoke, make_params
+from data import Corpus
 from pointer import (
     Cache, best_lambda, cache_distribution, cache_probability, cache_weights, evaluate_cache,
     in_chunks, log_mixture, read, tune_cache,
 )
 from train import evaluate
+from utils import build, read_checkpoint
 
 V = 12
 
@@ -140,6 +142,18 @@ def test_memory_does_not_grow_with_vocabulary_times_window():
     assert largest.elements <= pointer.CHUNK * (500 + pointer.CHUNK)
 
 
+def test_everything_is_on_the_models_device():
+    """On `meta` any tensor that is left on the CPU, and any wait for a value, is an error."""
+    params = make_params(ntoken=V).to("meta").eval()
+    for states, words, logprob in read(params, torch.randint(V, (30,)), 9):
+        products, cached = Cache(16).attend(states, words)
+        weights = cache_weights(products, cached, 2.0)
+        p_cache = cache_probability(weights, cached, words)
+        mixed = log_mixture(logprob, p_cache, 0.3, cached[:, -1] >= 0)
+        assert mixed.is_meta
+        assert cache_distribution(weights, cached, V).shape == (len(words), V)
+
+
 def test_the_best_lambda():
     p_model, p_cache = torch.rand(2, 500, dtype=torch.float64)
     grid = torch.linspace(0, 0.999, 1000, dtype=torch.float64)[:, None]
@@ -177,9 +191,13 @@ def test_the_published_command(trained, corpus_dir, cli):
         "0.662", "--window", "3785", "--bptt", "2000", "--model", "LSTM",
     )
     assert (done.returncode, done.stderr) == (0, "")
+    params, corpus = build(read_checkpoint(trained)), Corpus(corpus_dir)
     for split in ("valid", "test"):
-        assert ppl(done.stdout, "model alone", split) > 0
-        assert ppl(done.stdout, "with cache", split) > 0
+        ids = getattr(corpus, split)
+        losses = evaluate_cache(read(params, ids, 70), 0.662, 0.1279, len(ids))
+        for name, loss in zip(("with cache", "model alone"), losses):
+            assert ppl(done.stdout, name, split) == pytest.approx(math.exp(loss), abs=0.006)
+        assert losses[0] != losses[1]
     end = re.search(r"\| End of training \| test loss +(\S+) \| test ppl +(\S+) \|", done.stdout)
     assert float(end[2]) == ppl(done.stdout, "with cache", "test")
     assert trained.read_bytes() == before
