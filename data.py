@@ -115,13 +115,18 @@ def words_of_lines(lines, name):
         yield words
 
 
+def unigram(train, ntoken):
+    """The frequencies [ntoken] of the words in `train`, add-one smoothed, in float64."""
+    counts = torch.bincount(train, minlength=ntoken).double() + 1
+    return counts / counts.sum()
+
+
 def unigram_loss(train, test, ntoken):
     """Mean negative log-likelihood (nats) of `test`[1:] under the word frequencies of `train`.
 
     Add-one smoothed; what a model that ignores all context would score on the same predictions.
     """
-    counts = torch.bincount(train, minlength=ntoken).double() + 1
-    return -(counts / counts.sum()).log()[test[1:]].mean().item()
+    return -unigram(train, ntoken).log()[test[1:]].mean().item()
 
 
 def batchify(data, bsz, args=None):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import parallel
 from bidirectional import score
+from data import unigram
 from finetune import finetune
 from flags import complete, make_parser, number, plain, run, take_architecture
 from preemption import Preemption
@@ -35,6 +36,11 @@ def parse_args(argv=None):
     )
     parser.add(
         "--finetune", 0, "then fine-tune for at most N epochs", type=number(int, 0), metavar="N"
+    )
+    parser.add(
+        "--decoder-bias", None, "where the decoder's bias begins: zeros or unigram, the words' log "
+        "frequencies (default: zeros; unigram for GRU where --lr is not given)",
+        choices=["zeros", "unigram"],
     )
     given = parser.parse_args(argv)
     defaults = parser.defaults
@@ -79,6 +85,9 @@ def start(corpus, args, origin, preemption):
     best, records = math.inf, ""
     if not args.resume:
         params = new_params(corpus, args)
+        if args.decoder_bias == "unigram":
+            model, criterion = params
+            criterion.begin_at(unigram(corpus.train, len(corpus.dictionary)), model.decoder.bias)
     else:
         params = saved_params(args.resume, corpus, args)
         log(f"Warm start from the weights of {args.resume}: it has no training state to go on from")

@@ -26,7 +26,7 @@ KEYS = {
 
 # A flag of these cannot change in the middle of a run: the position in the text, the optimizer's
 # state or the random stream would have no meaning.
-FIXED = ("batch_size", "optimizer", "seed")
+FIXED = ("batch_size", "optimizer", "seed", "decoder_bias")
 # These change nothing in what is computed; `data` is compared by its content.
 FREE = (
     "data", "save", "resume", "epochs", "finetune", "log_interval", "cuda", "device", "tied",
@@ -108,8 +108,9 @@ def inherit(given, state, path, defaults):
     inherited = {**defaults, **inherited}
     for flag in FIXED:
         if flag in inherited and getattr(given, flag, inherited[flag]) != inherited[flag]:
+            name = flag if flag == "batch_size" else flag.replace("_", "-")
             raise InputError(
-                f"--{flag} {getattr(given, flag)}: the run in {path}{STATE} has {inherited[flag]}; "
+                f"--{name} {getattr(given, flag)}: the run in {path}{STATE} has {inherited[flag]}; "
                 f"leave the flag out, or copy {path} elsewhere to start from its weights alone"
             )
     inherited |= {"save": path, "cuda": False, "resume": path}

@@ -124,6 +124,14 @@ class SplitCrossEntropyLoss(nn.Module):
         head_bias = torch.cat([bias[: edges[0]], self.tail_bias[: len(tails)]])
         return head_weight, head_bias, tails
 
+    @torch.no_grad()
+    def begin_at(self, frequencies, bias):
+        """Sets `bias` [V] and the tails' so that `frequencies` [V] are what a state of 0 gives."""
+        bias.copy_(frequencies.log())
+        edges = [split for split in self.splits if split < len(bias)] + [len(bias)]
+        for tail, (start, end) in enumerate(pairwise(edges)):
+            self.tail_bias[tail] = frequencies[start:end].sum().log()
+
     def forward(self, weight, bias, hiddens, targets):
         """Mean negative log-likelihood in nats.
 

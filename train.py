@@ -11,6 +11,7 @@ from torch.nn.utils import clip_grad_norm_
 import parallel
 from data import batchify_exact
 from hidden import repackage_hidden
+from weight_drop import WeightDrop
 
 EVAL_BATCH_SIZE, TEST_BATCH_SIZE = 10, 1  # as in the reference
 
@@ -81,11 +82,12 @@ def train_step(objective, optimizer, data, targets, hidden, args, **more):
     total.backward()
     if args.clip:
         clip_grad_norm_(objective.parameters(), args.clip)
-    group = optimizer.param_groups[0]
-    lr = group["lr"]
-    group["lr"] = lr * len(data) / args.bptt
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group, rate in zip(optimizer.param_groups, rates):
+        group["lr"] = rate * len(data) / args.bptt
     optimizer.step()
-    group["lr"] = lr
+    for group, rate in zip(optimizer.param_groups, rates):
+        group["lr"] = rate
     return loss, hidden
 
 
@@ -177,9 +179,17 @@ def nonmonotone(logs, loss, nonmono):
 
 
 def make_optimizer(params, args):
-    """SGD or Adam over the parameters of model and criterion alike."""
+    """SGD or Adam over the parameters of model and criterion alike.
+
+    The last of its two groups is the recurrent layers', whose rate is `args.recurrent_lr` times
+    `args.lr`.
+    """
     kind = torch.optim.Adam if args.optimizer == "adam" else torch.optim.SGD
-    parameters = list(params.parameters())
+    layers = [module for module in params.modules() if isinstance(module, WeightDrop)]
+    recurrent = list(nn.ModuleList(layers).parameters())
+    known = set(recurrent)
+    others = [parameter for parameter in params.parameters() if parameter not in known]
+    groups = [{"params": others}, {"params": recurrent, "lr": args.lr * args.recurrent_lr}]
     # One pass over weights and gradients instead of several; torch has none for `meta`.
-    fused = parameters[0].device.type in ("cpu", "cuda")
-    return kind(parameters, lr=args.lr, weight_decay=args.wdecay, fused=fused)
+    fused = others[0].device.type in ("cpu", "cuda")
+    return kind(groups, lr=args.lr, weight_decay=args.wdecay, fused=fused)

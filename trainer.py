@@ -115,10 +115,13 @@ class Trainer:
                 self.averaged = AveragedModel(self.params)
                 self.averaged.load_state_dict(state["averaged"])
             self.optimizer.load_state_dict(state["optimizer"])
-            for group in self.optimizer.param_groups:
-                group["weight_decay"] = args.wdecay
-                if flags["lr"] != state["flags"]["lr"]:
-                    group["lr"] = args.lr
+            others, recurrent = self.optimizer.param_groups
+            others["weight_decay"] = recurrent["weight_decay"] = args.wdecay
+            changed = {f for f in ("lr", "recurrent_lr") if flags[f] != state["flags"][f]}
+            if "lr" in changed:
+                others["lr"] = args.lr
+            if changed:
+                recurrent["lr"] = others["lr"] * args.recurrent_lr
             for name in self.PROGRESS:
                 setattr(self, name, state[name])
             self.logs = [float(loss) for loss in self.logs]
@@ -304,7 +307,8 @@ class Trainer:
         if self.epoch in args.when:
             keep.append(f"{args.save}.e{self.epoch}")
             log(f"Saving model to {keep[-1]}; dividing the learning rate by 10")
-            self.optimizer.param_groups[0]["lr"] /= 10
+            for group in self.optimizer.param_groups:
+                group["lr"] /= 10
         if keep and parallel.is_first():
             checkpoint = pack_checkpoint(
                 evaluated, self.corpus, self.origin[1], epoch=self.epoch, valid_loss=loss,

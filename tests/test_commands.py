@@ -173,7 +173,37 @@ def test_published_commands_parse_to_the_published_run():
     )
     assert default.save.endswith(".pt")
     assert main.parse_args(["--optimizer", "adam"]).lr < 0.1
-    assert main.parse_args(["--model", "GRU"]).lr < 30
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("", (30, 1, "zeros")),
+        ("--model biLM", (30, 1, "zeros")),
+        ("--model GRU", (20, 0.25, "unigram")),
+        ("--model GRU --lr 30", (30, 1, "zeros")),  # as in the report
+        ("--model GRU --optimizer adam", (1e-3, 1, "zeros")),
+        ("--model GRU --recurrent-lr 0.5 --decoder-bias zeros", (20, 0.5, "zeros")),
+        ("--recurrent-lr 0.5 --decoder-bias unigram", (30, 0.5, "unigram")),
+    ],
+)
+def test_where_a_model_begins_and_at_which_rates(flags, expected):
+    args = main.parse_args(flags.split())
+    assert (args.lr, args.recurrent_lr, args.decoder_bias) == expected
+
+
+def test_fine_tuning_keeps_the_rates_of_a_gru(corpus_dir, small, tmp_path):
+    path = tmp_path / "gru.pt"
+    plain = [f for f in small if f not in ("--lr", "5")]
+    command = ["--data", corpus_dir, *plain, "--model", "GRU", "--save", path]
+    assert invoke(main.main, *command, "--epochs", 1)[0] == 0
+    args = finetune.parse_args(["--save", str(path)])
+    assert (args.lr, args.recurrent_lr) == (20, 0.25)
+    assert invoke(main.main, *command, "--epochs", 1, "--optimizer", "adam")[0] == 0
+    args = finetune.parse_args(["--save", str(path)])
+    assert (args.lr, args.recurrent_lr) == (20, 0.25)
+    state = read_checkpoint(path)["flags"]
+    assert (state["lr"], state["recurrent_lr"]) == (1e-3, 1)
 
 
 @pytest.mark.parametrize(
@@ -209,3 +239,15 @@ def test_importing_has_no_side_effects(tmp_path):
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("start", ["zeros", "unigram"])
+def test_the_decoders_bias_begins_where_it_was_asked_to(start, corpus_dir, small, tmp_path):
+    corpus = Corpus(corpus_dir)
+    flags = ["--data", corpus_dir, *small, "--lr", "1e-30", "--wdecay", 0, "--epochs", 1]
+    save = tmp_path / "model.pt"
+    assert invoke(main.main, *flags, "--decoder-bias", start, "--save", save)[0] == 0
+    found = read_checkpoint(save)["model"]["decoder.bias"]
+    frequencies = torch.bincount(corpus.train, minlength=len(corpus.dictionary)) + 1.0
+    expected = (frequencies / frequencies.sum()).log()
+    torch.testing.assert_close(found, expected if start == "unigram" else torch.zeros_like(found))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 import splitcross
 from products import has_onednn
@@ -132,3 +133,15 @@ def test_vocabulary_between_threshold_and_last_split():
 def test_splits_must_increase(splits):
     with pytest.raises(ValueError, match="increasing"):
         SplitCrossEntropyLoss(4, splits)
+
+
+@pytest.mark.parametrize("splits", [[], [5, 9], [5, 20], [5, 12, 40]])
+def test_it_begins_at_the_words_frequencies(splits):
+    frequencies = torch.rand(12, dtype=torch.float64) + 0.1
+    frequencies /= frequencies.sum()
+    criterion = SplitCrossEntropyLoss(3, splits).double()
+    bias = nn.Parameter(torch.ones(12, dtype=torch.float64))
+    criterion.begin_at(frequencies, bias)
+    weight = torch.randn(12, 3, dtype=torch.float64)
+    found = criterion.logprob(weight, bias, torch.zeros(2, 3, dtype=torch.float64))
+    torch.testing.assert_close(found.exp(), frequencies.expand(2, 12))

@@ -59,12 +59,15 @@ def test_activation_regularization_values():
     assert float(one_step) == 0
 
 
-@pytest.mark.parametrize("clip", [0.0, 0.05])
-def test_a_step_is_the_update_of_the_paper(clip):
-    """w <- w - lr * L / bptt * (clipped gradient of NLL + AR + TAR, + wdecay * w), in float64."""
+@pytest.mark.parametrize(("clip", "share"), [(0.0, 1.0), (0.05, 1.0), (0.05, 0.25)])
+def test_a_step_is_the_update_of_the_paper(clip, share):
+    """w <- w - lr * L / bptt * (clipped gradient of NLL + AR + TAR, + wdecay * w), in float64.
+
+    The recurrent layers' rate is a share of lr.
+    """
     params = make_params(splits=(20, 30), dtype=torch.float64)
     nn.init.normal_(params[1].tail_vectors)
-    args = arguments(clip=clip, wdecay=0.01, bptt=10, lr=3.0)
+    args = arguments(clip=clip, wdecay=0.01, bptt=10, lr=3.0, recurrent_lr=share)
     words, targets = torch.randint(50, (7, 4)), torch.randint(50, (28,))
     before = {name: p.detach().clone() for name, p in params.named_parameters()}
 
@@ -81,7 +84,7 @@ def test_a_step_is_the_update_of_the_paper(clip):
     scale = min(1.0, clip / norm) if clip else 1.0
     assert clip == 0 or scale < 1
     expected = {
-        n: before[n] - 3.0 * 7 / 10 * (g * scale + 0.01 * before[n])
+        n: before[n] - (share if "rnns" in n else 1) * 2.1 * (g * scale + 0.01 * before[n])
         for n, g in zip(names, gradients)
     }
 
@@ -90,7 +93,7 @@ def test_a_step_is_the_update_of_the_paper(clip):
     assert loss.item() == pytest.approx(nll.item())  # without AR and TAR
     for name, parameter in params.named_parameters():
         torch.testing.assert_close(parameter.detach(), expected[name], rtol=1e-5, atol=1e-7)
-    assert optimizer.param_groups[0]["lr"] == 3.0
+    assert [group["lr"] for group in optimizer.param_groups] == [3.0, 3.0 * share]
     assert not torch.equal(params[1].tail_vectors, before["1.tail_vectors"])  # criterion's too
 
 
