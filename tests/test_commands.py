@@ -192,6 +192,17 @@ def test_where_a_model_begins_and_at_which_rates(flags, expected):
     assert (args.lr, args.recurrent_lr, args.decoder_bias) == expected
 
 
+@pytest.mark.parametrize(("flags", "learns"), [([], True), (["--lr", 30], False)])
+def test_a_gru_learns_with_its_own_rates_and_not_with_the_lstms(flags, learns, corpus_dir, cli):
+    done = cli(
+        "main.py", "--model", "GRU", "--emsize", 32, "--nhid", 48, "--batch_size", 4, "--bptt", 10,
+        "--data", corpus_dir, "--epochs", 8, "--on-divergence", "continue", "--save", "gru.pt",
+        *flags,
+    )
+    test, unigram = map(float, re.findall(r"test ppl +([\d.]+)", done.stdout))
+    assert test < unigram / 2 if learns else test > unigram
+
+
 def test_fine_tuning_keeps_the_rates_of_a_gru(corpus_dir, small, tmp_path):
     path = tmp_path / "gru.pt"
     plain = [f for f in small if f not in ("--lr", "5")]
