@@ -5,6 +5,7 @@
 
 import argparse
 import io
+import itertools
 import json
 import math
 import warnings
@@ -66,12 +67,16 @@ def describe(field):
     return " ".join(names.get(word, word) for word in field.split("_"))
 
 
-def draw(runs, fields=("valid_ppl",), against="epochs", scale="auto", title="", highest=None):
+def draw(
+    runs, fields=("valid_ppl",), against="epochs", scale="auto", title="", highest=None,
+    reference=(),
+):
     """A matplotlib figure of curves: a colour for each run, a line style for each field.
 
     runs: {name: epochs as of `read_run`}; against: "epochs" or "time". scale: "log", "linear", or
     "auto", which is log where the values span more than a factor of four. highest: the top of the
-    vertical axis. Raises InputError when no run has a field, or matplotlib is not installed.
+    vertical axis. reference: as runs, drawn in grey behind them. Raises InputError when no
+    run has a field, or matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
@@ -90,6 +95,11 @@ def draw(runs, fields=("valid_ppl",), against="epochs", scale="auto", title="", 
             known = sorted({key for epochs in runs.values() for key in epochs[0]})
             raise InputError(f"--field {field}: no run has it; they have {', '.join(known)}")
     drawn = []
+    for (name, epochs), style in zip(dict(reference).items(), itertools.cycle(STYLES)):
+        axes.plot(
+            [epoch["epoch"] for epoch in epochs], curve(epochs, fields[0]), style, color="0.7",
+            linewidth=1.4, zorder=1, label=literal(f"the report's {name}"),
+        )
     for index, (name, epochs) in enumerate(runs.items()):
         for field, style in zip(fields, STYLES):
             values = curve(epochs, field)

@@ -35,6 +35,16 @@ def curves(figure):
     return {line.get_label(): line.get_xydata().tolist() for line in figure.axes[0].lines}
 
 
+def test_a_reference_is_grey_and_behind():
+    ours = [{"epoch": n, "elapsed": n, "valid_ppl": 9.0 * n} for n in (1, 2)]
+    theirs = [{"epoch": n, "elapsed": n, "valid_ppl": 8.0 * n} for n in (1, 2, 3)]
+    lines = plot.draw({"A": ours}, reference={"A": theirs}).axes[0].lines
+    behind, front = sorted(lines, key=lambda line: line.get_zorder())
+    assert (behind.get_label(), front.get_label()) == ("the report's A", "A")
+    assert behind.get_xydata().tolist() == [[1, 8], [2, 16], [3, 24]]
+    assert behind.get_color() == "0.7"
+
+
 def test_the_curves_are_the_numbers(tmp_path, monkeypatch):
     write(tmp_path / "a.pt.jsonl", 300.0, 200.0)
     write(tmp_path / "a.pt.finetune.jsonl", 190.0)

@@ -1,0 +1,160 @@
+"""The results of reproduce.py: tables and figures, ours beside the report's.
+
+Written to the folder of the runs: README.md, figure-N.png and .svg, and the runs' JSON lines.
+"""
+
+import json
+import math
+import shlex
+import statistics
+from pathlib import Path
+
+from experiments import EXPERIMENTS, PAIRS, SCALES, TITLES
+from files import write_atomically
+from plot import curve, describe, draw, read_run, save
+
+MODEL, LOG, DONE = "model.pt", "log.txt", "done.json"  # in the folder of a run
+REPORT = Path(__file__).resolve().parent / "records" / "report.json"
+DEPARTS = 0.1  # from the report's curve
+
+
+def read_report():
+    """The report's curves: {run: epochs}, as `read_run` gives ours."""
+    return {
+        name: [
+            {"epoch": n, "valid_ppl": ppl, "valid_loss": math.log(ppl), "train_loss": loss,
+             "elapsed": n * EXPERIMENTS[name].seconds}
+            for n, (ppl, loss) in enumerate(zip(run["valid_ppl"], run["train_loss"]), 1)
+        ]
+        for name, run in json.loads(REPORT.read_text()).items()
+    }
+
+
+def read_results(out, names):
+    """{name: its epochs} and {name: what was found at its end}, of what has run so far."""
+    epochs, found = {}, {}
+    for name in names:
+        folder = out / "runs" / name
+        lines = folder / f"{MODEL}{'.finetune' if EXPERIMENTS[name].base else ''}.jsonl"
+        if lines.exists() and lines.stat().st_size:
+            epochs[name] = read_run(lines)
+        if (folder / DONE).exists():
+            found[name] = json.loads((folder / DONE).read_text())
+    return epochs, found
+
+
+def describe_departures(ours, report):
+    """Where our validation perplexity departs from the report's, in words."""
+    pairs = list(zip(curve(ours, "valid_ppl"), curve(report, "valid_ppl")))
+    departs = [
+        (epoch, mine, theirs) for epoch, (mine, theirs) in enumerate(pairs, 1)
+        if not abs(mine / theirs - 1) <= DEPARTS
+    ]
+    if not departs:
+        return f"within {DEPARTS:.0%} of the report's curve at all of {len(pairs)} epochs."
+    epoch, mine, theirs = departs[0]
+    return (
+        f"**more than {DEPARTS:.0%} off the report's curve** at {len(departs)} of {len(pairs)} "
+        f"epochs, first at epoch {epoch}: {mine:.2f} against {theirs:.2f}."
+    )
+
+
+def title(name):
+    return f"{TITLES[name.partition('-')[0]]}, {EXPERIMENTS[name].label}"
+
+
+def table(head, rows):
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def cell(value, form):
+    return "not reported" if value is None else format(value, form)
+
+
+def ratio(ours, theirs, full):
+    """Ours divided by the report's, where they can be compared."""
+    if theirs is None:
+        return "-"
+    return f"{ours / theirs:.3f}" if full else "another scale"
+
+
+def size_table(names, epochs, found, scale):
+    """The report's Table 1: parameters and seconds an epoch, by model and corpus."""
+    rows = []
+    for name in names:
+        experiment = EXPERIMENTS[name]
+        row = [title(name), "not run yet", "not run yet"]
+        if name in found:
+            row[1] = f"{found[name]['parameters']:,}"
+            row[2] = f"{statistics.median(curve(epochs[name], 'seconds')):.1f}"
+        rows.append([*row, cell(experiment.parameters, ",d"), cell(experiment.seconds, "d")])
+    return table(
+        ["run", "parameters", "s/epoch", "the report's parameters", "its s/epoch (GTX 1080 Ti)"],
+        rows,
+    )
+
+
+def perplexity_table(names, epochs, found, scale):
+    """Best validation perplexity, and the test perplexity of that model."""
+    rows, full = [], scale == "full"
+    for name in names:
+        experiment = EXPERIMENTS[name]
+        cells = ["not run yet"] * 3
+        if name in epochs:
+            values = curve(epochs[name], "valid_ppl")
+            best = min(values)
+            cells = [f"{best:.2f} (epoch {values.index(best) + 1} of {len(values)})"]
+            cells += [cell(experiment.valid, ".2f"), ratio(best, experiment.valid, full)]
+        test = ["not run yet"] * 3
+        if name in found:
+            test = [f"{found[name]['test_ppl']:.2f}", cell(experiment.test, ".2f")]
+            test += [ratio(found[name]["test_ppl"], experiment.test, full)]
+        rows.append([title(name), *cells, *test])
+    return table(
+        ["run", "best validation", "the report's", "ratio", "test", "the report's", "ratio"], rows
+    )
+
+
+def write_results(out, scale, names):
+    """Writes all that can be said of the runs so far."""
+    epochs, found = read_results(out, names)
+    report = read_report() if scale == "full" else {}
+    about = SCALES[scale]
+    text = [
+        '# "Regularizing and Optimizing RNN Language Models", run again\n',
+        f"Scale `{scale}`: {about.about}. Made by `python reproduce.py --scale {scale}`.",
+    ]
+    if scale != "full":
+        text.append(
+            "**The numbers are not comparable with the report's**, which are of the published size "
+            "and of hundreds of epochs; they stand here for orientation, and its curves are not "
+            "drawn."
+        )
+    text += [
+        "\n## Table 1: size and time\n", size_table(names, epochs, found, scale),
+        "\n## Perplexities\n", perplexity_table(names, epochs, found, scale),
+        "\nThe test perplexity is that of the model with the best validation perplexity. biLSTM "
+        "has seen the word that it predicts: its perplexity is not a language model's. biLM's is "
+        "exp of the mean of three losses: forward, backward and cloze.",
+    ]
+    text += [
+        f"\n{title(name)}: {describe_departures(epochs[name], report[name])}"
+        for name in names if name in epochs and name in report
+    ]
+    text.append("\n## Figures\n")
+    figures = [(*pair, field) for pair in PAIRS for field in ("train_loss", "valid_loss")]
+    for number, (corpus, kinds, field) in enumerate(figures, 1):
+        shown = [f"{corpus}-{kind}" for kind in kinds]
+        runs = {EXPERIMENTS[n].label: epochs[n] for n in shown if n in epochs}
+        if not runs:
+            continue
+        heading = f"{TITLES[corpus]}, {describe(field)}"
+        grey = {EXPERIMENTS[n].label: report[n] for n in shown if n in report}
+        figure = draw(runs, [field], title=heading, reference=grey)
+        for kind in ("png", "svg"):
+            save(figure, out / f"figure-{number}.{kind}")
+        text.append(f"![Figure {number}: {heading}](figure-{number}.png)\n")
+    text.append("\n## Commands\n")
+    text += [f"* `{shlex.join(found[name]['command'])}`" for name in names if name in found]
+    write_atomically(out / "README.md", ("\n".join(text) + "\n").encode())

@@ -1,0 +1,223 @@
+"""The report as a program: its commands, its results, a run that is interrupted."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import main
+import reproduce
+import results
+from conftest import ROOT, invoke
+from experiments import EXPERIMENTS, PAIRS, SCALES
+from kill_loop import lines
+
+pytest.importorskip("matplotlib", reason="requirements-plot.txt is not installed")
+
+REPORTS = [name for name, experiment in EXPERIMENTS.items() if experiment.parameters]
+
+
+def test_the_eleven_experiments_of_the_report():
+    assert len(REPORTS) == 11
+    assert set(results.read_report()) == set(REPORTS)
+    for corpus, kinds in PAIRS:
+        assert all(f"{corpus}-{kind}" in EXPERIMENTS for kind in kinds)
+
+
+@pytest.mark.parametrize("name", [n for n in EXPERIMENTS if EXPERIMENTS[n].base is None])
+def test_at_full_scale_a_command_is_the_published_one(name):
+    args = main.parse_args(reproduce.command(name, "full", "PTB.pt")[1:])
+    ptb, report = name.startswith("ptb"), EXPERIMENTS[name].parameters
+    expected = {
+        "emsize": 400, "nhid": 1150, "bptt": 70, "clip": 0.25, "dropout": 0.4, "dropoute": 0.1,
+        "wdrop": 0.5, "alpha": 2, "beta": 1, "wdecay": 1.2e-6, "nonmono": 5, "save": "PTB.pt",
+        "batch_size": 20 if ptb else 80, "seed": 141 if ptb else 1882,
+        "epochs": 500 if ptb else 750, "data": "data/penn" if ptb else "data/wikitext-2",
+        "nlayers": 5 if "gru-5" in name else 3,
+    }
+    if report:
+        expected |= {"lr": 30, "recurrent_lr": 1, "decoder_bias": "zeros"}
+    if "gru" in name and report:  # keeps its divergence
+        expected["on_divergence"] = "continue"
+    if name in ("ptb-lstm", "ptb-gru-3", "ptb-bilstm"):
+        expected |= {"dropouti": 0.4, "dropouth": 0.25}
+    assert {key: getattr(args, key) for key in expected} == expected
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_every_command_of_every_scale_is_understood(scale):
+    for name, experiment in EXPERIMENTS.items():
+        argv = reproduce.command(name, scale, "model.pt")
+        if experiment.base:
+            assert argv[0] == "finetune.py"
+        else:
+            main.parse_args(argv[1:])
+    only = ["--only", "wt2-lstm-finetune"]
+    status, out, _ = invoke(reproduce.main, "--list", "--scale", scale, *only)
+    assert status == 0
+    assert out.count("  wt2-lstm: python main.py ") == 1
+    assert out.index("wt2-lstm:") < out.index("wt2-lstm-finetune:")
+
+
+def test_what_fine_tunes_a_model_runs_after_it_and_the_rest_beside():
+    names = reproduce.with_bases(["ptb-gru-3", "ptb-lstm-finetune", "ptb-lstm"])
+    assert names == ["ptb-gru-3", "ptb-lstm", "ptb-lstm-finetune"]
+    assert reproduce.chains(names) == [["ptb-gru-3"], ["ptb-lstm", "ptb-lstm-finetune"]]
+
+
+# ------------------------------------------------------------ running
+
+MICRO = """
+import sys
+import experiments, flags, reproduce
+experiments.SCALES["tiny"] = experiments.Scale(
+    "micro", "--data {data} --emsize 8 --nhid 12 --nlayers 2 --batch_size 4 --bptt 10 --lr 5",
+    dict.fromkeys(["ptb", "wt2"], {epochs}), dict.fromkeys(["ptb", "wt2"], 2),
+    dict.fromkeys(["ptb", "wt2"], 1), "here",
+)
+flags.run(reproduce.main)
+"""
+
+
+@pytest.fixture
+def begin(tmp_path, corpus_dir):
+    """A function that starts reproduce.py, with small runs, in a process of its own."""
+    started = []
+
+    def start(*argv, epochs=3):
+        script = tmp_path / "micro.py"
+        script.write_text(MICRO.format(data=corpus_dir, epochs=epochs))
+        started.append(subprocess.Popen(
+            [sys.executable, str(script), *map(str, argv)], cwd=tmp_path, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        ))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def outcome(out):
+    """What the runs have left, without times: the epochs of each, and its end."""
+    found = {str(p.relative_to(out)): lines(p.read_text()) for p in out.glob("runs/*/*.jsonl")}
+    return found | {
+        str(p.relative_to(out)): {**json.loads(p.read_text()), "command": None}
+        for p in out.glob("runs/*/done.json")
+    }
+
+
+def test_killed_and_started_again_it_ends_with_the_same_result(begin, tmp_path):
+    names = "ptb-lstm-finetune,ptb-bilm,wt2-gru-3"
+    process = begin("--only", names, "--out", "whole", "--devices", "cpu", "cpu")
+    out, err = process.communicate(timeout=240)
+    assert (process.returncode, err) == (0, ""), out
+    whole = outcome(tmp_path / "whole")
+    assert len(whole) == 8
+    text = (tmp_path / "whole" / "README.md").read_text()
+    assert "not run yet" not in text
+    for number in (1, 2, 3, 4, 7, 8, 9, 10):
+        assert (f"(figure-{number}.png)" in text) == (number not in (3, 4))
+        assert (tmp_path / "whole" / f"figure-{number}.svg").exists() == (number not in (3, 4))
+
+    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, None):
+        process = begin("--only", names, "--out", "parts")
+        done = tmp_path / "parts" / "runs"
+        before = len(list(done.glob("*/done.json"))), len(list(done.glob("*/*.state")))
+        while number and process.poll() is None:
+            after = len(list(done.glob("*/done.json"))), len(list(done.glob("*/*.state")))
+            if after != before:
+                process.send_signal(number)
+                break
+            time.sleep(0.02)
+        out, err = process.communicate(timeout=240)
+        if process.returncode == 0:
+            break
+        assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number), err
+    assert (process.returncode, err) == (0, "")
+    assert outcome(tmp_path / "parts") == whole
+
+
+def test_a_run_that_fails_is_named_and_the_others_go_on(begin, tmp_path):
+    folder = tmp_path / "out" / "runs" / "ptb-lstm"
+    folder.mkdir(parents=True)
+    (folder / "model.pt").write_text("mine")
+    process = begin("--only", "ptb-lstm-finetune,ptb-gru-3", "--out", "out", epochs=1)
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 2
+    assert err.startswith(
+        "reproduce.py: error: ptb-lstm: exit status 2, see out/runs/ptb-lstm/log.txt: main.py: "
+        "error: --save out/runs/ptb-lstm/model.pt: out/runs/ptb-lstm/model.pt exists and is no"
+    )
+    assert len(err.splitlines()) == 1
+    assert (folder / "model.pt").read_text() == "mine"
+    assert (tmp_path / "out" / "runs" / "ptb-gru-3" / "done.json").exists()
+    assert not (tmp_path / "out" / "runs" / "ptb-lstm-finetune").exists()
+
+
+def test_bad_input_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = tmp_path / "small" / "runs" / "ptb-lstm" / "done.json"
+    done.parent.mkdir(parents=True)
+    done.write_text('{"scale": "small"}')
+    for argv, message in [
+        (["--only", "ptb-lstm,ptb-rnn"], "--only ptb-rnn: there are ptb-lstm, "),
+        (["--scale", "full"], "--scale full: data/penn is absent; ./getdata.sh fetches it"),
+        (["--out", "small"], "--out small: holds runs at --scale small; name another folder"),
+        (["--devices", "cpu", "gpu"], "--devices: must be cpu, cuda, cuda:N or mps, not 'gpu'"),
+    ]:
+        status, _, err = invoke(reproduce.main, *argv)
+        assert status == 2
+        assert message in err
+        assert len(err.splitlines()) == 1
+
+
+# ------------------------------------------------------------ results
+
+
+def test_a_curve_that_departs_from_the_reports_says_so():
+    report = [{"valid_ppl": ppl} for ppl in (300.0, 200.0, 150.0, 140.0)]
+    near = [{"valid_ppl": ppl} for ppl in (329.0, 181.0, 150.0)]
+    assert results.describe_departures(near, report) == (
+        "within 10% of the report's curve at all of 3 epochs."
+    )
+    for value, shown in ((166.0, "166.00"), (134.0, "134.00"), (None, "nan")):
+        found = results.describe_departures([*near[:2], {"valid_ppl": value}], report)
+        assert found.startswith("**more than 10% off the report's curve** at 1 of 3 epochs")
+        assert f"first at epoch 3: {shown} against 150.00" in found
+
+
+@pytest.mark.parametrize("scale", ["full", "small"])
+def test_only_at_full_scale_the_report_is_compared_and_drawn(scale, tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(results, "draw", lambda *a, reference, title, **k: drawn.update(
+        {title: reference}))
+    monkeypatch.setattr(results, "save", lambda figure, path: None)
+    folder = tmp_path / "runs" / "ptb-lstm"
+    folder.mkdir(parents=True)
+    epochs = [
+        {"epoch": n, "seconds": 9.0, "valid_ppl": ppl, "valid_loss": 5.0, "train_loss": 5.0}
+        for n, ppl in enumerate((326.98, 216.01, 250.0), 1)
+    ]
+    (folder / "model.pt.jsonl").write_text("".join(json.dumps(e) + "\n" for e in epochs))
+    found = {"scale": scale, "command": ["python", "x"], "parameters": 24221600, "test_ppl": 58.98}
+    (folder / "done.json").write_text(json.dumps(found))
+    results.write_results(tmp_path, scale, ["ptb-lstm", "ptb-gru-3"])
+    text = (tmp_path / "README.md").read_text()
+    full = scale == "full"
+    assert "| Penn Treebank, LSTM | 24,221,600 | 9.0 | 24,221,600 | 48 |" in text
+    row = text.split("## Perplexities")[1].split("| Penn Treebank, LSTM |")[1].splitlines()[0]
+    ratios = ("3.514", "1.000") if full else ("another scale",) * 2
+    assert row == f" 216.01 (epoch 2 of 3) | 61.48 | {ratios[0]} | 58.98 | 58.98 | {ratios[1]} |"
+    assert ("off the report's curve** at 1 of 3 epochs, first at epoch 3" in text) == full
+    assert ("not comparable with the report's" in text) != full
+    for reference in drawn.values():
+        assert set(reference) >= {"LSTM"} if full else reference == {}
+    assert len(drawn) == 4
+    assert "| Penn Treebank, GRU, 3 layers, rate 30 | not run yet | not run yet | 19," in text
