@@ -417,7 +417,7 @@ def parse_args(argv=None):
     recipe = {**make_parser("").defaults, **RECIPES[args.recipe]}
     given = {name: value for name, value in vars(args).items() if value is not None}
     args = Namespace(**{"child": None, "read": None, **recipe, **given, "optimizer": "sgd"})
-    args.lr = args.recurrent_lr = 1.0  # random words: nothing to learn
+    args.lr = args.bias_lr = 1.0  # random words: nothing to learn
     args.device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     args.precision = args.precision or ("tf32" if args.device.type == "cuda" else "fp32")
     if args.precision == "tf32" and args.device.type != "cuda":

@@ -105,7 +105,7 @@ SCALES = {
 # The last pair is ours.
 LSTMS = ["lstm", "lstm-finetune", "lstm-lightly-regularized"]
 PAIRS = [
-    ("ptb", LSTMS), ("ptb", ["gru-3", "gru-5", "bilstm"]),
-    ("wt2", LSTMS), ("wt2", ["gru-3", "bilstm"]),
-    ("ptb", ["lstm", "gru-3-ours", "gru-5-ours", "bilm", "lstm-attention"]),
+    ("ptb", "LSTM", LSTMS), ("ptb", "GRU and biLSTM", ["gru-3", "gru-5", "bilstm"]),
+    ("wt2", "LSTM", LSTMS), ("wt2", "GRU and biLSTM", ["gru-3", "bilstm"]),
+    ("ptb", "ours", ["lstm", "gru-3-ours", "gru-5-ours", "bilm", "lstm-attention"]),
 ]

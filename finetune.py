@@ -22,7 +22,7 @@ from utils import log, log_parts, read_checkpoint
 
 COMMAND = "finetune.py"
 INHERITED = (
-    "data", "lr", "recurrent_lr", "clip", "batch_size", "bptt", "dropout", "dropouth", "dropouti",
+    "data", "lr", "bias_lr", "clip", "batch_size", "bptt", "dropout", "dropouth", "dropouti",
     "dropoute", "wdrop", "alpha", "beta", "wdecay", "nonmono", "objective",
 )
 
@@ -34,7 +34,7 @@ def finetune(corpus, args, origin, preemption, path=None, state=None):
     """
     if args.optimizer == "adam":
         if state is None or args.lr == state["flags"]["lr"]:  # not a rate for SGD
-            args.lr = args.recurrent_lr = None
+            args.lr = args.bias_lr = None
         args.optimizer = "sgd"
         args = complete(args, {})
     args.when = []
@@ -71,7 +71,7 @@ def parse_args(argv=None):
         trained = checkpoint["flags"]
         inherited = {flag: trained[flag] for flag in INHERITED if flag in trained}
         if trained.get("optimizer") == "adam":
-            del inherited["lr"], inherited["recurrent_lr"]  # not rates for SGD
+            del inherited["lr"], inherited["bias_lr"]  # not rates for SGD
         inherited |= {"save": path, **take_architecture(given, checkpoint, path)}
     args = complete(given, parser.defaults | inherited)
     args.optimizer, args.when = "sgd", []

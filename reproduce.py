@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
+from importlib.util import find_spec
 from pathlib import Path
 
 from data import InputError
@@ -28,7 +29,7 @@ from experiments import CORPORA, EXPERIMENTS, SCALES
 from files import exclusive, write_atomically
 from flags import Parser, device, run
 from resume import read_state
-from results import DONE, LOG, MODEL, write_results
+from results import DONE, HEADING, LOG, MODEL, write_results
 from utils import load
 
 HERE = Path(__file__).resolve().parent
@@ -206,11 +207,14 @@ def await_end(save):
 
 
 def check(out, scale, names):
-    """Raises InputError where `out` holds another scale's runs, or a corpus is absent."""
-    for done in out.glob(f"runs/*/{DONE}"):
-        found = json.loads(done.read_text())["scale"]
-        if found != scale:
-            raise InputError(f"--out {out}: holds runs at --scale {found}; name another folder")
+    """Raises InputError where `out` is in use for something else, or what runs need is absent."""
+    if find_spec("matplotlib") is None:
+        raise InputError("matplotlib is not installed; pip install -r requirements-plot.txt")
+    readme, scale_file = out / "README.md", out / "runs" / "scale"
+    if readme.exists() and not readme.read_bytes().startswith(HEADING.encode()):
+        raise InputError(f"--out {out}: {readme} is no result of this program; name another folder")
+    if scale_file.exists() and (found := scale_file.read_text().strip()) != scale:
+        raise InputError(f"--out {out}: holds runs at --scale {found}; name another folder")
     for name in names:
         if EXPERIMENTS[name].base is None:
             argv = command(name, scale, "")
@@ -258,8 +262,9 @@ def main(argv=None):
         list_experiments(args.only, args.scale, args.out)
         return 0
     check(args.out, args.scale, args.only)
-    args.out.mkdir(parents=True, exist_ok=True)
-    with exclusive(args.out / "runs.pt"):
+    (args.out / "runs").mkdir(parents=True, exist_ok=True)
+    with exclusive(args.out / "runs" / "scale"):
+        write_atomically(args.out / "runs" / "scale", f"{args.scale}\n".encode())
         status = Runner(args.out, args.scale, args.only, args.devices).run()
         write_results(args.out, args.scale, args.only)
     print(f"Written: {args.out / 'README.md'}")

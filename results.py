@@ -15,6 +15,7 @@ from plot import curve, describe, draw, read_run, save
 
 MODEL, LOG, DONE = "model.pt", "log.txt", "done.json"  # in the folder of a run
 REPORT = Path(__file__).resolve().parent / "records" / "report.json"
+HEADING = '# "Regularizing and Optimizing RNN Language Models", run again\n'
 DEPARTS = 0.1  # from the report's curve
 
 
@@ -117,12 +118,13 @@ def perplexity_table(names, epochs, found, scale):
 
 
 def write_results(out, scale, names):
-    """Writes all that can be said of the runs so far."""
+    """Writes all that can be said of the runs so far: of `names`, and of earlier ones."""
+    names = [n for n in EXPERIMENTS if n in names or (out / "runs" / n).exists()]
     epochs, found = read_results(out, names)
     report = read_report() if scale == "full" else {}
     about = SCALES[scale]
     text = [
-        '# "Regularizing and Optimizing RNN Language Models", run again\n',
+        HEADING,
         f"Scale `{scale}`: {about.about}. Made by `python reproduce.py --scale {scale}`.",
     ]
     if scale != "full":
@@ -144,13 +146,14 @@ def write_results(out, scale, names):
     ]
     text.append("\n## Figures\n")
     figures = [(*pair, field) for pair in PAIRS for field in ("train_loss", "valid_loss")]
-    for number, (corpus, kinds, field) in enumerate(figures, 1):
+    for number, (corpus, about_them, kinds, field) in enumerate(figures, 1):
         shown = [f"{corpus}-{kind}" for kind in kinds]
         runs = {EXPERIMENTS[n].label: epochs[n] for n in shown if n in epochs}
         if not runs:
             continue
-        heading = f"{TITLES[corpus]}, {describe(field)}"
-        grey = {EXPERIMENTS[n].label: report[n] for n in shown if n in report}
+        heading = f"{TITLES[corpus]}, {about_them}: {describe(field)}"
+        longest = max(map(len, runs.values()))  # of 500 epochs a few would be a dot
+        grey = {EXPERIMENTS[n].label: report[n][: 2 * longest] for n in shown if n in report}
         figure = draw(runs, [field], title=heading, reference=grey)
         for kind in ("png", "svg"):
             save(figure, out / f"figure-{number}.{kind}")

@@ -181,15 +181,16 @@ def nonmonotone(logs, loss, nonmono):
 def make_optimizer(params, args):
     """SGD or Adam over the parameters of model and criterion alike.
 
-    The last of its two groups is the recurrent layers', whose rate is `args.recurrent_lr` times
+    The last of its two groups is the recurrent layers' biases, whose rate is `args.bias_lr` times
     `args.lr`.
     """
     kind = torch.optim.Adam if args.optimizer == "adam" else torch.optim.SGD
     layers = [module for module in params.modules() if isinstance(module, WeightDrop)]
-    recurrent = list(nn.ModuleList(layers).parameters())
-    known = set(recurrent)
+    named = [item for layer in layers for item in layer.named_parameters()]
+    biases = [parameter for name, parameter in named if "bias" in name]
+    known = set(biases)
     others = [parameter for parameter in params.parameters() if parameter not in known]
-    groups = [{"params": others}, {"params": recurrent, "lr": args.lr * args.recurrent_lr}]
+    groups = [{"params": others}, {"params": biases, "lr": args.lr * args.bias_lr}]
     # One pass over weights and gradients instead of several; torch has none for `meta`.
     fused = others[0].device.type in ("cpu", "cuda")
     return kind(groups, lr=args.lr, weight_decay=args.wdecay, fused=fused)

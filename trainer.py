@@ -115,13 +115,13 @@ class Trainer:
                 self.averaged = AveragedModel(self.params)
                 self.averaged.load_state_dict(state["averaged"])
             self.optimizer.load_state_dict(state["optimizer"])
-            others, recurrent = self.optimizer.param_groups
-            others["weight_decay"] = recurrent["weight_decay"] = args.wdecay
-            changed = {f for f in ("lr", "recurrent_lr") if flags[f] != state["flags"][f]}
+            others, biases = self.optimizer.param_groups
+            others["weight_decay"] = biases["weight_decay"] = args.wdecay
+            changed = {f for f in ("lr", "bias_lr") if flags[f] != state["flags"][f]}
             if "lr" in changed:
                 others["lr"] = args.lr
             if changed:
-                recurrent["lr"] = others["lr"] * args.recurrent_lr
+                biases["lr"] = others["lr"] * args.bias_lr
             for name in self.PROGRESS:
                 setattr(self, name, state[name])
             self.logs = [float(loss) for loss in self.logs]

@@ -180,16 +180,16 @@ def test_published_commands_parse_to_the_published_run():
     [
         ("", (30, 1, "zeros")),
         ("--model biLM", (30, 1, "zeros")),
-        ("--model GRU", (20, 0.25, "unigram")),
+        ("--model GRU", (20, 0.01, "unigram")),
         ("--model GRU --lr 30", (30, 1, "zeros")),  # as in the report
         ("--model GRU --optimizer adam", (1e-3, 1, "zeros")),
-        ("--model GRU --recurrent-lr 0.5 --decoder-bias zeros", (20, 0.5, "zeros")),
-        ("--recurrent-lr 0.5 --decoder-bias unigram", (30, 0.5, "unigram")),
+        ("--model GRU --bias-lr 0.5 --decoder-bias zeros", (20, 0.5, "zeros")),
+        ("--bias-lr 0.5 --decoder-bias unigram", (30, 0.5, "unigram")),
     ],
 )
 def test_where_a_model_begins_and_at_which_rates(flags, expected):
     args = main.parse_args(flags.split())
-    assert (args.lr, args.recurrent_lr, args.decoder_bias) == expected
+    assert (args.lr, args.bias_lr, args.decoder_bias) == expected
 
 
 @pytest.mark.parametrize(("flags", "learns"), [([], True), (["--lr", 30], False)])
@@ -209,12 +209,12 @@ def test_fine_tuning_keeps_the_rates_of_a_gru(corpus_dir, small, tmp_path):
     command = ["--data", corpus_dir, *plain, "--model", "GRU", "--save", path]
     assert invoke(main.main, *command, "--epochs", 1)[0] == 0
     args = finetune.parse_args(["--save", str(path)])
-    assert (args.lr, args.recurrent_lr) == (20, 0.25)
+    assert (args.lr, args.bias_lr) == (20, 0.01)
     assert invoke(main.main, *command, "--epochs", 1, "--optimizer", "adam")[0] == 0
     args = finetune.parse_args(["--save", str(path)])
-    assert (args.lr, args.recurrent_lr) == (20, 0.25)
+    assert (args.lr, args.bias_lr) == (20, 0.01)
     state = read_checkpoint(path)["flags"]
-    assert (state["lr"], state["recurrent_lr"]) == (1e-3, 1)
+    assert (state["lr"], state["bias_lr"]) == (1e-3, 1)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ REPORTS = [name for name, experiment in EXPERIMENTS.items() if experiment.parame
 def test_the_eleven_experiments_of_the_report():
     assert len(REPORTS) == 11
     assert set(results.read_report()) == set(REPORTS)
-    for corpus, kinds in PAIRS:
+    for corpus, _, kinds in PAIRS:
         assert all(f"{corpus}-{kind}" in EXPERIMENTS for kind in kinds)
 
 
@@ -40,7 +40,7 @@ def test_at_full_scale_a_command_is_the_published_one(name):
         "nlayers": 5 if "gru-5" in name else 3,
     }
     if report:
-        expected |= {"lr": 30, "recurrent_lr": 1, "decoder_bias": "zeros"}
+        expected |= {"lr": 30, "bias_lr": 1, "decoder_bias": "zeros"}
     if "gru" in name and report:  # keeps its divergence
         expected["on_divergence"] = "continue"
     if name in ("ptb-lstm", "ptb-gru-3", "ptb-bilstm"):
@@ -163,19 +163,26 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(begin, tmp_path):
 
 def test_bad_input_is_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    done = tmp_path / "small" / "runs" / "ptb-lstm" / "done.json"
-    done.parent.mkdir(parents=True)
-    done.write_text('{"scale": "small"}')
+    (tmp_path / "small" / "runs").mkdir(parents=True)
+    (tmp_path / "small" / "runs" / "scale").write_text("small\n")
+    (tmp_path / "README.md").write_text("mine")
     for argv, message in [
         (["--only", "ptb-lstm,ptb-rnn"], "--only ptb-rnn: there are ptb-lstm, "),
         (["--scale", "full"], "--scale full: data/penn is absent; ./getdata.sh fetches it"),
         (["--out", "small"], "--out small: holds runs at --scale small; name another folder"),
+        (["--out", "."], "--out .: README.md is no result of this program; name another folder"),
         (["--devices", "cpu", "gpu"], "--devices: must be cpu, cuda, cuda:N or mps, not 'gpu'"),
     ]:
         status, _, err = invoke(reproduce.main, *argv)
         assert status == 2
         assert message in err
         assert len(err.splitlines()) == 1
+    assert (tmp_path / "README.md").read_text() == "mine"
+    monkeypatch.setattr(reproduce, "find_spec", lambda name: None)
+    status, _, err = invoke(reproduce.main, "--out", "new")
+    assert (status, err) == (2, "main.py: error: matplotlib is not installed; pip install -r "
+                                "requirements-plot.txt\n")
+    assert not (tmp_path / "new").exists()
 
 
 # ------------------------------------------------------------ results

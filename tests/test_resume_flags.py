@@ -65,7 +65,7 @@ def test_resume_alone_is_enough_and_the_same_flags_may_be_repeated(
     ("change", "note"),
     [
         (["--lr", "1.5"], "lr 5.0 -> 1.5"),
-        (["--recurrent-lr", "0.5"], "recurrent_lr 1.0 -> 0.5"),
+        (["--bias-lr", "0.5"], "bias_lr 1.0 -> 0.5"),
         (["--dropout", "0.1"], "dropout 0.4 -> 0.1"),
         (["--dropoute", "0"], "dropoute 0.1 -> 0.0"),
         (["--wdrop", "0.25"], "wdrop 0.5 -> 0.25"),
@@ -93,7 +93,7 @@ def test_a_changed_flag_takes_effect_and_is_announced(change, note, unfinished):
     (run,) = made
     model = run.params[0]
     expected = {"--lr": (1.5, 1.2e-6), "--wdecay": (5.0, 0.0)}.get(change[0], (5.0, 1.2e-6))
-    assert rates == [expected, (2.5, 1.2e-6) if change[0] == "--recurrent-lr" else expected]
+    assert rates == [expected, (2.5, 1.2e-6) if change[0] == "--bias-lr" else expected]
     assert model.dropout == (0.1 if change[0] == "--dropout" else 0.4)
     assert model.rnns[0].dropout == (0.25 if change[0] == "--wdrop" else 0.5)
     assert run.args.bptt == (12 if change[0] == "--bptt" else 10)

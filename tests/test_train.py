@@ -63,11 +63,11 @@ def test_activation_regularization_values():
 def test_a_step_is_the_update_of_the_paper(clip, share):
     """w <- w - lr * L / bptt * (clipped gradient of NLL + AR + TAR, + wdecay * w), in float64.
 
-    The recurrent layers' rate is a share of lr.
+    The rate of the recurrent layers' biases is a share of lr.
     """
     params = make_params(splits=(20, 30), dtype=torch.float64)
     nn.init.normal_(params[1].tail_vectors)
-    args = arguments(clip=clip, wdecay=0.01, bptt=10, lr=3.0, recurrent_lr=share)
+    args = arguments(clip=clip, wdecay=0.01, bptt=10, lr=3.0, bias_lr=share)
     words, targets = torch.randint(50, (7, 4)), torch.randint(50, (28,))
     before = {name: p.detach().clone() for name, p in params.named_parameters()}
 
@@ -83,9 +83,10 @@ def test_a_step_is_the_update_of_the_paper(clip, share):
     norm = math.sqrt(sum(float((g**2).sum()) for g in gradients))
     scale = min(1.0, clip / norm) if clip else 1.0
     assert clip == 0 or scale < 1
+    rates = [2.1 * share if "rnns" in n and "bias" in n else 2.1 for n in names]
     expected = {
-        n: before[n] - (share if "rnns" in n else 1) * 2.1 * (g * scale + 0.01 * before[n])
-        for n, g in zip(names, gradients)
+        n: before[n] - rate * (g * scale + 0.01 * before[n])
+        for n, g, rate in zip(names, gradients, rates)
     }
 
     optimizer = make_optimizer(params, args)
