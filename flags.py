@@ -27,10 +27,11 @@ ARCHITECTURE = {
 }
 
 
-# What is not given of these. With a rate of 30 GRU diverges, as the report's did, and it is its
-# biases that do: see records/gru. Where --lr is given it trains as published.
+# What is not given of these. With a rate of 30 GRU diverges, as the report's did, and biLM's
+# combiner; it is their biases that do, see records/gru. GRU with --lr trains as published.
 LSTM = {"lr": 30.0, "bias_lr": 1.0, "decoder_bias": "zeros"}
 GRU = {"lr": 20.0, "bias_lr": 0.01, "decoder_bias": "unigram"}
+BILM = {**GRU, "lr": 30.0}
 ADAM = {**LSTM, "lr": 1e-3}
 
 
@@ -130,9 +131,9 @@ def make_parser(description, inherited=()):
         "cloze, from both sides, or both", choices=OBJECTIVES)
     add("--lr", None, "learning rate (default: 30 with sgd, 20 for GRU; 0.001 with adam)",
         type=number(float, 0, 1e30, open_low=True))
-    add("--bias-lr", None, "learning rate of the recurrent layers' biases, as a share of --lr "
-        "(default: 1; 0.01 for GRU where --lr is not given)", type=number(float, 0, 1000),
-        metavar="SHARE")
+    add("--bias-lr", None, "learning rate of the biases below the decoder, as a share of --lr "
+        "(default: 1; 0.01 for biLM, and for GRU where --lr is not given)",
+        type=number(float, 0, 1000), metavar="SHARE")
     add("--clip", 0.25, "largest gradient norm, 0 for no clipping", type=coefficient)
     add("--epochs", 8000, "upper epoch limit", type=count)
     add("--batch_size", 80, "columns read in parallel", type=count, metavar="N")
@@ -183,9 +184,12 @@ def settle_device(args):
 def settle_rates(args):
     """Sets what is None of `args.lr`, `args.bias_lr` and `args.decoder_bias`."""
     rates = LSTM
-    if args.lr is None:
-        adam = getattr(args, "optimizer", "sgd") == "adam"
-        rates = ADAM if adam else GRU if args.model == "GRU" else LSTM
+    if getattr(args, "optimizer", "sgd") == "adam":
+        rates = ADAM
+    elif args.model == "biLM":
+        rates = BILM
+    elif args.model == "GRU" and args.lr is None:
+        rates = GRU
     for flag, value in rates.items():
         if getattr(args, flag, value) is None:
             setattr(args, flag, value)
@@ -267,7 +271,7 @@ def run(main):
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        advice = "lower --batch_size, --bptt, --window, --nhid or --emsize"
+        advice = "lower --batch_size, --bptt, --nhid, --emsize, --window or --attention-window"
         print(f"{prog}: error: out of memory; {advice}", file=sys.stderr)
         status = 2
     except (KeyboardInterrupt, Preempted) as stop:

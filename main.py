@@ -13,7 +13,7 @@ from pathlib import Path
 
 import parallel
 from bidirectional import score
-from data import unigram
+from data import InputError, unigram
 from finetune import finetune
 from flags import complete, make_parser, number, plain, run, take_architecture
 from preemption import Preemption
@@ -39,7 +39,7 @@ def parse_args(argv=None):
     )
     parser.add(
         "--decoder-bias", None, "where the decoder's bias begins: zeros or unigram, the words' log "
-        "frequencies (default: zeros; unigram for GRU where --lr is not given)",
+        "frequencies (default: zeros; unigram for biLM, and for GRU where --lr is not given)",
         choices=["zeros", "unigram"],
     )
     given = parser.parse_args(argv)
@@ -48,8 +48,15 @@ def parse_args(argv=None):
         if state := read_state(path, COMMAND):
             defaults = inherit(given, state, path, defaults)
         else:
-            defaults |= take_architecture(given, read_checkpoint(path), path)
-    return complete(given, defaults)
+            if hasattr(given, "decoder_bias"):
+                raise InputError(f"--decoder-bias: the weights of {path} have one; leave it out")
+            checkpoint = read_checkpoint(path)
+            defaults |= take_architecture(given, checkpoint, path)
+            defaults["objective"] = checkpoint["flags"].get("objective", "lm")
+    args = complete(given, defaults)
+    if hasattr(given, "attention_window") and args.attention == "none":
+        raise InputError(f"--attention-window {args.attention_window}: for --attention only")
+    return args
 
 
 def main(argv=None):

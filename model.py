@@ -25,7 +25,7 @@ def check_architecture(rnn_type, ninp, nhid, attention="none"):
         what = "not supported yet" if rnn_type == "QRNN" else "unknown"
         raise ValueError(f"model {rnn_type} is {what}; choose from {', '.join(RNN_TYPES)}")
     if rnn_type.startswith("bi") and attention != "none":
-        raise ValueError(f"attention looks back only; {rnn_type} has none")
+        raise ValueError(f"attention looks back only: leave it out with {rnn_type}")
     if rnn_type == "biLSTM":
         for name, size in (("nhid", nhid), ("emsize", ninp)):
             if size % 2:

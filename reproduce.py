@@ -14,13 +14,13 @@ import os
 import queue
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -29,10 +29,11 @@ from experiments import CORPORA, EXPERIMENTS, SCALES
 from files import exclusive, write_atomically
 from flags import Parser, device, run
 from resume import read_state
-from results import DONE, HEADING, LOG, MODEL, write_results
+from results import DONE, LOG, MODEL, write_results
 from utils import load
 
 HERE = Path(__file__).resolve().parent
+SCALE = "runs/scale"  # in --out: what its runs are of
 PATIENCE = 60  # seconds that a run whose parent has died may take to save its state
 
 
@@ -164,11 +165,13 @@ class Runner:
             self.children.discard(child)
         if self.stopped:
             return
-        text = (folder / LOG).read_text(encoding="utf-8")
+        text = (folder / LOG).read_text(encoding="utf-8", errors="replace")
+        if status < 0:
+            raise InputError(f"killed by signal {-status}; the same command goes on from there")
         if status:
             raise InputError(f"exit status {status}, see {folder / LOG}: {text.splitlines()[-1]}")
         found = {
-            "scale": self.scale, "command": ["python", *command(name, self.scale, argv[-1])],
+            "command": ["python", *command(name, self.scale, str(folder / MODEL))],
             "parameters": sum(p.numel() for p in load(folder / MODEL)[0].parameters()),
             "test_ppl": float(re.findall(r"test ppl +([\d.]+|inf|nan) \|", text)[-1]),
         }
@@ -189,7 +192,8 @@ class Runner:
         if state and state["command"] == begin[0]:
             return [begin[0], "--resume", save]
         if base:
-            shutil.copyfile(self.folder(base) / MODEL, save)
+            load(self.folder(base) / MODEL)  # a damaged one is named
+            write_atomically(save, (self.folder(base) / MODEL).read_bytes())
         return begin
 
 
@@ -210,19 +214,22 @@ def check(out, scale, names):
     """Raises InputError where `out` is in use for something else, or what runs need is absent."""
     if find_spec("matplotlib") is None:
         raise InputError("matplotlib is not installed; pip install -r requirements-plot.txt")
-    readme, scale_file = out / "README.md", out / "runs" / "scale"
-    if readme.exists() and not readme.read_bytes().startswith(HEADING.encode()):
-        raise InputError(f"--out {out}: {readme} is no result of this program; name another folder")
-    if scale_file.exists() and (found := scale_file.read_text().strip()) != scale:
+    found = None
+    if (out / SCALE).is_file():
+        found = (out / SCALE).read_text(encoding="utf-8", errors="replace").strip()
+    if found is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"--out {out}: holds something else; name another folder, or a new one")
+    if found not in (None, scale):
         raise InputError(f"--out {out}: holds runs at --scale {found}; name another folder")
     for name in names:
         if EXPERIMENTS[name].base is None:
             argv = command(name, scale, "")
             data = argv[argv.index("--data") + 1]
-            if data != "sample" and not Path(data, "train.txt").exists():
+            splits = [Path(data, f"{split}.txt") for split in ("train", "valid", "test")]
+            if data != "sample" and not all(map(Path.exists, splits)):
                 raise InputError(
-                    f"--scale {scale}: {data} is absent; ./getdata.sh fetches it, and --scale tiny "
-                    "needs no corpus"
+                    f"--scale {scale}: {data} is absent, or not whole; ./getdata.sh fetches it, "
+                    "and --scale tiny needs no corpus"
                 )
 
 
@@ -242,14 +249,14 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--scale", choices=SCALES, default="tiny",
         help="; ".join(f"{name}: {scale.about}" for name, scale in SCALES.items()))
-    add("--only", type=lambda text: text.split(","), default=list(EXPERIMENTS), metavar="NAME,...",
-        help="these experiments (default: all, see --list)")
+    add("--only", type=lambda text: text.replace(",", " ").split(), default=list(EXPERIMENTS),
+        metavar="NAME,...", help="these experiments (default: all, see --list)")
     add("--out", type=Path, default=Path("results"), help="folder of the runs and the results")
     add("--devices", type=device, nargs="+", default=[None], metavar="DEVICE",
         help="run an experiment at a time on each, as cuda:0 cuda:1 (default: on one)")
     add("--list", action="store_true", help="print what would run, and the estimated hours")
     args = parser.parse_args(argv)
-    for name in args.only:
+    for name in args.only or [""]:
         if name not in EXPERIMENTS:
             parser.error(f"--only {name}: there are {', '.join(EXPERIMENTS)}")
     args.only = with_bases(args.only)
@@ -262,9 +269,21 @@ def main(argv=None):
         list_experiments(args.only, args.scale, args.out)
         return 0
     check(args.out, args.scale, args.only)
-    (args.out / "runs").mkdir(parents=True, exist_ok=True)
-    with exclusive(args.out / "runs" / "scale"):
-        write_atomically(args.out / "runs" / "scale", f"{args.scale}\n".encode())
+    try:
+        (args.out / "runs").mkdir(parents=True, exist_ok=True)
+        write_atomically(args.out / SCALE, f"{args.scale}\n".encode())
+    except OSError as error:
+        raise InputError(
+            f"--out {args.out}: cannot be written ({error.strerror}); name another folder"
+        ) from None
+    with ExitStack() as held:
+        try:
+            held.enter_context(exclusive(args.out / SCALE))
+        except InputError:
+            raise InputError(
+                f"--out {args.out}: another reproduce.py is at work there; wait for it, or name "
+                "another folder"
+            ) from None
         status = Runner(args.out, args.scale, args.only, args.devices).run()
         write_results(args.out, args.scale, args.only)
     print(f"Written: {args.out / 'README.md'}")
@@ -272,6 +291,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    is_child = sys.argv[1:2] == ["--child"]
+    is_child = sys.argv[1:2] == ["--child"] and len(sys.argv) > 2
     sys.argv = sys.argv[2 * is_child :]
     run(as_child if is_child else main)

@@ -10,12 +10,13 @@ import statistics
 from pathlib import Path
 
 from experiments import EXPERIMENTS, PAIRS, SCALES, TITLES
+from data import InputError
 from files import write_atomically
 from plot import curve, describe, draw, read_run, save
+from utils import FINETUNE_RECORDS, RECORDS
 
 MODEL, LOG, DONE = "model.pt", "log.txt", "done.json"  # in the folder of a run
 REPORT = Path(__file__).resolve().parent / "records" / "report.json"
-HEADING = '# "Regularizing and Optimizing RNN Language Models", run again\n'
 DEPARTS = 0.1  # from the report's curve
 
 
@@ -36,11 +37,17 @@ def read_results(out, names):
     epochs, found = {}, {}
     for name in names:
         folder = out / "runs" / name
-        lines = folder / f"{MODEL}{'.finetune' if EXPERIMENTS[name].base else ''}.jsonl"
+        lines = folder / f"{MODEL}{FINETUNE_RECORDS if EXPERIMENTS[name].base else RECORDS}"
         if lines.exists() and lines.stat().st_size:
             epochs[name] = read_run(lines)
-        if (folder / DONE).exists():
-            found[name] = json.loads((folder / DONE).read_text())
+        if name in epochs and (folder / DONE).exists():
+            try:
+                found[name] = json.loads((folder / DONE).read_bytes())
+                found[name]["parameters"], found[name]["test_ppl"], found[name]["command"]
+            except (ValueError, KeyError, TypeError):
+                raise InputError(
+                    f"{folder / DONE}: is damaged; remove it, and the run is tested again"
+                ) from None
     return epochs, found
 
 
@@ -124,7 +131,7 @@ def write_results(out, scale, names):
     report = read_report() if scale == "full" else {}
     about = SCALES[scale]
     text = [
-        HEADING,
+        '# "Regularizing and Optimizing RNN Language Models", run again\n',
         f"Scale `{scale}`: {about.about}. Made by `python reproduce.py --scale {scale}`.",
     ]
     if scale != "full":

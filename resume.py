@@ -26,7 +26,7 @@ KEYS = {
 
 # A flag of these cannot change in the middle of a run: the position in the text, the optimizer's
 # state or the random stream would have no meaning.
-FIXED = ("batch_size", "optimizer", "seed", "decoder_bias")
+FIXED = ("batch_size", "optimizer", "seed", "decoder_bias", "objective")
 # These change nothing in what is computed; `data` is compared by its content.
 FREE = (
     "data", "save", "resume", "epochs", "finetune", "log_interval", "cuda", "device", "tied",

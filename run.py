@@ -180,5 +180,7 @@ def report_test(trainer, check):
     log(f"{rule}\n| End of training | {loss_columns(loss, 'test ')}")
     log_parts(parts)
     log(rule)
+    if args.model in NOTES:
+        log(f"Note: {NOTES[args.model]}")
     unigram = perplexity(unigram_loss(corpus.train, corpus.test, len(corpus.dictionary)))
     log(f"For comparison: word frequencies alone (a unigram model) give test ppl {unigram:.2f}")

@@ -11,7 +11,6 @@ from torch.nn.utils import clip_grad_norm_
 import parallel
 from data import batchify_exact
 from hidden import repackage_hidden
-from weight_drop import WeightDrop
 
 EVAL_BATCH_SIZE, TEST_BATCH_SIZE = 10, 1  # as in the reference
 
@@ -181,15 +180,15 @@ def nonmonotone(logs, loss, nonmono):
 def make_optimizer(params, args):
     """SGD or Adam over the parameters of model and criterion alike.
 
-    The last of its two groups is the recurrent layers' biases, whose rate is `args.bias_lr` times
-    `args.lr`.
+    The last of its two groups is the biases below the decoder (of recurrent layers, attention and
+    combiner), whose rate is `args.bias_lr` times `args.lr`.
     """
     kind = torch.optim.Adam if args.optimizer == "adam" else torch.optim.SGD
-    layers = [module for module in params.modules() if isinstance(module, WeightDrop)]
-    named = [item for layer in layers for item in layer.named_parameters()]
-    biases = [parameter for name, parameter in named if "bias" in name]
-    known = set(biases)
-    others = [parameter for parameter in params.parameters() if parameter not in known]
+    model, _ = params
+    biases, others = [], []
+    for name, parameter in params.named_parameters():
+        below = "bias" in name and parameter is not model.decoder.bias and name[:2] == "0."
+        (biases if below else others).append(parameter)
     groups = [{"params": others}, {"params": biases, "lr": args.lr * args.bias_lr}]
     # One pass over weights and gradients instead of several; torch has none for `meta`.
     fused = others[0].device.type in ("cpu", "cuda")

@@ -104,4 +104,7 @@ def test_from_the_shell_with_fine_tuning_and_resume(corpus_dir, small, tmp_path)
     status, _, err = invoke(
         main.main, "--data", corpus_dir, "--model", "biLSTM", "--attention", "single"
     )
-    assert (status, err) == (2, "main.py: error: --attention looks back only; biLSTM has none\n")
+    message = "main.py: error: --attention looks back only: leave it out with biLSTM\n"
+    assert (status, err) == (2, message)
+    status, _, err = invoke(main.main, "--data", corpus_dir, "--attention-window", 5)
+    assert (status, err) == (2, "main.py: error: --attention-window 5: for --attention only\n")

@@ -179,7 +179,10 @@ def test_published_commands_parse_to_the_published_run():
     ("flags", "expected"),
     [
         ("", (30, 1, "zeros")),
-        ("--model biLM", (30, 1, "zeros")),
+        ("--model biLSTM", (30, 1, "zeros")),
+        ("--model biLM", (30, 0.01, "unigram")),
+        ("--model biLM --lr 5", (5, 0.01, "unigram")),
+        ("--model biLM --optimizer adam", (1e-3, 1, "zeros")),
         ("--model GRU", (20, 0.01, "unigram")),
         ("--model GRU --lr 30", (30, 1, "zeros")),  # as in the report
         ("--model GRU --optimizer adam", (1e-3, 1, "zeros")),

@@ -148,6 +148,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(begin, tmp_path):
     folder = tmp_path / "out" / "runs" / "ptb-lstm"
     folder.mkdir(parents=True)
     (folder / "model.pt").write_text("mine")
+    (folder.parent / "scale").write_text("tiny\n")
     process = begin("--only", "ptb-lstm-finetune,ptb-gru-3", "--out", "out", epochs=1)
     _, err = process.communicate(timeout=240)
     assert process.returncode == 2
@@ -157,8 +158,21 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(begin, tmp_path):
     )
     assert len(err.splitlines()) == 1
     assert (folder / "model.pt").read_text() == "mine"
-    assert (tmp_path / "out" / "runs" / "ptb-gru-3" / "done.json").exists()
     assert not (tmp_path / "out" / "runs" / "ptb-lstm-finetune").exists()
+    done = tmp_path / "out" / "runs" / "ptb-gru-3" / "done.json"
+    assert json.loads(done.read_text())["command"][-1] == "out/runs/ptb-gru-3/model.pt"
+
+    # A damaged record of an end is named; without it the run is only tested again.
+    again = "--only", "ptb-gru-3", "--out", "out"
+    before = done.read_bytes()
+    for damaged in (b"{", b"{}", b"\377"):
+        done.write_bytes(damaged)
+        _, err = begin(*again, epochs=1).communicate(timeout=240)
+        assert "out/runs/ptb-gru-3/done.json: is damaged; remove it" in err
+        assert len(err.splitlines()) == 1
+    done.unlink()
+    process = begin(*again, epochs=1)
+    assert (process.wait(240), done.read_bytes()) == (0, before)
 
 
 def test_bad_input_is_one_line(tmp_path, monkeypatch):
@@ -166,11 +180,17 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "small" / "runs").mkdir(parents=True)
     (tmp_path / "small" / "runs" / "scale").write_text("small\n")
     (tmp_path / "README.md").write_text("mine")
+    (tmp_path / "damaged" / "runs").mkdir(parents=True)
+    (tmp_path / "damaged" / "runs" / "scale").write_bytes(b"\377\376")
     for argv, message in [
         (["--only", "ptb-lstm,ptb-rnn"], "--only ptb-rnn: there are ptb-lstm, "),
         (["--scale", "full"], "--scale full: data/penn is absent; ./getdata.sh fetches it"),
         (["--out", "small"], "--out small: holds runs at --scale small; name another folder"),
-        (["--out", "."], "--out .: README.md is no result of this program; name another folder"),
+        (["--out", "."], "--out .: holds something else; name another folder, or a new one"),
+        (["--out", "README.md"], "--out README.md: holds something else; name another folder"),
+        (["--out", "damaged"], "--out damaged: holds runs at --scale \ufffd\ufffd; name another"),
+        (["--out", "/proc/x"], "--out /proc/x: cannot be written ("),
+        (["--only", ""], "--only : there are ptb-lstm, "),
         (["--devices", "cpu", "gpu"], "--devices: must be cpu, cuda, cuda:N or mps, not 'gpu'"),
     ]:
         status, _, err = invoke(reproduce.main, *argv)

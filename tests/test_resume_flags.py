@@ -424,3 +424,19 @@ def test_finetune_from_another_name(trained, tmp_path):
     assert f"Warm start from the weights of {trained}" in out
     assert trained.read_bytes() == content
     assert save.with_name("tuned.pt.base").read_bytes() == content
+
+
+def test_what_a_bilm_is_trained_for_cannot_change_in_the_middle(corpus_dir, small, tmp_path):
+    """The best loss so far is of another kind than that of another objective."""
+    path = tmp_path / "bilm.pt"
+    command = ["--data", corpus_dir, *small, "--model", "biLM", "--objective", "cloze"]
+    assert invoke(main.main, *command, "--epochs", 1, "--save", path)[0] == 0
+    status, _, err = invoke(main.main, "--resume", path, "--objective", "lm", "--epochs", 2)
+    assert status == 2
+    assert err.startswith(f"main.py: error: --objective lm: the run in {path}.state has cloze; ")
+    # From the weights alone, it is what they were trained for.
+    path.with_name("bilm.pt.state").unlink()
+    assert main.parse_args(["--resume", str(path)]).objective == "cloze"
+    status, _, err = invoke(main.main, "--resume", path, "--decoder-bias", "unigram")
+    assert status == 2
+    assert err == f"main.py: error: --decoder-bias: the weights of {path} have one; leave it out\n"

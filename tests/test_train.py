@@ -59,6 +59,18 @@ def test_activation_regularization_values():
     assert float(one_step) == 0
 
 
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "biLSTM", "biLM"])
+def test_the_biases_below_the_decoder_have_a_rate_of_their_own(kind):
+    params = make_params(kind, splits=(20, 30), attention="none" if "bi" in kind else "combined")
+    optimizer = make_optimizer(params, arguments(lr=4.0, bias_lr=0.5))
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(rates) == len(list(params.parameters()))
+    for name, parameter in params.named_parameters():
+        slow = ".bias" in name and name not in ("0.decoder.bias", "1.tail_bias")
+        assert rates[id(parameter)] == (2.0 if slow else 4.0), name
+    assert set(rates.values()) == {2.0, 4.0}
+
+
 @pytest.mark.parametrize(("clip", "share"), [(0.0, 1.0), (0.05, 1.0), (0.05, 0.25)])
 def test_a_step_is_the_update_of_the_paper(clip, share):
     """w <- w - lr * L / bptt * (clipped gradient of NLL + AR + TAR, + wdecay * w), in float64.
