@@ -184,7 +184,7 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "damaged" / "runs" / "scale").write_bytes(b"\377\376")
     for argv, message in [
         (["--only", "ptb-lstm,ptb-rnn"], "--only ptb-rnn: there are ptb-lstm, "),
-        (["--scale", "full"], "--scale full: data/penn is absent; ./getdata.sh fetches it"),
+        (["--scale", "full"], "--scale full: data/penn is absent, or not whole; ./getdata.sh"),
         (["--out", "small"], "--out small: holds runs at --scale small; name another folder"),
         (["--out", "."], "--out .: holds something else; name another folder, or a new one"),
         (["--out", "README.md"], "--out README.md: holds something else; name another folder"),
