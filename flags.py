@@ -44,7 +44,9 @@ class Parser(argparse.ArgumentParser):
         self.defaults = {}  # flag's name in the namespace -> default
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n" if parallel.speaks() else None)
+        if not parallel.speaks():
+            parallel.let_another_speak()
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
     def add(self, name, default, help, **kwargs):
         """Adds a flag that leaves no trace in the namespace unless it is given."""
@@ -262,8 +264,9 @@ def run(main):
     except (InputError, OSError) as error:
         if getattr(error, "errno", None) in FULL and error.filename is None:
             error = f"the output cannot be written ({error.strerror}); make room and run it again"
-        if parallel.speaks(error):
-            print(f"{prog}: error: {error}", file=sys.stderr)
+        if not parallel.speaks(error):
+            parallel.let_another_speak()
+        print(f"{prog}: error: {error}", file=sys.stderr)
         status = 2
     except parallel.RankLost as error:
         print(f"{prog}: error: {error}", file=sys.stderr, flush=True)

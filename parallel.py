@@ -10,6 +10,7 @@ that torchrun did not start all of this does nothing: there is one rank, and it 
 
 import contextlib
 import os
+import time
 from datetime import timedelta
 
 import torch
@@ -52,6 +53,14 @@ def speaks(error=None):
     """
     first_here = int(os.environ.get("LOCAL_RANK", 0)) == 0
     return size() == 1 or not getattr(error, "reported", not first_here)
+
+
+def let_another_speak():
+    """Waits, in a rank that leaves an error to another to report, until torchrun ends all.
+
+    Were it the first to end, torchrun could end the other before it has reported.
+    """
+    time.sleep(10)
 
 
 def own_device(device, asked_for):

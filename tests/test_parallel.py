@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import ROOT, await_line
+import main
+import parallel
+from conftest import ROOT, await_line, invoke
 from kill_loop import same
 from resume import read_state
 from utils import read_checkpoint
@@ -281,3 +283,18 @@ def test_a_batch_that_does_not_divide_is_refused_once(begin, corpus_dir, small, 
     _, err = finish(process, 1)
     assert err.count("--batch_size 5: does not divide over 2 processes; name a multiple, or ") == 1
     assert list(tmp_path.glob("*.pt*")) == []
+
+
+@pytest.mark.parametrize("flags", [["--batch_size", 5], ["--batch_size", "x"]])
+def test_a_rank_lets_the_first_report_before_it_ends(flags, monkeypatch):
+    """Else torchrun could end the first too soon; where the first has not found it, it speaks."""
+    waited = []
+    monkeypatch.setattr(parallel, "let_another_speak", lambda: waited.append(sys.stderr.getvalue()))
+    for rank in ("0", "1"):
+        for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(parallel.os, "_exit", sys.exit)
+        status, _, err = invoke(main.main, *flags)
+        assert status == 2
+        assert err.startswith("main.py: error: ")
+        assert waited == [""] * int(rank)
