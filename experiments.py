@@ -76,6 +76,11 @@ EXPERIMENTS = {
 }
 
 
+def corpus_of(name):
+    """The corpus of an experiment, a key of CORPORA."""
+    return name.partition("-")[0]
+
+
 class Scale(NamedTuple):
     """How large the models are, and how long they are trained."""
 
@@ -83,7 +88,7 @@ class Scale(NamedTuple):
     flags: str  # these come last, and win
     epochs: dict  # by corpus
     finetune: dict  # the most epochs of fine-tuning, by corpus
-    seconds: dict  # an epoch of the LSTM, by corpus: for the estimate
+    seconds: dict  # an epoch of the LSTM, by corpus; but for the report's, a rough guess
     machine: str  # on which
 
 

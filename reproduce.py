@@ -25,20 +25,15 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from data import InputError
-from experiments import CORPORA, EXPERIMENTS, SCALES
+from experiments import CORPORA, EXPERIMENTS, SCALES, corpus_of
 from files import exclusive, write_atomically
 from flags import Parser, device, run
 from resume import read_state
 from results import DONE, LOG, MODEL, write_results
 from utils import load
 
-HERE = Path(__file__).resolve().parent
 SCALE = "runs/scale"  # in --out: what its runs are of
 PATIENCE = 60  # seconds that a run whose parent has died may take to save its state
-
-
-def corpus_of(name):
-    return name.partition("-")[0]
 
 
 def with_bases(names):

@@ -9,8 +9,8 @@ import shlex
 import statistics
 from pathlib import Path
 
-from experiments import EXPERIMENTS, PAIRS, SCALES, TITLES
 from data import InputError
+from experiments import EXPERIMENTS, PAIRS, SCALES, TITLES, corpus_of
 from files import write_atomically
 from plot import curve, describe, draw, read_run, save
 from utils import FINETUNE_RECORDS, RECORDS
@@ -68,7 +68,7 @@ def describe_departures(ours, report):
 
 
 def title(name):
-    return f"{TITLES[name.partition('-')[0]]}, {EXPERIMENTS[name].label}"
+    return f"{TITLES[corpus_of(name)]}, {EXPERIMENTS[name].label}"
 
 
 def table(head, rows):
@@ -87,7 +87,7 @@ def ratio(ours, theirs, full):
     return f"{ours / theirs:.3f}" if full else "another scale"
 
 
-def size_table(names, epochs, found, scale):
+def size_table(names, epochs, found):
     """The report's Table 1: parameters and seconds an epoch, by model and corpus."""
     rows = []
     for name in names:
@@ -141,7 +141,7 @@ def write_results(out, scale, names):
             "drawn."
         )
     text += [
-        "\n## Table 1: size and time\n", size_table(names, epochs, found, scale),
+        "\n## Table 1: size and time\n", size_table(names, epochs, found),
         "\n## Perplexities\n", perplexity_table(names, epochs, found, scale),
         "\nThe test perplexity is that of the model with the best validation perplexity. biLSTM "
         "has seen the word that it predicts: its perplexity is not a language model's. biLM's is "

@@ -184,11 +184,10 @@ def make_optimizer(params, args):
     combiner), whose rate is `args.bias_lr` times `args.lr`.
     """
     kind = torch.optim.Adam if args.optimizer == "adam" else torch.optim.SGD
-    model, _ = params
-    biases, others = [], []
-    for name, parameter in params.named_parameters():
-        below = "bias" in name and parameter is not model.decoder.bias and name[:2] == "0."
-        (biases if below else others).append(parameter)
+    below = [(name, p) for name, p in params[0].named_parameters() if name != "decoder.bias"]
+    biases = [parameter for name, parameter in below if "bias" in name]
+    known = set(biases)
+    others = [parameter for parameter in params.parameters() if parameter not in known]
     groups = [{"params": others}, {"params": biases, "lr": args.lr * args.bias_lr}]
     # One pass over weights and gradients instead of several; torch has none for `meta`.
     fused = others[0].device.type in ("cpu", "cuda")

@@ -18,6 +18,11 @@ from kill_loop import lines
 
 pytest.importorskip("matplotlib", reason="requirements-plot.txt is not installed")
 
+DROPOUTS = {  # dropouti, dropouth
+    "ptb-lstm": (0.4, 0.25), "ptb-lstm-lightly-regularized": (0, 0), "ptb-gru-3": (0.4, 0.25),
+    "ptb-gru-5": (0.3, 0.25), "ptb-bilstm": (0.4, 0.25), "wt2-lstm": (0.65, 0.2),
+    "wt2-lstm-lightly-regularized": (0.65, 0), "wt2-gru-3": (0.65, 0.2), "wt2-bilstm": (0.65, 0.2),
+}
 REPORTS = [name for name, experiment in EXPERIMENTS.items() if experiment.parameters]
 
 
@@ -41,10 +46,9 @@ def test_at_full_scale_a_command_is_the_published_one(name):
     }
     if report:
         expected |= {"lr": 30, "bias_lr": 1, "decoder_bias": "zeros"}
+        expected |= dict(zip(("dropouti", "dropouth"), DROPOUTS[name]))
     if "gru" in name and report:  # keeps its divergence
         expected["on_divergence"] = "continue"
-    if name in ("ptb-lstm", "ptb-gru-3", "ptb-bilstm"):
-        expected |= {"dropouti": 0.4, "dropouth": 0.25}
     assert {key: getattr(args, key) for key in expected} == expected
 
 
@@ -138,6 +142,7 @@ def test_killed_and_started_again_it_ends_with_the_same_result(begin, tmp_path):
             time.sleep(0.02)
         out, err = process.communicate(timeout=240)
         if process.returncode == 0:
+            assert number is None, f"ended before {number}"
             break
         assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number), err
     assert (process.returncode, err) == (0, "")
