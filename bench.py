@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 from allocator import keep_freed_memory
 from data import Corpus, InputError, batchify, batchify_exact, get_batch
-from flags import Parser, count, device, make_parser, number, run
+from flags import LSTM, Parser, count, device, make_parser, number, run
 from run import new_params, set_precision
 from train import (
     EVAL_BATCH_SIZE, Objective, activation_regularization, evaluate, make_optimizer, train_step,
@@ -414,7 +414,7 @@ def parse_args(argv=None):
         help="read corpora of so many million tokens instead")
     add("--child", choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    recipe = {**make_parser("").defaults, **RECIPES[args.recipe]}
+    recipe = {**make_parser("").defaults, **LSTM, **RECIPES[args.recipe]}
     given = {name: value for name, value in vars(args).items() if value is not None}
     args = Namespace(**{"child": None, "read": None, **recipe, **given, "optimizer": "sgd"})
     args.lr = args.bias_lr = 1.0  # random words: nothing to learn

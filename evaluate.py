@@ -163,7 +163,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    params, dictionary = trained(args.checkpoint, args)
+    params, dictionary = trained(args.checkpoint, args, both=True)
     if args.per_line:
         print("ppl\tloss\ttokens\tunknown\ttext", flush=True)
     for path in args.text:

@@ -19,12 +19,13 @@ def add_flags(parser):
     add("--device", type=device, help="cpu, cuda, cuda:N or mps (default: cuda or cpu)")
 
 
-def trained(path, args):
+def trained(path, args, both=False):
     """nn.ModuleList([model, criterion]) of the checkpoint at `path`, in evaluation mode, float32.
 
     On `args.device`, or on CUDA where there is one. Returns also the checkpoint's dictionary of
-    words. A biLM is its forward half, unless its other parts are asked for. Raises InputError for
-    a flag that cannot be met, and for biLSTM, which has no use: it wants to read the answer.
+    words. A biLM is its forward half, unless its other parts are asked for: warns of that where the
+    caller does not use `both`. Raises InputError for a flag that cannot be met, and for biLSTM,
+    which has no use: it wants to read the answer.
     """
     settle_device(args)
     args.precision = "fp32"
@@ -40,6 +41,8 @@ def trained(path, args):
         raise InputError(f"{path}: its weights are not all finite; train again")
     if found == "biLSTM":
         raise InputError(f"{path}: {NOTES[found]}; name another model")
+    if found == "biLM" and not both:
+        warn(f"Note: of the biLM {path}, its forward language model alone is used")
     return params, Dictionary(checkpoint["vocabulary"])
 
 

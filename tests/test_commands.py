@@ -178,21 +178,23 @@ def test_published_commands_parse_to_the_published_run():
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        ("", (30, 1, "zeros")),
-        ("--model biLSTM", (30, 1, "zeros")),
-        ("--model biLM", (30, 0.01, "unigram")),
-        ("--model biLM --lr 5", (5, 0.01, "unigram")),
-        ("--model biLM --optimizer adam", (1e-3, 1, "zeros")),
-        ("--model GRU", (20, 0.01, "unigram")),
-        ("--model GRU --lr 30", (30, 1, "zeros")),  # as in the report
-        ("--model GRU --optimizer adam", (1e-3, 1, "zeros")),
-        ("--model GRU --bias-lr 0.5 --decoder-bias zeros", (20, 0.5, "zeros")),
-        ("--bias-lr 0.5 --decoder-bias unigram", (30, 0.5, "unigram")),
+        ("", (30, 1, "zeros", 2, 1)),
+        ("--model biLSTM", (30, 1, "zeros", 2, 1)),
+        ("--model biLM", (30, 0.01, "unigram", 2, 1)),
+        ("--model biLM --lr 5", (5, 0.01, "unigram", 2, 1)),
+        ("--model biLM --optimizer adam", (1e-3, 1, "zeros", 2, 1)),
+        ("--model GRU", (10, 0.02, "unigram", 0.5, 0.25)),
+        ("--model GRU --lr 30", (30, 1, "zeros", 2, 1)),  # as in the report
+        ("--model GRU --lr 30 --beta 0", (30, 1, "zeros", 2, 0)),
+        ("--model GRU --optimizer adam", (1e-3, 1, "zeros", 2, 1)),
+        ("--model GRU --bias-lr 0.5 --decoder-bias zeros", (10, 0.5, "zeros", 0.5, 0.25)),
+        ("--model GRU --alpha 3", (10, 0.02, "unigram", 3, 0.25)),
+        ("--bias-lr 0.5 --decoder-bias unigram --alpha 0", (30, 0.5, "unigram", 0, 1)),
     ],
 )
 def test_where_a_model_begins_and_at_which_rates(flags, expected):
     args = main.parse_args(flags.split())
-    assert (args.lr, args.bias_lr, args.decoder_bias) == expected
+    assert (args.lr, args.bias_lr, args.decoder_bias, args.alpha, args.beta) == expected
 
 
 @pytest.mark.parametrize(("flags", "learns"), [([], True), (["--lr", 30], False)])
@@ -212,10 +214,10 @@ def test_fine_tuning_keeps_the_rates_of_a_gru(corpus_dir, small, tmp_path):
     command = ["--data", corpus_dir, *plain, "--model", "GRU", "--save", path]
     assert invoke(main.main, *command, "--epochs", 1)[0] == 0
     args = finetune.parse_args(["--save", str(path)])
-    assert (args.lr, args.bias_lr) == (20, 0.01)
+    assert (args.lr, args.bias_lr, args.alpha) == (10, 0.02, 0.5)
     assert invoke(main.main, *command, "--epochs", 1, "--optimizer", "adam")[0] == 0
     args = finetune.parse_args(["--save", str(path)])
-    assert (args.lr, args.bias_lr) == (20, 0.01)
+    assert (args.lr, args.bias_lr, args.alpha) == (10, 0.02, 2)
     state = read_checkpoint(path)["flags"]
     assert (state["lr"], state["bias_lr"]) == (1e-3, 1)
 

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import evaluate
+import generate
 import main
+import pointer
 from conftest import invoke, make_params
 from evaluate import score_lines
 from utils import load
@@ -133,7 +135,12 @@ def test_bilm_reports_its_cloze_score(corpus_dir, small, tmp_path):
     flags = [*small, "--data", corpus_dir, "--model", "biLM", "--objective", "both"]
     assert invoke(main.main, *flags, "--epochs", 1, "--save", path)[0] == 0
     text.write_text("ann sees the dog\nbob likes the cat\n")
-    _, out, _ = run("--checkpoint", path, text)
+    for use, flags in ((generate, ["--checkpoint", path]), (pointer, ["--save", path])):
+        flags += ["--words", 3] if use is generate else ["--data", corpus_dir]
+        status, _, err = invoke(use.main, *flags)
+        assert (status, err.count("its forward language model alone is used")) == (0, 1)
+    _, out, err = run("--checkpoint", path, text)
+    assert err == ""
     losses = {line.split("|")[1].strip(): line for line in out.splitlines()}
     assert set(losses) == {str(text), "forward", "backward", "cloze"}
     cloze = losses["cloze"].partition("ppl")[2].split()[0]
