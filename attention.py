@@ -19,7 +19,10 @@ class Attention(nn.Module):
         c_t = sum_i a_i h_i
         h'_t = tanh(W_c [h_t; c_t] + b)
 
-    h'_t takes h_t's place before the tied decoder. Where there is no earlier state, c_t is 0.
+    h'_t takes h_t's place before the tied decoder. Where there is no earlier state, c_t is 0. The
+    part of W_c that multiplies h_t begins as the identity, and b at 0: with small random numbers
+    the states, small at first, would hardly come through, and little be learnt: see
+    records/attention.
     `size` is that of the states. Raises ValueError for another kind.
     """
 
@@ -32,6 +35,8 @@ class Attention(nn.Module):
         self.current = nn.Linear(size, size, bias=False) if kind == "combined" else None  # W_q
         self.score = nn.Linear(size, 1, bias=False)  # v
         self.join = nn.Linear(2 * size, size)  # W_c, b
+        nn.init.eye_(self.join.weight.data[:, :size])
+        nn.init.zeros_(self.join.bias)
 
     def forward(self, states, memory):
         """states [T, B, H], memory [M, B, H] (the M <= window states before them, detached).

@@ -27,12 +27,13 @@ ARCHITECTURE = {
 }
 
 
-# What is not given of these. With a rate of 30 GRU diverges, as the report's did, and biLM's
-# combiner; it is their biases that do, see records/gru. AR and TAR are sums of squares, and a GRU's
-# states, which no output gate halves, are larger. GRU with --lr trains as published.
+# What is not given of these. With a rate of 30 GRU diverges, as the report's did, and so do the
+# layers that join states (biLM's combiner, attention); it is their biases that do. AR and TAR are
+# mean squares, and a GRU's states, which no output gate halves, are larger: see records/gru. GRU
+# with --lr trains as published.
 LSTM = {"lr": 30.0, "bias_lr": 1.0, "decoder_bias": "zeros", "alpha": 2.0, "beta": 1.0}
 GRU = {"lr": 10.0, "bias_lr": 0.02, "decoder_bias": "unigram", "alpha": 0.5, "beta": 0.25}
-BILM = {**LSTM, "bias_lr": 0.01, "decoder_bias": "unigram"}
+JOINED = {**LSTM, "bias_lr": 0.01, "decoder_bias": "unigram"}
 ADAM = {**LSTM, "lr": 1e-3}
 
 
@@ -135,7 +136,7 @@ def make_parser(description, inherited=()):
     add("--lr", None, "learning rate (default: 30 with sgd, 10 for GRU; 0.001 with adam)",
         type=number(float, 0, 1e30, open_low=True))
     add("--bias-lr", None, "learning rate of the biases below the decoder, as a share of --lr "
-        "(default: 1; 0.01 for biLM; 0.02 for GRU where --lr is not given)",
+        "(default: 1; 0.01 for biLM and with attention; 0.02 for GRU where --lr is not given)",
         type=number(float, 0, 1000), metavar="SHARE")
     add("--clip", 0.25, "largest gradient norm, 0 for no clipping", type=coefficient)
     add("--epochs", 8000, "upper epoch limit", type=count)
@@ -191,10 +192,10 @@ def settle_rates(args):
     rates = LSTM
     if getattr(args, "optimizer", "sgd") == "adam":
         rates = ADAM
-    elif args.model == "biLM":
-        rates = BILM
     elif args.model == "GRU" and args.lr is None:
         rates = GRU
+    elif args.model == "biLM" or args.attention != "none":
+        rates = JOINED
     for flag, value in rates.items():
         if getattr(args, flag, value) is None:
             setattr(args, flag, value)

@@ -50,6 +50,13 @@ def test_it_is_the_definition_whatever_the_windows_read(kind, window):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_at_first_the_states_pass_as_they_are(kind):
+    attention = Attention(6, kind, 3)
+    states = torch.randn(1, 2, 6)  # none before them
+    assert torch.equal(attention(states, states.new_zeros(0, 2, 6))[0], states.tanh())
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_large_scores_stay_finite(kind):
     attention = Attention(4, kind, 5)
     torch.nn.init.constant_(attention.score.weight, 1e4)

@@ -183,6 +183,9 @@ def test_published_commands_parse_to_the_published_run():
         ("--model biLM", (30, 0.01, "unigram", 2, 1)),
         ("--model biLM --lr 5", (5, 0.01, "unigram", 2, 1)),
         ("--model biLM --optimizer adam", (1e-3, 1, "zeros", 2, 1)),
+        ("--attention single", (30, 0.01, "unigram", 2, 1)),
+        ("--attention single --model GRU", (10, 0.02, "unigram", 0.5, 0.25)),
+        ("--attention single --optimizer adam", (1e-3, 1, "zeros", 2, 1)),
         ("--model GRU", (10, 0.02, "unigram", 0.5, 0.25)),
         ("--model GRU --lr 30", (30, 1, "zeros", 2, 1)),  # as in the report
         ("--model GRU --lr 30 --beta 0", (30, 1, "zeros", 2, 0)),

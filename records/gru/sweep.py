@@ -92,7 +92,8 @@ def main(argv):
         share = s["top"] if any(weight is p for p in tops) else 1
         is_bias = any(weight is p for p in biases)
         groups.append({"params": [weight], "share": share, "is_bias": is_bias})
-    optimizer = (torch.optim.Adam if s["adam"] else torch.optim.SGD)(groups, lr=s["lr"], weight_decay=1.2e-6)
+    kind = torch.optim.Adam if s["adam"] else torch.optim.SGD
+    optimizer = kind(groups, lr=s["lr"], weight_decay=1.2e-6)
     source, valid = batchify(corpus.train, BATCH), corpus.valid
     objective, state, row, epoch = Objective(params), model.init_hidden(BATCH), 0, 0
     losses, norms, begun, step = [], [], time.time(), 0
