@@ -25,7 +25,9 @@ class BiLM(RNNModel):
 
     As an RNNModel it is its forward half. `init_hidden` has the states of the forward stack, then
     those of the backward stack. The combiner of f [.., E], the forward state before a word, and b
-    [.., E], the backward state after it, is tanh(W [f; b] + c), which the decoder reads.
+    [.., E], the backward state after it, is tanh(W [f; b] + c), which the decoder reads. W begins
+    as [I, I] and c at 0: as long as tanh is nearly linear, that is the product of both language
+    models' predictions over the softmax of the decoder's bias, renormalized.
     """
 
     def __init__(self, *args, **kwargs):
@@ -33,6 +35,9 @@ class BiLM(RNNModel):
         self.backward_rnns = self.make_layers()
         size = self.decoder.in_features
         self.combiner = nn.Linear(2 * size, size)
+        for half in self.combiner.weight.data.split(size, 1):
+            nn.init.eye_(half)
+        nn.init.zeros_(self.combiner.bias)
 
     def init_hidden(self, bsz):
         return super().init_hidden(bsz) + super().init_hidden(bsz)

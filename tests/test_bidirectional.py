@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import bidirectional
 import main
 from bidirectional import BiObjective, evaluate_directions, make_model, score
-from conftest import arguments, invoke
+from conftest import arguments, invoke, make_params
 from splitcross import SplitCrossEntropyLoss
 from train import make_optimizer, train_step
 from utils import read_checkpoint
@@ -55,6 +55,19 @@ def test_evaluation_is_over_the_whole_text(params):
         loss, parts = score(params, ids, args, batch_size=1)
         assert parts == pytest.approx(found)
         assert loss == pytest.approx(sum(found[name] for name in names) / len(names))
+
+
+def test_the_combiner_begins_as_the_product_of_both_predictions():
+    """p(w | before, after) ~ p(w | before) p(w | after) / p(w), as long as tanh is linear."""
+    model = make_params("biLM", dtype=torch.float64)[0].eval()
+    model.decoder.bias.data.normal_()
+    before, after = 1e-4 * torch.randn(2, 5, model.decoder.in_features, dtype=torch.float64)
+    prior = model.decoder.bias.log_softmax(0)
+    both = model.decoder(before).log_softmax(-1) + model.decoder(after).log_softmax(-1)
+    found = model.decoder(model.combine(before, after)).log_softmax(-1)
+    torch.testing.assert_close(found, (both - prior).log_softmax(-1), rtol=1e-9, atol=1e-9)
+    # It is not so for what the states do not say.
+    assert (found - prior).abs().max() > 1e-6
 
 
 @pytest.mark.parametrize("columns", [2, 5])
