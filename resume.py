@@ -103,7 +103,8 @@ def inherit(given, state, path, defaults):
         inherited = {flag: state["flags"][flag] for flag in defaults if flag in state["flags"]}
         inherited |= flags.take_architecture(given, state, f"{path}{STATE}")
         for flag, value in inherited.items():
-            if defaults[flag] is not None and type(value) is not type(defaults[flag]):
+            example = flags.LSTM.get(flag, defaults[flag])  # of its type
+            if example is not None and type(value) is not type(example):
                 raise TypeError(flag)
     inherited = {**defaults, **inherited}
     for flag in FIXED:
