@@ -2,14 +2,15 @@
 
     python bench.py --recipe ptb --baseline
     python bench.py --recipe wt2 --model GRU --json
+    python bench.py --attention single --baseline
     python bench.py --read 1 10 100
 
 `utilization` is the time that the recipe's matrix products would take at the rate of a large one
 (torch.mm, measured in the same run, between the steps), over the time that a step takes. With
 `--baseline` a restatement of the recipe in plain PyTorch runs beside ours, step for step, and
-`ratio` is its time over ours; so a noisy machine disturbs both alike. Each side is a process of its
-own, which waits while the other runs: its peak memory is that of the whole process after three
-steps.
+`ratio` is its time over ours; so a noisy machine disturbs both alike. With `--attention` the
+baseline is our model without it. Each side is a process of its own, which waits while the other
+runs: its peak memory is that of the whole process after three steps.
 """
 
 import argparse
@@ -31,8 +32,10 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from allocator import keep_freed_memory
+from attention import KINDS
 from data import Corpus, InputError, batchify, batchify_exact, get_batch
 from flags import LSTM, Parser, count, device, make_parser, number, run
+from hidden import repackage_hidden
 from run import new_params, set_precision
 from train import (
     EVAL_BATCH_SIZE, Objective, activation_regularization, evaluate, make_optimizer, train_step,
@@ -80,10 +83,6 @@ class Plain(nn.Module):
         return self.decoder(x), states, raw, x
 
 
-def detach(state):
-    return state.detach() if isinstance(state, torch.Tensor) else tuple(s.detach() for s in state)
-
-
 def nll(logits, targets):
     return -F.log_softmax(logits, -1).flatten(0, 1).gather(1, targets.unsqueeze(1)).mean()
 
@@ -99,7 +98,7 @@ def plain_side(args):
         nonlocal states
         model.train()
         optimizer.zero_grad()
-        logits, states, raw, out = model(data, states and [detach(s) for s in states])
+        logits, states, raw, out = model(data, states and repackage_hidden(states))
         loss = nll(logits, targets)
         penalty = activation_regularization(raw, out, args.alpha, args.beta)
         (loss + penalty).backward()
@@ -136,7 +135,14 @@ def our_side(args):
     return step, lambda: evaluate(params, ids, EVAL_BATCH_SIZE, args.bptt)
 
 
-SIDES = {"ours": our_side, "baseline": plain_side}
+def baseline_side(args):
+    """What ours is compared with: plain PyTorch, or, with attention, our model without it."""
+    if args.attention == "none":
+        return plain_side(args)
+    return our_side(Namespace(**{**vars(args), "attention": "none"}))
+
+
+SIDES = {"ours": our_side, "baseline": baseline_side}
 
 
 def inputs(args):
@@ -157,6 +163,7 @@ def products(args):
     widths = [args.emsize] + [args.nhid] * (args.nlayers - 1) + [args.emsize]
     weights = sum(gates * b * (a + b) for a, b in pairwise(widths))
     weights += args.emsize * args.ntoken
+    weights += {"none": 0, "single": 3, "combined": 4}[args.attention] * args.emsize**2
     # A multiplication and an addition, forward and for the gradients of input and weight.
     return 2 * 3 * weights * args.bptt * args.batch_size
 
@@ -182,7 +189,7 @@ class Side:
 
     def __init__(self, side, args):
         argv = [sys.executable, __file__, "--child", side]
-        for flag in ("recipe", "model", "device", "precision", *SIZES):
+        for flag in ("recipe", "model", "attention", "device", "precision", *SIZES):
             argv += [f"--{flag}", getattr(args, flag)]
         self.process = subprocess.Popen(
             list(map(str, argv)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -207,18 +214,17 @@ class Side:
 def serve(args):
     """The process of a side: reads what to do, a word a line, and answers with a number."""
     set_precision(args)
-    if args.child == "ours" and args.device.type == "cpu":
+    if (args.child == "ours" or args.attention != "none") and args.device.type == "cpu":
         keep_freed_memory()  # as every command of ours does
     step, evaluation = SIDES[args.child](args)
     a = torch.randn(args.bptt * args.batch_size, args.nhid, device=args.device)
     b = torch.randn(args.nhid, 4 * args.nhid, device=args.device)
     tasks = {"step": step, "evaluation": evaluation, "mm": lambda: a @ b}
     for line in sys.stdin:
-        task = line.strip()
-        if task == "peak":
-            print(peak_of_this_process(args.device), flush=True)
-        else:
-            print(seconds(tasks[task], args.device), flush=True)
+        print(
+            peak(args.device) if line == "peak\n" else seconds(tasks[line.strip()], args.device),
+            flush=True,
+        )
 
 
 def measure(args):
@@ -233,17 +239,16 @@ def measure(args):
         mm.append(sides["ours"].ask("mm"))
         for name, side in sides.items():
             steps[name].append(side.ask("step"))
-    for times in range(args.evaluations + 1):
+    for _ in range(args.evaluations + 1):
         for name, side in sides.items():
-            time_taken = side.ask("evaluation")
-            if times:  # the first warms up
-                evaluations[name].append(time_taken)
-    for side in sides.values():
+            evaluations[name].append(side.ask("evaluation"))
+    for name, side in sides.items():
+        del evaluations[name][0]  # it warmed up
         side.close()
     rate = 2 * rows * args.nhid * 4 * args.nhid / statistics.median(mm)
     result = {
-        "recipe": args.recipe, "model": args.model, "precision": args.precision,
-        "device": str(args.device),
+        "recipe": args.recipe, "model": args.model, "attention": args.attention,
+        "precision": args.precision, "device": str(args.device),
         "torch": str(torch.__version__), "threads": torch.get_num_threads(), "steps": args.steps,
         "mm_gflops": rate / 1e9,
     }
@@ -295,11 +300,9 @@ def profile(args):
             print(f"{microseconds / total:6.1%} {microseconds / 1000:8.1f} ms  {key}")
 
 
-def peak_of_this_process(on):
+def peak(on):
     """MiB: of the GPU's memory on CUDA, else of the whole process."""
-    if on.type == "cuda":
-        return torch.cuda.max_memory_allocated(on) / 2**20
-    return resident_peak() / 2**20
+    return (torch.cuda.max_memory_allocated(on) if on.type == "cuda" else resident_peak()) / 2**20
 
 
 def resident_peak():
@@ -314,10 +317,9 @@ def resident_peak():
 def read(millions, ntoken=267_735):
     """Makes a corpus of so many million tokens (WikiText-103's vocabulary), and reads it.
 
-    Returns tokens, words, tokens per second; the peak memory that reading added, in MiB and over
-    that of the array of ids; and the milliseconds of a first training step on it, at the size of
-    the model for Penn Treebank, through the split softmax. In a process of its own, so that the
-    peak is its own.
+    Returns tokens, words, tokens per second; the peak memory that reading added, in a process of
+    its own, in MiB and over that of the array of ids; and the milliseconds of a first training step
+    on it, at the size of the model for Penn Treebank, through the split softmax.
     """
     with tempfile.TemporaryDirectory() as folder:
         write_corpus(Path(folder), int(millions * 1e6), ntoken)
@@ -333,7 +335,7 @@ def read_and_step():
     keep_freed_memory()
     before, begin = resident_peak(), time.perf_counter()
     corpus = Corpus(sys.argv[1])
-    elapsed, peak = time.perf_counter() - begin, resident_peak() - before
+    elapsed, added = time.perf_counter() - begin, resident_peak() - before
     args = parse_args(["--device", "cpu"])
     params = new_params(corpus, args)
     args.batch_size = min(args.batch_size, len(corpus.train) // 2)
@@ -346,8 +348,8 @@ def read_and_step():
     )
     print(json.dumps({
         "tokens": len(corpus.train), "words": len(corpus.dictionary),
-        "tokens_per_s": len(corpus.train) / elapsed, "peak_mib": peak / 2**20,
-        "peak_over_array": peak / corpus.train.nbytes, "splits": params[1].splits,
+        "tokens_per_s": len(corpus.train) / elapsed, "peak_mib": added / 2**20,
+        "peak_over_array": added / corpus.train.nbytes, "splits": params[1].splits,
         "step_ms": 1e3 * (time.perf_counter() - begin), "step_loss": loss.item(),
     }))
 
@@ -372,16 +374,14 @@ def write_corpus(folder, tokens, ntoken, line=100):
 def show(result):
     """Prints the figures of `measure`, a line a side."""
     print(
-        f"recipe {result['recipe']}, model {result['model']}, {result['precision']}, device "
-        f"{result['device']}, torch {result['torch']}, {result['threads']} threads, median of "
-        f"{result['steps']} steps; a large product runs at {result['mm_gflops']:.0f} GFLOP/s"
+        f"recipe {result['recipe']}, model {result['model']}, attention "
+        f"{result['attention']}, {result['precision']}, device {result['device']}, torch "
+        f"{result['torch']}, {result['threads']} threads, median of {result['steps']} steps; a "
+        f"large product runs at {result['mm_gflops']:.0f} GFLOP/s"
     )
     for side, prefix in (("ours", ""), ("baseline", "baseline_")):
         if f"{prefix}ms_per_step" in result:
-            r = {key: result[prefix + key] for key in (
-                "ms_per_step", "ms_min", "ms_max", "tokens_per_s", "utilization", "peak_mib",
-                "eval_tokens_per_s",
-            )}
+            r = {key.removeprefix(prefix): value for key, value in result.items() if prefix in key}
             print(
                 f"{side:8s} | {r['ms_per_step']:8.1f} ms/step ({r['ms_min']:.1f} to "
                 f"{r['ms_max']:.1f}) | {r['tokens_per_s']:7.0f} tokens/s | utilization "
@@ -400,6 +400,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--recipe", choices=RECIPES, default="ptb")
     add("--model", choices=["LSTM", "GRU"], default="LSTM")
+    add("--attention", choices=KINDS, help="the baseline is then our model without it")
     add("--baseline", action="store_true", help="run plain PyTorch beside it, step for step")
     add("--steps", type=count, default=15, help="steps timed (default: 15)")
     add("--evaluations", type=count, default=5, help="evaluations timed (default: 5)")
@@ -431,8 +432,7 @@ def main():
     if args.child:
         serve(args)
     elif args.read:
-        for millions in args.read:
-            result = read(millions)
+        for result in map(read, args.read):
             print(json.dumps(result) if args.json else (
                 f"{result['tokens']:11,d} tokens, {result['words']:,} words | "
                 f"{result['tokens_per_s']:9,.0f} tokens/s | peak {result['peak_mib']:.0f} MiB, "

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import bench
+import run
 from run import new_params
 from train import EVAL_BATCH_SIZE, evaluate
 
@@ -33,6 +34,29 @@ def test_both_sides_take_steps_and_evaluate(side):
     step()
     step()
     assert 0 < evaluation() < 1e6
+
+
+@pytest.mark.parametrize("kind", ["single", "combined"])
+def test_with_attention_the_baseline_is_ours_without_it(kind, monkeypatch):
+    made = []
+
+    def new_params(corpus, args):
+        made.append(run.new_params(corpus, args))
+        return made[-1]
+
+    monkeypatch.setattr(bench, "new_params", new_params)
+    args = bench.parse_args([*TINY, "--attention", kind])
+    for side in bench.SIDES.values():
+        step, evaluation = side(args)
+        step()
+        assert 0 < evaluation() < 1e6
+    ours, baseline = (dict(params[0].named_parameters()) for params in made)
+    joined = {name for name in ours if name.startswith("attention.")}
+    assert joined and set(baseline) == set(ours) - joined
+    without = bench.parse_args(TINY)
+    assert bench.products(args) - bench.products(without) == (
+        6 * 8 * 8 * {"single": 3, "combined": 4}[kind] * 4 * 7
+    )
 
 
 def test_products_are_counted():

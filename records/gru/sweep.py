@@ -4,7 +4,7 @@
 
 Penn Treebank (data/penn), emsize 200, nhid 400, three layers, batch 20, bptt 70, dropouts as
 published, seed 141. Every 50 batches it prints the mean loss, the mean gradient norm before
-clipping, and the root mean square of the layers' last states. What can be given, as name=number:
+clipping, and the root mean square of the layers' last states. SETTINGS says what can be given.
 """
 
 import math
@@ -42,11 +42,9 @@ SETTINGS = {
     "inputs": 1,  # of weight_ih, beside it
     "update": 0,  # the bias of the update gates, which keep the state where it is large
     "chrono": 0,  # if not 0, that bias is log(u), u uniform in [1, chrono] (1804.11188)
-    "orthogonal": 0,  # 1: each gate's part of weight_hh is orthogonal
     "unigram": 0,  # 1: the decoder's bias is at the words' log frequencies
     "alpha": 2,  # AR's strength
     "beta": 1,  # TAR's
-    "wdrop": 0.5,
     "adam": 0,  # 1: Adam instead of SGD
     "steps": math.inf,  # end after so many
     "epochs": 2,
@@ -62,7 +60,7 @@ def main(argv):
     np.random.seed(SEED)
     kind = "LSTM" if s["lstm"] else "GRU"
     ntoken = len(corpus.dictionary)
-    model = make_model(kind, ntoken, EMSIZE, NHID, 3, 0.4, 0.25, 0.4, 0.1, s["wdrop"], True)
+    model = make_model(kind, ntoken, EMSIZE, NHID, 3, 0.4, 0.25, 0.4, 0.1, 0.5, True)
     params = nn.ModuleList([model, SplitCrossEntropyLoss(EMSIZE, [])])
     named = [(name, p) for name, p in model.named_parameters() if name.startswith("rnns")]
     last = f"rnns.{len(model.rnns) - 1}."
@@ -82,9 +80,6 @@ def main(argv):
                 gates += s["update"]
                 if s["chrono"]:
                     gates += torch.empty_like(gates).uniform_(1, s["chrono"]).log()
-            if "weight_hh" in name and s["orthogonal"]:
-                for part in weight.split(weight.size(1)):
-                    nn.init.orthogonal_(part)
         if s["unigram"]:
             model.decoder.bias.copy_(unigram(corpus.train, ntoken).log())
     groups = [{"params": others}]
