@@ -165,10 +165,15 @@ class Runner:
             raise InputError(f"killed by signal {-status}; the same command goes on from there")
         if status:
             raise InputError(f"exit status {status}, see {folder / LOG}: {text.splitlines()[-1]}")
+        test = text[text.rindex("| End of training |"):]
         found = {
             "command": ["python", *command(name, self.scale, str(folder / MODEL))],
             "parameters": sum(p.numel() for p in load(folder / MODEL)[0].parameters()),
-            "test_ppl": float(re.findall(r"test ppl +([\d.]+|inf|nan) \|", text)[-1]),
+            "test_ppl": float(re.search(r"test ppl +(\S+) \|", test)[1]),
+            "parts": {
+                name: float(ppl)
+                for name, ppl in re.findall(r"\| (\w+) +\| loss +\S+ \| ppl +(\S+) \|", test)
+            },
         }
         with self.lock:
             write_atomically(folder / DONE, (json.dumps(found, indent=1) + "\n").encode())

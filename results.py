@@ -43,7 +43,8 @@ def read_results(out, names):
         if name in epochs and (folder / DONE).exists():
             try:
                 found[name] = json.loads((folder / DONE).read_bytes())
-                found[name]["parameters"], found[name]["test_ppl"], found[name]["command"]
+                for key in ("parameters", "test_ppl", "command", "parts"):
+                    found[name][key]
             except (ValueError, KeyError, TypeError):
                 raise InputError(
                     f"{folder / DONE}: is damaged; remove it, and the run is tested again"
@@ -104,21 +105,27 @@ def size_table(names, epochs, found):
 
 
 def perplexity_table(names, epochs, found, scale):
-    """Best validation perplexity, and the test perplexity of that model."""
+    """Best validation perplexity, and the test perplexity of that model; biLM's three under it."""
     rows, full = [], scale == "full"
     for name in names:
-        experiment = EXPERIMENTS[name]
+        experiment, parts = EXPERIMENTS[name], found.get(name, {"parts": {}})["parts"]
         cells = ["not run yet"] * 3
         if name in epochs:
             values = curve(epochs[name], "valid_ppl")
-            best = min(values)
-            cells = [f"{best:.2f} (epoch {values.index(best) + 1} of {len(values)})"]
+            best = min(values, key=lambda ppl: math.inf if math.isnan(ppl) else ppl)
+            at = values.index(best)
+            cells = [f"{best:.2f} (epoch {at + 1} of {len(values)})"]
             cells += [cell(experiment.valid, ".2f"), ratio(best, experiment.valid, full)]
         test = ["not run yet"] * 3
         if name in found:
             test = [f"{found[name]['test_ppl']:.2f}", cell(experiment.test, ".2f")]
             test += [ratio(found[name]["test_ppl"], experiment.test, full)]
         rows.append([title(name), *cells, *test])
+        for part, ppl in parts.items():
+            valid = epochs[name][at][f"{part}_ppl"]
+            rows.append(
+                [f"{title(name)}: {part}", f"{valid:.2f}", "-", "-", f"{ppl:.2f}", "-", "-"]
+            )
     return table(
         ["run", "best validation", "the report's", "ratio", "test", "the report's", "ratio"], rows
     )
@@ -145,7 +152,7 @@ def write_results(out, scale, names):
         "\n## Perplexities\n", perplexity_table(names, epochs, found, scale),
         "\nThe test perplexity is that of the model with the best validation perplexity. biLSTM "
         "has seen the word that it predicts: its perplexity is not a language model's. biLM's is "
-        "exp of the mean of three losses: forward, backward and cloze.",
+        "exp of the mean of the losses that it was trained for, of the three under it.",
     ]
     text += [
         f"\n{title(name)}: {describe_departures(epochs[name], report[name])}"

@@ -128,6 +128,14 @@ def test_killed_and_started_again_it_ends_with_the_same_result(begin, tmp_path):
     assert len(whole) == 8
     text = (tmp_path / "whole" / "README.md").read_text()
     assert "not run yet" not in text
+    for part in ("forward", "backward", "cloze"):
+        cells = text.split(f"biLM, forward and backward: {part} |")[1].splitlines()[0].split(" | ")
+        log = (tmp_path / "whole/runs/ptb-bilm/log.txt").read_text()
+        ended = log.split("End of training")[1].split(f"| {part}")[1].splitlines()[0]
+        assert f" ppl {float(cells[3]):8.2f} |" in ended
+        valid = [e[f"{part}_ppl"] for e in lines((
+            tmp_path / "whole/runs/ptb-bilm/model.pt.jsonl").read_text())]
+        assert float(cells[0]) in [round(ppl, 2) for ppl in valid]
     for number in (1, 2, 3, 4, 7, 8, 9, 10):
         assert (f"(figure-{number}.png)" in text) == (number not in (3, 4))
         assert (tmp_path / "whole" / f"figure-{number}.svg").exists() == (number not in (3, 4))
@@ -227,6 +235,17 @@ def test_a_curve_that_departs_from_the_reports_says_so():
         assert f"first at epoch 3: {shown} against 150.00" in found
 
 
+@pytest.mark.parametrize(
+    ("ppls", "shown"),
+    [([None, 9.0, 8.0], "8.00 (epoch 3 of 3)"), ([7.0, None], "7.00 (epoch 1 of 2)"),
+     ([None], "nan (epoch 1 of 1)")],
+)
+def test_an_epoch_with_an_infinite_perplexity_is_not_the_best(ppls, shown):
+    epochs = {"ptb-gru-3": [{"valid_ppl": ppl} for ppl in ppls]}
+    text = results.perplexity_table(["ptb-gru-3"], epochs, {}, "full")
+    assert f"| Penn Treebank, GRU, 3 layers, rate 30 | {shown} | 695.88 |" in text
+
+
 @pytest.mark.parametrize("scale", ["full", "small"])
 def test_only_at_full_scale_the_report_is_compared_and_drawn(scale, tmp_path, monkeypatch):
     drawn = {}
@@ -241,6 +260,7 @@ def test_only_at_full_scale_the_report_is_compared_and_drawn(scale, tmp_path, mo
     ]
     (folder / "model.pt.jsonl").write_text("".join(json.dumps(e) + "\n" for e in epochs))
     found = {"scale": scale, "command": ["python", "x"], "parameters": 24221600, "test_ppl": 58.98}
+    found["parts"] = {}
     (folder / "done.json").write_text(json.dumps(found))
     results.write_results(tmp_path, scale, ["ptb-lstm", "ptb-gru-3"])
     text = (tmp_path / "README.md").read_text()
