@@ -151,7 +151,7 @@ class Runner:
             # In a session of its own, so that a Ctrl-C comes to it from here only.
             child = subprocess.Popen(
                 [sys.executable, __file__, "--child", *argv], stdin=subprocess.PIPE, stdout=log,
-                stderr=log, start_new_session=True,
+                stderr=log, start_new_session=True, env=self.threads() | os.environ,
             )
             self.children.add(child)
             if self.stopped:
@@ -180,6 +180,12 @@ class Runner:
             print(f"{name}: done in {time.time() - begun:.0f} s, test ppl {found['test_ppl']:.2f}",
                   flush=True)
             write_results(self.out, self.scale, self.names)
+
+    def threads(self):
+        """Runs side by side on a CPU share its cores."""
+        beside = sum(where is not None and where.type == "cpu" for where in self.devices)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        return {"OMP_NUM_THREADS": str(max(1, cores // beside))} if beside > 1 else {}
 
     def next_command(self, name):
         """The command that begins the experiment, or goes on with it. Makes its folder."""
@@ -253,7 +259,8 @@ def parse_args(argv=None):
         metavar="NAME,...", help="these experiments (default: all, see --list)")
     add("--out", type=Path, default=Path("results"), help="folder of the runs and the results")
     add("--devices", type=device, nargs="+", default=[None], metavar="DEVICE",
-        help="run an experiment at a time on each, as cuda:0 cuda:1 (default: on one)")
+        help="run an experiment at a time on each, as cuda:0 cuda:1, or cpu cpu, which share the "
+             "cores (default: on one)")
     add("--list", action="store_true", help="print what would run, and the estimated hours")
     args = parser.parse_args(argv)
     for name in args.only or [""]:

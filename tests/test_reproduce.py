@@ -6,8 +6,10 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+import torch
 
 import main
 import reproduce
@@ -157,6 +159,17 @@ def test_killed_and_started_again_it_ends_with_the_same_result(begin, tmp_path):
         assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number), err
     assert (process.returncode, err) == (0, "")
     assert outcome(tmp_path / "parts") == whole
+
+
+def test_runs_side_by_side_on_a_cpu_share_its_cores(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(6), raising=False)
+    for devices, threads in (
+        ([None], None), (["cpu"], None), (["cpu"] * 2, "3"), (["cpu"] * 4, "1"),
+        (["cpu"] * 9, "1"), (["cuda:0", "cuda:1"], None),
+    ):
+        devices = [name and torch.device(name) for name in devices]
+        found = reproduce.Runner(Path("out"), "tiny", [], devices).threads()
+        assert found.get("OMP_NUM_THREADS") == threads
 
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(begin, tmp_path):
