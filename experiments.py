@@ -71,7 +71,7 @@ EXPERIMENTS = {
         "GRU, 5 layers, own rates", "--model GRU --nlayers 5 --dropouti 0.3 --dropouth 0.25",
         like="ptb-gru-5"),
     "ptb-bilm": Experiment(
-        "biLM, forward and backward",
+        "biLM, all three losses",
         "--model biLM --objective both --dropouti 0.4 --dropouth 0.25", like="ptb-gru-5"),
     "ptb-lstm-attention": Experiment(
         "LSTM with attention", "--attention single --dropouti 0.4 --dropouth 0.25",
@@ -115,5 +115,5 @@ LSTMS = ["lstm", "lstm-finetune", "lstm-lightly-regularized"]
 PAIRS = [
     ("ptb", "LSTM", LSTMS), ("ptb", "GRU and biLSTM", ["gru-3", "gru-5", "bilstm"]),
     ("wt2", "LSTM", LSTMS), ("wt2", "GRU and biLSTM", ["gru-3", "bilstm"]),
-    ("ptb", "ours", ["lstm", "lstm-ours", "gru-3-ours", "gru-5-ours", "bilm", "lstm-attention"]),
+    ("ptb", "ours", ["lstm", "lstm-ours", "gru-3-ours", "gru-5-ours", "lstm-attention", "bilm"]),
 ]

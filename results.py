@@ -109,17 +109,17 @@ def perplexity_table(names, epochs, found, scale):
     rows, full = [], scale == "full"
     for name in names:
         experiment, parts = EXPERIMENTS[name], found.get(name, {"parts": {}})["parts"]
-        cells = ["not run yet"] * 3
+        cells = ["not run yet", cell(experiment.valid, ".2f"), "-"]
         if name in epochs:
             values = curve(epochs[name], "valid_ppl")
             best = min(values, key=lambda ppl: math.inf if math.isnan(ppl) else ppl)
             at = values.index(best)
-            cells = [f"{best:.2f} (epoch {at + 1} of {len(values)})"]
-            cells += [cell(experiment.valid, ".2f"), ratio(best, experiment.valid, full)]
-        test = ["not run yet"] * 3
+            cells[0] = f"{best:.2f} (epoch {at + 1} of {len(values)})"
+            cells[2] = ratio(best, experiment.valid, full)
+        test = ["not run yet", cell(experiment.test, ".2f"), "-"]
         if name in found:
-            test = [f"{found[name]['test_ppl']:.2f}", cell(experiment.test, ".2f")]
-            test += [ratio(found[name]["test_ppl"], experiment.test, full)]
+            test[0] = f"{found[name]['test_ppl']:.2f}"
+            test[2] = ratio(found[name]["test_ppl"], experiment.test, full)
         rows.append([title(name), *cells, *test])
         for part, ppl in parts.items():
             valid = epochs[name][at][f"{part}_ppl"]
@@ -129,6 +129,19 @@ def perplexity_table(names, epochs, found, scale):
     return table(
         ["run", "best validation", "the report's", "ratio", "test", "the report's", "ratio"], rows
     )
+
+
+def curves(name, epochs, field):
+    """{label: epochs} of a run in a figure: of biLM, validation is forward and cloze apart."""
+    label = EXPERIMENTS[name].label
+    parts = [part for part in ("forward", "cloze") if f"{part}_ppl" in epochs[0]]
+    if field != "valid_loss" or not parts:
+        return {label: epochs}
+    ppls = {part: curve(epochs, f"{part}_ppl") for part in parts}
+    return {
+        f"biLM, {part}": [{**e, field: math.log(ppl)} for e, ppl in zip(epochs, ppls[part])]
+        for part in parts
+    }
 
 
 def write_results(out, scale, names):
@@ -162,7 +175,9 @@ def write_results(out, scale, names):
     figures = [(*pair, field) for pair in PAIRS for field in ("train_loss", "valid_loss")]
     for number, (corpus, about_them, kinds, field) in enumerate(figures, 1):
         shown = [f"{corpus}-{kind}" for kind in kinds]
-        runs = {EXPERIMENTS[n].label: epochs[n] for n in shown if n in epochs}
+        runs = {}
+        for n in shown:
+            runs |= curves(n, epochs[n], field) if n in epochs else {}
         if not runs:
             continue
         heading = f"{TITLES[corpus]}, {about_them}: {describe(field)}"

@@ -1,6 +1,7 @@
 """The report as a program: its commands, its results, a run that is interrupted."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -131,7 +132,7 @@ def test_killed_and_started_again_it_ends_with_the_same_result(begin, tmp_path):
     text = (tmp_path / "whole" / "README.md").read_text()
     assert "not run yet" not in text
     for part in ("forward", "backward", "cloze"):
-        cells = text.split(f"biLM, forward and backward: {part} |")[1].splitlines()[0].split(" | ")
+        cells = text.split(f"biLM, all three losses: {part} |")[1].splitlines()[0].split(" | ")
         log = (tmp_path / "whole/runs/ptb-bilm/log.txt").read_text()
         ended = log.split("End of training")[1].split(f"| {part}")[1].splitlines()[0]
         assert f" ppl {float(cells[3]):8.2f} |" in ended
@@ -234,6 +235,18 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch):
 
 
 # ------------------------------------------------------------ results
+
+
+def test_bilms_validation_loss_is_drawn_apart_for_what_it_predicts():
+    epochs = [{"valid_loss": 5.0, "train_loss": 4.0, "forward_ppl": 400.0, "cloze_ppl": None}]
+    drawn = results.curves("ptb-bilm", epochs, "valid_loss")
+    assert set(drawn) == {"biLM, forward", "biLM, cloze"}
+    assert drawn["biLM, forward"][0]["valid_loss"] == pytest.approx(math.log(400))
+    assert math.isnan(drawn["biLM, cloze"][0]["valid_loss"])
+    assert results.curves("ptb-bilm", epochs, "train_loss") == {"biLM, all three losses": epochs}
+    assert results.curves("ptb-lstm", [{"valid_loss": 5.0}], "valid_loss") == {
+        "LSTM": [{"valid_loss": 5.0}]
+    }
 
 
 def test_a_curve_that_departs_from_the_reports_says_so():
