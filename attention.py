@@ -43,7 +43,8 @@ class Attention(nn.Module):
 
         Returns h' [T, B, H] and the memory of what follows, the last `window` states, detached.
         """
-        steps, window = len(states), self.window
+        steps = len(states)
+        window = min(self.window, len(memory) + steps)  # before a text is longer than the window
         missing = window - len(memory)
         padding = states.new_zeros(missing, *states.shape[1:])
         past = torch.cat([padding, memory, states])  # [window + T, B, H]; h_t is past[window + t]
@@ -64,4 +65,4 @@ class Attention(nn.Module):
         band = band.scatter(2, index.expand_as(weights), weights)
         context = torch.einsum("tbi,ibh->tbh", band, past)
         joined = self.join(torch.cat([states, context], -1)).tanh()
-        return joined, past[max(missing, steps) :].detach()
+        return joined, past[max(missing, len(past) - self.window) :].detach()

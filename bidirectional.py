@@ -7,6 +7,7 @@ prediction a word's two contexts, all words before it and all after it, are comb
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
 import parallel
 from data import batchify_exact
@@ -49,6 +50,13 @@ class BiLM(RNNModel):
         """
         return self.read(self.backward_rnns, words, hidden, return_h)
 
+    def forward_half(self):
+        """The forward language model alone: an RNNModel of LSTMs, in evaluation mode."""
+        half = RNNModel(**{**self.architecture, "rnn_type": "LSTM"})
+        mine = self.state_dict()
+        half.load_state_dict({name: mine[name] for name in half.state_dict()})
+        return half.to(self.decoder.weight.device).eval()
+
     def combine(self, before, after):
         """[.., E], [.., E] -> [.., E]"""
         return self.combiner(torch.cat([before, after], -1)).tanh()
@@ -60,13 +68,21 @@ class BiObjective(Objective):
     The backward language model reads a stream of its own, the text from its end, with a state of
     its own that is carried on. For cloze prediction the backward stack reads the forward stream's
     window from a zero state at its end, and the words with CONTEXT others after them in the window
-    are scored (in an epoch's first window, with as many before them). With "lm" the combiner
-    alone learns from that, on states and a decoder that it does not change.
+    are scored (in an epoch's first window, with as many before them), or in a window shorter than
+    twice that, with half of it. With "lm" the combiner alone learns from that, on states and a
+    decoder that it does not change.
     """
 
     def __init__(self, params, objective):
         super().__init__(params)
         self.objective = objective
+
+    def groups(self):
+        combiner = list(self.params[0].combiner.parameters())
+        if "cloze" in OBJECTIVES[self.objective]:
+            return super().groups()
+        apart = {id(parameter) for parameter in combiner}
+        return [[p for p in self.parameters() if id(p) not in apart], combiner]
 
     def forward(self, data, targets, hidden, alpha, beta, backward, begins):
         """data [L, B], targets [L*B]; backward: such a pair of the reversed stream.
@@ -93,14 +109,20 @@ class BiObjective(Objective):
             _, _, *outputs = model.read_backward(targets.flip(0), zero, return_h=True)
         after = outputs[1][-1].flip(0)  # [L, B, E]: of the words from each to the window's end
         before = before.view_as(after)
+        score_cloze = criterion
         if "cloze" in parts:
             passes.append(outputs)
         else:
             before, weight, bias = before.detach(), weight.detach(), bias.detach()
+            fixed = {name: value.detach() for name, value in criterion.named_parameters()}
+
+            def score_cloze(*inputs):
+                return functional_call(criterion, fixed, inputs)
+
         after = torch.cat([after[1:], torch.zeros_like(after[:1])])  # nothing follows the last
         margin = min(CONTEXT, len(data) // 2)
         scored = slice(min(margin, len(data) - margin - 1) if begins else 0, len(data) - margin)
-        cloze = criterion(
+        cloze = score_cloze(
             weight, bias, model.combine(before[scored], after[scored]), targets[scored]
         )
         total = cloze

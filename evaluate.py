@@ -35,10 +35,12 @@ def score_lines(params, lines):
     """
     params.eval()
     result = [0.0] * len(lines)
+    # Combined attention has a vector for each pair of a word and a state that it attends.
+    tokens = BPTT if params[0].architecture["attention"] == "combined" else TOKENS
     order = sorted(range(len(lines)), key=lambda i: len(lines[i]))
     while order:
         longest = len(lines[order[-1]])
-        chosen = order[-max(1, TOKENS // longest) :]  # of much the same length
+        chosen = order[-max(1, tokens // longest) :]  # of much the same length
         del order[-len(chosen) :]
         lengths = torch.tensor([len(lines[i]) - 1 for i in chosen])
         words = torch.zeros(longest, len(chosen), dtype=torch.int64)

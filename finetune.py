@@ -32,11 +32,14 @@ def finetune(corpus, args, origin, preemption, path=None, state=None):
 
     With `state`, read from beside `path`, it goes on from there. `origin` is as in Trainer.
     """
-    if args.optimizer == "adam":
-        if state is None or args.lr == state["flags"]["lr"]:  # not a rate for SGD
-            args.lr = args.bias_lr = None
-        args.optimizer = "sgd"
+    if args.optimizer == "adam":  # its rates are not for SGD, but one that is given here is
+        given = {
+            flag: getattr(args, flag) for flag in ("lr", "bias_lr")
+            if state and getattr(args, flag) != state["flags"][flag]
+        }
+        vars(args).update(optimizer="sgd", lr=None, bias_lr=None)
         args = complete(args, {})
+        vars(args).update(given)
     args.when = []
     if state:
         params = new_params(corpus, args)
@@ -71,7 +74,7 @@ def parse_args(argv=None):
         trained = checkpoint["flags"]
         inherited = {flag: trained[flag] for flag in INHERITED if flag in trained}
         if trained.get("optimizer") == "adam":
-            del inherited["lr"], inherited["bias_lr"]  # not rates for SGD
+            inherited |= {"lr": None, "bias_lr": None}  # not rates for SGD
         inherited |= {"save": path, **take_architecture(given, checkpoint, path)}
     args = complete(given, parser.defaults | inherited)
     args.optimizer, args.when = "sgd", []

@@ -136,7 +136,8 @@ def make_parser(description, inherited=()):
     add("--lr", None, "learning rate (default: 30 with sgd, 10 for GRU; 0.001 with adam)",
         type=number(float, 0, 1e30, open_low=True))
     add("--bias-lr", None, "learning rate of the biases below the decoder, as a share of --lr "
-        "(default: 1; 0.01 for biLM and with attention; 0.02 for GRU where --lr is not given)",
+        "(default: 1; with sgd 0.01 for biLM and with attention, 0.02 for GRU where --lr is not "
+        "given)",
         type=number(float, 0, 1000), metavar="SHARE")
     add("--clip", 0.25, "largest gradient norm, 0 for no clipping", type=coefficient)
     add("--epochs", 8000, "upper epoch limit", type=count)
@@ -147,10 +148,10 @@ def make_parser(description, inherited=()):
     add("--dropouti", 0.65, "dropout of the embedded input", type=rate)
     add("--dropoute", 0.1, "dropout of whole words from the embedding", type=rate)
     add("--wdrop", 0.5, "dropout of the hidden-to-hidden weights", type=rate)
-    add("--alpha", None, "coefficient of activation regularization (AR) (default: 2; 0.5 for GRU "
-        "where --lr is not given)", type=coefficient)
-    add("--beta", None, "coefficient of temporal activation regularization (TAR) (default: 1; 0.25 "
+    add("--alpha", None, "coefficient of activation regularization (AR) (default: 2; with sgd 0.5 "
         "for GRU where --lr is not given)", type=coefficient)
+    add("--beta", None, "coefficient of temporal activation regularization (TAR) (default: 1; with "
+        "sgd 0.25 for GRU where --lr is not given)", type=coefficient)
     add("--wdecay", 1.2e-6, "weight decay", type=coefficient)
     add("--nonmono", 5, "non-monotone interval of the trigger, in epochs", type=number(int, 0))
     add("--seed", 1111, "random seed", type=number(int, 0, 2**32))
@@ -247,7 +248,7 @@ def take_architecture(given, checkpoint, path):
         if getattr(given, flag, value) != value:
             name = flag.replace("_", "-")
             raise InputError(
-                f"--{name} {getattr(given, flag)}: {path} holds a model with {name} {value}; leave "
+                f"--{name} {getattr(given, flag)}: {path} has a model with --{name} {value}; leave "
                 "the flag out"
             )
     return flags

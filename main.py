@@ -39,7 +39,8 @@ def parse_args(argv=None):
     )
     parser.add(
         "--decoder-bias", None, "where the decoder's bias begins: zeros or unigram, the words' log "
-        "frequencies (default: zeros; unigram for biLM, with attention, and for GRU without --lr)",
+        "frequencies (default: zeros; with sgd unigram for biLM, with attention, and for GRU where "
+        "--lr is not given)",
         choices=["zeros", "unigram"],
     )
     given = parser.parse_args(argv)

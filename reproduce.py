@@ -24,6 +24,8 @@ from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+
 from data import InputError
 from experiments import CORPORA, EXPERIMENTS, SCALES, corpus_of
 from files import exclusive, write_atomically
@@ -141,8 +143,7 @@ class Runner:
         """Begins an experiment or goes on with it; raises InputError when it fails."""
         folder = self.folder(name)
         argv = self.next_command(name)
-        if where:
-            argv += ["--device", str(where)]
+        argv += ["--device", str(where)]
         self.say(f"{name}: python {shlex.join(argv)}")
         begun = time.time()
         with open(folder / LOG, "a", encoding="utf-8") as log:
@@ -183,9 +184,8 @@ class Runner:
 
     def threads(self):
         """Runs side by side on a CPU share its cores."""
-        beside = sum(where is not None and where.type == "cpu" for where in self.devices)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        return {"OMP_NUM_THREADS": str(max(1, cores // beside))} if beside > 1 else {}
+        beside = sum(where.type == "cpu" for where in self.devices)
+        return {"OMP_NUM_THREADS": str(max(1, cores() // beside))} if beside > 1 else {}
 
     def next_command(self, name):
         """The command that begins the experiment, or goes on with it. Makes its folder."""
@@ -201,6 +201,21 @@ class Runner:
             load(self.folder(base) / MODEL)  # a damaged one is named
             write_atomically(save, (self.folder(base) / MODEL).read_bytes())
         return begin
+
+
+def cores():
+    """The number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def default_devices():
+    """CUDA's current device; without CUDA the CPU, for two runs side by side if it has two cores.
+
+    One run does not keep two cores busy all the time, and less so the smaller its model is.
+    """
+    if torch.cuda.is_available():
+        return [torch.device("cuda")]
+    return [torch.device("cpu")] * min(2, cores())
 
 
 def await_end(save):
@@ -258,9 +273,9 @@ def parse_args(argv=None):
     add("--only", type=lambda text: text.replace(",", " ").split(), default=list(EXPERIMENTS),
         metavar="NAME,...", help="these experiments (default: all, see --list)")
     add("--out", type=Path, default=Path("results"), help="folder of the runs and the results")
-    add("--devices", type=device, nargs="+", default=[None], metavar="DEVICE",
+    add("--devices", type=device, nargs="+", default=default_devices(), metavar="DEVICE",
         help="run an experiment at a time on each, as cuda:0 cuda:1, or cpu cpu, which share the "
-             "cores (default: on one)")
+             "cores (default: cuda, else cpu cpu)")
     add("--list", action="store_true", help="print what would run, and the estimated hours")
     args = parser.parse_args(argv)
     for name in args.only or [""]:

@@ -133,6 +133,22 @@ def check_corpus(state, corpus, args, path):
         )
 
 
+def check_groups(state, optimizer, path):
+    """Raises InputError where the state's optimizer has not the groups that this code makes."""
+    if len(state["optimizer"]["param_groups"]) != len(optimizer.param_groups):
+        raise InputError(
+            f"{path}{STATE}: was written by an earlier version of this code; go on with that one, "
+            "or remove it to start from the weights of the checkpoint alone"
+        )
+
+
+def are_comparable(checkpoint, state, objective):
+    """Whether the checkpoint's validation loss is of the state's corpus, and of this objective."""
+    with making_sense(state["flags"]["save"]):
+        trained_for = checkpoint["flags"].get("objective", "lm")
+        return checkpoint["corpus"] == state["corpus"] and trained_for == objective
+
+
 def changes(state, settings, device):
     """What keeps a resumed run from being bit-identical: ["lr 30 -> 10", ...]; [] if nothing.
 

@@ -59,6 +59,10 @@ class Objective(nn.Module):
         super().__init__()
         self.params = params
 
+    def groups(self):
+        """Lists of the parameters that learn together, whose gradient is clipped as one."""
+        return [list(self.parameters())]
+
     def forward(self, data, targets, hidden, alpha, beta):
         """data [L, B], targets [L*B] -> (loss + AR + TAR, the loss in nats alone, hidden)."""
         model, criterion = self.params
@@ -80,7 +84,8 @@ def train_step(objective, optimizer, data, targets, hidden, args, **more):
     total, loss, hidden = objective(data, targets, hidden, args.alpha, args.beta, **more)
     total.backward()
     if args.clip:
-        clip_grad_norm_(objective.parameters(), args.clip)
+        for parameters in getattr(objective, "module", objective).groups():  # of its replica
+            clip_grad_norm_(parameters, args.clip)
     rates = [group["lr"] for group in optimizer.param_groups]
     for group, rate in zip(optimizer.param_groups, rates):
         group["lr"] = rate * len(data) / args.bptt

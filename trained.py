@@ -23,9 +23,9 @@ def trained(path, args, both=False):
     """nn.ModuleList([model, criterion]) of the checkpoint at `path`, in evaluation mode, float32.
 
     On `args.device`, or on CUDA where there is one. Returns also the checkpoint's dictionary of
-    words. A biLM is its forward half, unless its other parts are asked for: warns of that where the
-    caller does not use `both`. Raises InputError for a flag that cannot be met, and for biLSTM,
-    which has no use: it wants to read the answer.
+    words. A biLM is its forward half, an LSTM, and a warning says so, unless the caller has a use
+    for `both`. Raises InputError for a flag that cannot be met, and for biLSTM, which has no use:
+    it wants to read the answer.
     """
     settle_device(args)
     args.precision = "fp32"
@@ -42,7 +42,12 @@ def trained(path, args, both=False):
     if found == "biLSTM":
         raise InputError(f"{path}: {NOTES[found]}; name another model")
     if found == "biLM" and not both:
-        warn(f"Note: of the biLM {path}, its forward language model alone is used")
+        params[0] = params[0].forward_half()
+        cloze = checkpoint["flags"].get("objective") == "cloze"
+        warn(
+            f"Note: of the biLM {path}, its forward language model alone is used"
+            + (", which was not trained: it was for cloze prediction" if cloze else "")
+        )
     return params, Dictionary(checkpoint["vocabulary"])
 
 

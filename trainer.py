@@ -16,8 +16,8 @@ from files import Saver, pack
 from hidden import copy_hidden, join_hidden, own_hidden, shapes
 from preemption import Preempted
 from resume import (
-    KIND, STATE, VERSION, changes, environment, get_generators, how_to_resume, making_sense,
-    read_state, set_generators,
+    KIND, STATE, VERSION, are_comparable, changes, check_groups, environment, get_generators,
+    how_to_resume, making_sense, read_state, set_generators,
 )
 from train import (
     Losses, loss_columns, make_optimizer, nonmonotone, perplexity, random_seq_len, train_step,
@@ -114,6 +114,7 @@ class Trainer:
             if state["averaged"] is not None:
                 self.averaged = AveragedModel(self.params)
                 self.averaged.load_state_dict(state["averaged"])
+            check_groups(state, self.optimizer, args.save)
             self.optimizer.load_state_dict(state["optimizer"])
             others, biases = self.optimizer.param_groups
             others["weight_decay"] = biases["weight_decay"] = args.wdecay
@@ -433,6 +434,10 @@ class Trainer:
                     "right one there, or remove it to start from the weights alone"
                 )
         loss = checkpoint["valid_loss"]
+        if not are_comparable(checkpoint, state, self.args.objective):
+            # What this run began from, whose loss says nothing here; or it was replaced.
+            mine = f"{path} is of another text or objective, not this run's best model"
+            return [mine] if self.best in self.logs else []
         if loss > self.best + 1e-3:  # a later epoch's is lower
             return [f"{path} (valid loss {loss:.3f}) is not this run's best ({self.best:.3f})"]
         if changed:  # it can be of a later epoch than the state

@@ -50,6 +50,16 @@ def test_it_is_the_definition_whatever_the_windows_read(kind, window):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_window_longer_than_the_text_costs_no_more_than_the_text(kind):
+    attention = Attention(6, kind, 10**12)  # more than any memory
+    states = torch.randn(7, 3, 6)
+    joined, memory = attention(states[:4], states.new_zeros(0, 3, 6))
+    assert torch.equal(memory, states[:4])
+    attention.window = 7
+    torch.testing.assert_close(joined, attention(states, states.new_zeros(0, 3, 6))[0][:4])
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_at_first_the_states_pass_as_they_are(kind):
     attention = Attention(6, kind, 3)
     states = torch.randn(1, 2, 6)  # none before them
@@ -107,7 +117,7 @@ def test_from_the_shell_with_fine_tuning_and_resume(corpus_dir, small, tmp_path)
     assert (architecture["attention"], architecture["attention_window"]) == ("combined", 13)
     status, _, err = invoke(main.main, "--resume", path, "--attention-window", 9)
     assert status == 2
-    assert f"--attention-window 9: {path}.state holds a model with attention-window 13" in err
+    assert f"--attention-window 9: {path}.state has a model with --attention-window 13" in err
     status, _, err = invoke(
         main.main, "--data", corpus_dir, "--model", "biLSTM", "--attention", "single"
     )

@@ -127,6 +127,48 @@ def test_a_step_minimizes_what_the_objective_names(params, objective, begins):
     assert moved == [True, True, objective != "cloze", objective != "cloze"]
 
 
+@pytest.mark.parametrize("objective", ["lm", "cloze"])
+def test_with_lm_the_combiner_learns_and_the_language_models_do_not_notice(objective):
+    """Not by its gradient's part in the norm that is clipped, nor by the split softmax."""
+    after = []
+    for scale in (1.0, 3.0):
+        torch.manual_seed(0)
+        params = make_params("biLM", ntoken=V, splits=[6], dtype=torch.float64)
+        for parameter in params.parameters():
+            nn.init.normal_(parameter, std=0.5)
+        params[0].combiner.weight.data.mul_(scale)
+        for name in ("dropout", "dropouth", "dropouti", "dropoute"):
+            setattr(params[0], name, 0.0)
+        for layer in [*params[0].rnns, *params[0].backward_rnns]:
+            layer.dropout = 0.0
+        before = {name: p.detach().clone() for name, p in params.named_parameters()}
+        args = arguments(clip=0.05)
+        words, turned = torch.randint(V, (22, 3)), torch.randint(V, (22, 3))
+        train_step(
+            BiObjective(params, objective), make_optimizer(params, args), words[:-1],
+            words[1:].flatten(), params[0].init_hidden(3), args,
+            backward=(turned[:-1], turned[1:].flatten()), begins=True,
+        )
+        assert not torch.equal(before["0.combiner.weight"], params[0].combiner.weight)
+        norm = sum(p.grad.square().sum() for p in params[0].combiner.parameters()).sqrt()
+        assert norm < 0.0501
+        after.append({n: p for n, p in params.named_parameters() if "combiner" not in n})
+    same = [torch.equal(parameter, after[1][name]) for name, parameter in after[0].items()]
+    assert "1.tail_vectors" in after[0]
+    assert all(same) if objective == "lm" else not any(same)
+
+
+def test_its_forward_half_alone():
+    params = make_params("biLM", ntoken=V, dtype=torch.float64).eval()
+    half = params[0].double().forward_half().double()
+    assert half.rnn_type == "LSTM"
+    assert not any("backward" in name or "combiner" in name for name, _ in half.named_parameters())
+    words = torch.randint(V, (9, 2))
+    torch.testing.assert_close(
+        half(words, half.init_hidden(2))[0], params[0](words, half.init_hidden(2))[0]
+    )
+
+
 @pytest.mark.parametrize("objective", ["lm", "cloze", "both"])
 @pytest.mark.parametrize("length", [1, 2, 5])
 def test_short_windows_and_the_meta_device(objective, length):

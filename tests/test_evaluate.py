@@ -49,6 +49,23 @@ def test_lines_score_as_if_alone(rnn_type, tokens, bptt, monkeypatch):
     assert score_lines(params, lines) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(("kind", "most"), [("none", 40), ("single", 40), ("combined", 12)])
+def test_lines_are_fewer_at_a_time_where_each_takes_more_memory(kind, most, monkeypatch):
+    monkeypatch.setattr(evaluate, "TOKENS", 40)
+    monkeypatch.setattr(evaluate, "BPTT", 12)
+    sizes, real = [], evaluate.score_columns
+
+    def recorded(params, words, lengths):
+        sizes.append(words.numel())
+        return real(params, words, lengths)
+
+    monkeypatch.setattr(evaluate, "score_columns", recorded)
+    params = make_params(ntoken=20, attention=kind, dtype=torch.float64).eval()
+    lines = [[0, 5, 3, 0]] * 30
+    assert len(set(score_lines(params, lines))) == 1
+    assert max(sizes) == most
+
+
 @pytest.mark.parametrize("rnn_type", ["LSTM", "GRU", "biLM"])
 def test_everything_is_on_the_models_device(rnn_type):
     """On `meta` any tensor that is left on the CPU, and any wait for a value, is an error."""
@@ -130,15 +147,17 @@ def test_the_test_split_scores_as_in_training(trained, corpus_dir, small, tmp_pa
     assert float(out.partition("| loss ")[2].split()[0]) == pytest.approx(logged, abs=0.02)
 
 
-def test_bilm_reports_its_cloze_score(corpus_dir, small, tmp_path):
+@pytest.mark.parametrize("objective", ["lm", "cloze", "both"])
+def test_bilm_reports_its_cloze_score(objective, corpus_dir, small, tmp_path):
     path, text = tmp_path / "bi.pt", tmp_path / "text.txt"
-    flags = [*small, "--data", corpus_dir, "--model", "biLM", "--objective", "both"]
+    flags = [*small, "--data", corpus_dir, "--model", "biLM", "--objective", objective]
     assert invoke(main.main, *flags, "--epochs", 1, "--save", path)[0] == 0
     text.write_text("ann sees the dog\nbob likes the cat\n")
     for use, flags in ((generate, ["--checkpoint", path]), (pointer, ["--save", path])):
         flags += ["--words", 3] if use is generate else ["--data", corpus_dir]
         status, _, err = invoke(use.main, *flags)
         assert (status, err.count("its forward language model alone is used")) == (0, 1)
+        assert ("which was not trained" in err) == (objective == "cloze")
     _, out, err = run("--checkpoint", path, text)
     assert err == ""
     losses = {line.split("|")[1].strip(): line for line in out.splitlines()}

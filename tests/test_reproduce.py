@@ -165,12 +165,16 @@ def test_killed_and_started_again_it_ends_with_the_same_result(begin, tmp_path):
 def test_runs_side_by_side_on_a_cpu_share_its_cores(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(6), raising=False)
     for devices, threads in (
-        ([None], None), (["cpu"], None), (["cpu"] * 2, "3"), (["cpu"] * 4, "1"),
-        (["cpu"] * 9, "1"), (["cuda:0", "cuda:1"], None),
+        (["cpu"], None), (["cpu"] * 2, "3"), (["cpu"] * 4, "1"), (["cpu"] * 9, "1"),
+        (["cuda:0", "cuda:1"], None),
     ):
-        devices = [name and torch.device(name) for name in devices]
+        devices = list(map(torch.device, devices))
         found = reproduce.Runner(Path("out"), "tiny", [], devices).threads()
         assert found.get("OMP_NUM_THREADS") == threads
+    if not torch.cuda.is_available():
+        assert reproduce.parse_args([]).devices == [torch.device("cpu")] * 2
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(1), raising=False)
+        assert reproduce.parse_args([]).devices == [torch.device("cpu")]
 
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(begin, tmp_path):

@@ -9,10 +9,12 @@ import torch
 import finetune
 import main
 import trainer
+import utils
 from conftest import Interrupting, invoke
+from files import pack
 from kill_loop import lines, same
 from preemption import Preempted
-from resume import how_to_resume, read_state
+from resume import KIND, VERSION, how_to_resume, read_state
 from utils import read_checkpoint
 
 
@@ -339,6 +341,77 @@ def test_a_rate_given_for_the_fine_tuning_after_adam_is_used(corpus_dir, small, 
         status, out, _ = invoke(main.main, "--resume", path, *more)
         assert status == 0
         assert f"| lr {expected:.5f} |" in out
+
+
+@pytest.mark.parametrize(
+    ("more", "rates"),
+    [([], (30, 0.3)), (["--lr", 15], (15, 0.15)), (["--bias-lr", 0.5], (30, 15)),
+     (["--lr", 15, "--bias-lr", 0.5], (15, 7.5))],
+)
+def test_the_biases_rate_in_the_fine_tuning_after_adam(more, rates, corpus_dir, small, tmp_path):
+    path = tmp_path / "m.pt"
+    flags = [flag for flag in small if flag not in ("--lr", "5")]
+    invoke(main.main, "--data", corpus_dir, *flags, "--epochs", 1, "--optimizer", "adam",
+           "--model", "biLM", "--finetune", 1, "--nonmono", 50, "--save", path)
+    assert invoke(main.main, "--resume", path, "--finetune", 2, *more)[0] == 0
+    groups = read_state(path)["optimizer"]["param_groups"]
+    assert [group["lr"] for group in groups] == pytest.approx(rates)
+
+
+def test_fine_tuning_an_older_model_trained_with_adam(trained, tmp_path):
+    """Which has no rate for its biases."""
+    checkpoint = read_checkpoint(trained)
+    checkpoint["flags"]["optimizer"] = "adam"
+    del checkpoint["flags"]["bias_lr"]
+    contents = {k: v for k, v in checkpoint.items() if k not in ("format", "version")}
+    trained.write_bytes(pack(utils.KIND, utils.VERSION, contents))
+    args = finetune.parse_args(["--save", str(trained)])
+    assert (args.lr, args.bias_lr) == (30, 1)
+
+
+def test_a_state_of_an_earlier_version_is_named(unfinished):
+    path, _ = unfinished
+    state = read_state(path)
+    state["optimizer"]["param_groups"] = state["optimizer"]["param_groups"][:1]
+    contents = {k: v for k, v in state.items() if k not in ("format", "version")}
+    content = pack(KIND, VERSION, contents)
+    path.with_name("run.pt.state").write_bytes(content)
+    status, _, err = invoke(main.main, "--resume", path)
+    assert (status, err.count("\n")) == (2, 1)
+    assert f"{path}.state: was written by an earlier version of this code; go on with that" in err
+    assert path.with_name("run.pt.state").read_bytes() == content
+
+
+@pytest.mark.parametrize("other", ["objective", "text"])
+def test_the_loss_of_another_objective_or_text_is_not_compared(
+    other, corpus_dir, small, tmp_path
+):
+    """A fine-tuning for something else, interrupted before it has saved a model of its own."""
+    path = tmp_path / "m.pt"
+    command = ["--data", corpus_dir, *small, "--model", "biLM", "--objective", "cloze"]
+    assert invoke(main.main, *command, "--epochs", 1, "--save", path)[0] == 0
+    contents = {k: v for k, v in read_checkpoint(path).items() if k not in ("format", "version")}
+    contents["valid_loss"] = 0.1  # what it was trained for was easy
+    path.write_bytes(pack(utils.KIND, utils.VERSION, contents))
+    more = ["--objective", "lm"]
+    if other == "text":
+        more = ["--data", tmp_path / "other"]
+        shutil.copytree(corpus_dir, tmp_path / "other")
+        file = tmp_path / "other" / "train.txt"
+        file.write_text(file.read_text() * 2)  # the same words
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetune.Preemption, "check", Interrupting(30))
+        status, out, _ = invoke(finetune.main, "--save", path, "--epochs", 2, *more)
+    assert status == 143
+    assert "Saving" not in out
+    for change in ([], ["--wdecay", 1e-6]):
+        save = tmp_path / f"new{len(change)}.pt"
+        status, out, _ = invoke(finetune.main, "--resume", path, "--save", save, *change)
+        assert status == 0, out
+        assert "is not this run's best" not in out
+        assert ("goes on bit-identical" in out) == (not change)
+        assert "Saving averaged weights (new best validation)" in out
+        assert save.read_bytes() != path.read_bytes()
 
 
 def test_a_new_run_does_not_destroy_an_unfinished_one(unfinished):
