@@ -68,8 +68,14 @@ def describe_departures(ours, report):
     )
 
 
-def title(name):
-    return f"{TITLES[corpus_of(name)]}, {EXPERIMENTS[name].label}"
+def corpus_title(corpus, scale):
+    """What the tables and figures call a corpus: not by its own name where the sample stands in."""
+    stands_in = "--data sample" in SCALES[scale].flags
+    return f"Sample as {TITLES[corpus]}" if stands_in else TITLES[corpus]
+
+
+def title(name, scale):
+    return f"{corpus_title(corpus_of(name), scale)}, {EXPERIMENTS[name].label}"
 
 
 def table(head, rows):
@@ -88,12 +94,12 @@ def ratio(ours, theirs, full):
     return f"{ours / theirs:.3f}" if full else "another scale"
 
 
-def size_table(names, epochs, found):
+def size_table(names, epochs, found, scale):
     """The report's Table 1: parameters and seconds an epoch, by model and corpus."""
     rows = []
     for name in names:
         experiment = EXPERIMENTS[name]
-        row = [title(name), "not run yet", "not run yet"]
+        row = [title(name, scale), "not run yet", "not run yet"]
         if name in found:
             row[1] = f"{found[name]['parameters']:,}"
             row[2] = f"{statistics.median(curve(epochs[name], 'seconds')):.1f}"
@@ -120,11 +126,11 @@ def perplexity_table(names, epochs, found, scale):
         if name in found:
             test[0] = f"{found[name]['test_ppl']:.2f}"
             test[2] = ratio(found[name]["test_ppl"], experiment.test, full)
-        rows.append([title(name), *cells, *test])
+        rows.append([title(name, scale), *cells, *test])
         for part, ppl in parts.items():
             valid = epochs[name][at][f"{part}_ppl"]
             rows.append(
-                [f"{title(name)}: {part}", f"{valid:.2f}", "-", "-", f"{ppl:.2f}", "-", "-"]
+                [f"{title(name, scale)}: {part}", f"{valid:.2f}", "-", "-", f"{ppl:.2f}", "-", "-"]
             )
     return table(
         ["run", "best validation", "the report's", "ratio", "test", "the report's", "ratio"], rows
@@ -161,14 +167,14 @@ def write_results(out, scale, names):
             "drawn."
         )
     text += [
-        "\n## Table 1: size and time\n", size_table(names, epochs, found),
+        "\n## Table 1: size and time\n", size_table(names, epochs, found, scale),
         "\n## Perplexities\n", perplexity_table(names, epochs, found, scale),
         "\nThe test perplexity is that of the model with the best validation perplexity. biLSTM "
         "has seen the word that it predicts: its perplexity is not a language model's. biLM's is "
         "exp of the mean of the losses that it was trained for, of the three under it.",
     ]
     text += [
-        f"\n{title(name)}: {describe_departures(epochs[name], report[name])}"
+        f"\n{title(name, scale)}: {describe_departures(epochs[name], report[name])}"
         for name in names if name in epochs and name in report
     ]
     text.append("\n## Figures\n")
@@ -180,7 +186,7 @@ def write_results(out, scale, names):
             runs |= curves(n, epochs[n], field) if n in epochs else {}
         if not runs:
             continue
-        heading = f"{TITLES[corpus]}, {about_them}: {describe(field)}"
+        heading = f"{corpus_title(corpus, scale)}, {about_them}: {describe(field)}"
         longest = max(map(len, runs.values()))  # of 500 epochs a few would be a dot
         grey = {EXPERIMENTS[n].label: report[n][: 2 * longest] for n in shown if n in report}
         figure = draw(runs, [field], title=heading, reference=grey)

@@ -253,6 +253,11 @@ def test_bilms_validation_loss_is_drawn_apart_for_what_it_predicts():
     }
 
 
+def test_the_sample_is_not_called_by_the_name_of_what_it_stands_for():
+    assert results.title("ptb-lstm", "tiny") == "Sample as Penn Treebank, LSTM"
+    assert results.title("wt2-lstm", "small") == "WikiText-2, LSTM"
+
+
 def test_a_curve_that_departs_from_the_reports_says_so():
     report = [{"valid_ppl": ppl} for ppl in (300.0, 200.0, 150.0, 140.0)]
     near = [{"valid_ppl": ppl} for ppl in (329.0, 181.0, 150.0)]
