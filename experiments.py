@@ -26,6 +26,7 @@ class Experiment(NamedTuple):
     valid: float | None = None
     test: float | None = None
     base: str | None = None
+    epochs: int | None = None  # the report's, where they are not those of the corpus
     like: str | None = None  # the report's model whose time an epoch of this one is estimated by
 
 
@@ -48,7 +49,7 @@ EXPERIMENTS = {
         35_052_500, 76, 700.43, 667.26),
     "ptb-bilstm": Experiment(
         "biLSTM (has seen its answer)", "--model biLSTM --dropouti 0.4 --dropouth 0.25",
-        18_611_600, 58, 1.21),
+        18_611_600, 58, 1.21, epochs=12),
     "wt2-lstm": Experiment("LSTM", "--dropouth 0.2", 33_556_078, 91, 68.85, 65.67),
     "wt2-lstm-finetune": Experiment(
         "LSTM, fine-tuned", "", 33_556_078, 98, 67.41, 64.45, base="wt2-lstm"),
@@ -77,6 +78,14 @@ EXPERIMENTS = {
         "LSTM with attention", "--attention single --dropouti 0.4 --dropouth 0.25",
         like="ptb-lstm"),
 }
+
+
+def epochs_of(name, scale):
+    """For how many epochs an experiment trains, or fine-tunes at most."""
+    experiment, size = EXPERIMENTS[name], SCALES[scale]
+    if scale == "full" and experiment.epochs:
+        return experiment.epochs
+    return (size.finetune if experiment.base else size.epochs)[corpus_of(name)]
 
 
 def corpus_of(name):

@@ -137,9 +137,10 @@ def draw(
     unit_of = {"loss": " (nats a token)"}
     axes.set_ylabel(", ".join(names) + (unit_of.get(*kinds, "") if len(kinds) == 1 else ""))
     axes.set_title(literal(title))
+    longest = max(len(line.get_label()) for line in axes.lines)
+    columns = min(len(axes.lines), 2 if len(fields) > 1 else 4, max(1, 112 // (longest + 6)))
     figure.legend(
-        loc="outside lower center", ncols=min(len(axes.lines), 2 if len(fields) > 1 else 4),
-        frameon=False, fontsize="small",
+        loc="outside lower center", ncols=columns, frameon=False, fontsize="small",
     )
     return figure
 

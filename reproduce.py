@@ -27,11 +27,11 @@ from pathlib import Path
 import torch
 
 from data import InputError
-from experiments import CORPORA, EXPERIMENTS, SCALES, corpus_of
+from experiments import CORPORA, EXPERIMENTS, SCALES, corpus_of, epochs_of
 from files import exclusive, write_atomically
 from flags import Parser, device, run
 from resume import read_state
-from results import DONE, LOG, MODEL, write_results
+from results import DONE, LOG, MODEL, read_results, write_results
 from utils import load
 
 SCALE = "runs/scale"  # in --out: what its runs are of
@@ -55,11 +55,13 @@ def chains(names):
 def command(name, scale, save):
     """The command line of an experiment, as a list that begins with main.py or finetune.py."""
     experiment, size, corpus = EXPERIMENTS[name], SCALES[scale], corpus_of(name)
+    epochs = str(epochs_of(name, scale))
     if experiment.base:
-        return ["finetune.py", "--epochs", str(size.finetune[corpus]), "--save", save]
+        seed = CORPORA[corpus].split()[-2:]  # all else is as the base was trained
+        return ["finetune.py", "--epochs", epochs, *seed, "--save", save]
     words = f"{CORPORA[corpus]} {experiment.flags} {size.flags}".split()
     flags = dict(zip(words[::2], words[1::2]))  # of one that is there twice, the last counts
-    flags |= {"--epochs": str(size.epochs[corpus]), "--save": save}
+    flags |= {"--epochs": epochs, "--save": save}
     return ["main.py", *(word for flag in flags.items() for word in flag)]
 
 
@@ -67,8 +69,7 @@ def hours(name, scale):
     """The estimated time of an experiment, in hours on the scale's machine."""
     experiment, size, corpus = EXPERIMENTS[name], SCALES[scale], corpus_of(name)
     share = EXPERIMENTS[experiment.like or name].seconds / EXPERIMENTS[f"{corpus}-lstm"].seconds
-    epochs = (size.finetune if experiment.base else size.epochs)[corpus]
-    return epochs * size.seconds[corpus] * share / 3600
+    return epochs_of(name, scale) * size.seconds[corpus] * share / 3600
 
 
 def list_experiments(names, scale, out):
@@ -240,6 +241,8 @@ def check(out, scale, names):
         found = (out / SCALE).read_text(encoding="utf-8", errors="replace").strip()
     if found is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out {out}: holds something else; name another folder, or a new one")
+    if found not in (None, *SCALES):
+        raise InputError(f"{out / SCALE}: names no scale; write {', '.join(SCALES)} into it")
     if found not in (None, scale):
         raise InputError(f"--out {out}: holds runs at --scale {found}; name another folder")
     for name in names:
@@ -291,6 +294,7 @@ def main(argv=None):
         list_experiments(args.only, args.scale, args.out)
         return 0
     check(args.out, args.scale, args.only)
+    read_results(args.out, EXPERIMENTS)  # what is damaged is said before anything runs
     try:
         (args.out / "runs").mkdir(parents=True, exist_ok=True)
         write_atomically(args.out / SCALE, f"{args.scale}\n".encode())

@@ -40,15 +40,23 @@ def read_results(out, names):
         lines = folder / f"{MODEL}{FINETUNE_RECORDS if EXPERIMENTS[name].base else RECORDS}"
         if lines.exists() and lines.stat().st_size:
             epochs[name] = read_run(lines)
-        if name in epochs and (folder / DONE).exists():
+        if (folder / DONE).exists():
             try:
-                found[name] = json.loads((folder / DONE).read_bytes())
-                for key in ("parameters", "test_ppl", "command", "parts"):
-                    found[name][key]
-            except (ValueError, KeyError, TypeError):
+                it = json.loads((folder / DONE).read_bytes())
+                found[name] = {
+                    "parameters": int(it["parameters"]), "test_ppl": float(it["test_ppl"]),
+                    "command": list(map(str, it["command"])),
+                    "parts": {part: float(ppl) for part, ppl in it["parts"].items()},
+                }
+            except (ValueError, KeyError, TypeError, AttributeError):
                 raise InputError(
                     f"{folder / DONE}: is damaged; remove it, and the run is tested again"
                 ) from None
+            parts = {f"{part}_ppl" for part in found[name]["parts"]}
+            if name not in epochs or not parts <= set(epochs[name][0]):
+                raise InputError(
+                    f"{lines}: is gone, or of another run; remove {folder}, and it is run again"
+                )
     return epochs, found
 
 
@@ -64,7 +72,7 @@ def describe_departures(ours, report):
     epoch, mine, theirs = departs[0]
     return (
         f"**more than {DEPARTS:.0%} off the report's curve** at {len(departs)} of {len(pairs)} "
-        f"epochs, first at epoch {epoch}: {mine:.2f} against {theirs:.2f}."
+        f"epochs, first at epoch {epoch}: {shown(mine)} against {theirs:.2f}."
     )
 
 
@@ -87,11 +95,16 @@ def cell(value, form):
     return "not reported" if value is None else format(value, form)
 
 
-def ratio(ours, theirs, full):
+def shown(ppl):
+    """A perplexity of the JSON lines, which have none where it is infinite."""
+    return "infinite" if math.isnan(ppl) else f"{ppl:.2f}"
+
+
+def ratio(ours, theirs, full, done=True):
     """Ours divided by the report's, where they can be compared."""
     if theirs is None:
         return "-"
-    return f"{ours / theirs:.3f}" if full else "another scale"
+    return "another scale" if not full else f"{ours / theirs:.3f}" if done else "not finished"
 
 
 def size_table(names, epochs, found, scale):
@@ -120,17 +133,18 @@ def perplexity_table(names, epochs, found, scale):
             values = curve(epochs[name], "valid_ppl")
             best = min(values, key=lambda ppl: math.inf if math.isnan(ppl) else ppl)
             at = values.index(best)
-            cells[0] = f"{best:.2f} (epoch {at + 1} of {len(values)})"
-            cells[2] = ratio(best, experiment.valid, full)
+            so_far = "" if name in found else " so far"
+            cells[0] = f"{shown(best)} (epoch {at + 1} of {len(values)}{so_far})"
+            cells[2] = ratio(best, experiment.valid, full, name in found)
         test = ["not run yet", cell(experiment.test, ".2f"), "-"]
         if name in found:
             test[0] = f"{found[name]['test_ppl']:.2f}"
             test[2] = ratio(found[name]["test_ppl"], experiment.test, full)
         rows.append([title(name, scale), *cells, *test])
         for part, ppl in parts.items():
-            valid = epochs[name][at][f"{part}_ppl"]
+            valid = shown(curve(epochs[name], f"{part}_ppl")[at])
             rows.append(
-                [f"{title(name, scale)}: {part}", f"{valid:.2f}", "-", "-", f"{ppl:.2f}", "-", "-"]
+                [f"{title(name, scale)}: {part}", valid, "-", "-", f"{ppl:.2f}", "-", "-"]
             )
     return table(
         ["run", "best validation", "the report's", "ratio", "test", "the report's", "ratio"], rows
@@ -156,9 +170,10 @@ def write_results(out, scale, names):
     epochs, found = read_results(out, names)
     report = read_report() if scale == "full" else {}
     about = SCALES[scale]
+    only = "" if len(names) == len(EXPERIMENTS) else f" --only {','.join(names)}"
     text = [
         '# "Regularizing and Optimizing RNN Language Models", run again\n',
-        f"Scale `{scale}`: {about.about}. Made by `python reproduce.py --scale {scale}`.",
+        f"Scale `{scale}`: {about.about}. Made by `python reproduce.py --scale {scale}{only}`.",
     ]
     if scale != "full":
         text.append(
@@ -168,6 +183,7 @@ def write_results(out, scale, names):
         )
     text += [
         "\n## Table 1: size and time\n", size_table(names, epochs, found, scale),
+        "\nAn epoch's seconds include its validation, and depend on what ran beside it.",
         "\n## Perplexities\n", perplexity_table(names, epochs, found, scale),
         "\nThe test perplexity is that of the model with the best validation perplexity. biLSTM "
         "has seen the word that it predicts: its perplexity is not a language model's. biLM's is "
@@ -184,15 +200,18 @@ def write_results(out, scale, names):
         runs = {}
         for n in shown:
             runs |= curves(n, epochs[n], field) if n in epochs else {}
-        if not runs:
+        if not any(math.isfinite(v) for run in runs.values() for v in curve(run, field)):
             continue
         heading = f"{corpus_title(corpus, scale)}, {about_them}: {describe(field)}"
         longest = max(map(len, runs.values()))  # of 500 epochs a few would be a dot
         grey = {EXPERIMENTS[n].label: report[n][: 2 * longest] for n in shown if n in report}
-        figure = draw(runs, [field], title=heading, reference=grey)
+        # Its logs have no mean over an epoch.
+        note = "\n(the report's: of each epoch's last logged batches)"
+        above = note if grey and field == "train_loss" else ""
+        figure = draw(runs, [field], title=heading + above, reference=grey)
         for kind in ("png", "svg"):
             save(figure, out / f"figure-{number}.{kind}")
         text.append(f"![Figure {number}: {heading}](figure-{number}.png)\n")
-    text.append("\n## Commands\n")
+    text.append("\n## Commands\n\nfinetune.py works on a copy of its base's model.\n")
     text += [f"* `{shlex.join(found[name]['command'])}`" for name in names if name in found]
     write_atomically(out / "README.md", ("\n".join(text) + "\n").encode())

@@ -52,6 +52,8 @@ def test_at_full_scale_a_command_is_the_published_one(name):
     if report:
         expected |= {"lr": 30, "bias_lr": 1, "decoder_bias": "zeros"}
         expected |= dict(zip(("dropouti", "dropouth"), DROPOUTS[name]))
+    if name == "ptb-bilstm":
+        expected["epochs"] = 12  # the report stopped it there
     if "gru" in name and report:  # keeps its divergence
         expected["on_divergence"] = "continue"
     assert {key: getattr(args, key) for key in expected} == expected
@@ -198,7 +200,13 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(begin, tmp_path):
     # A damaged record of an end is named; without it the run is only tested again.
     again = "--only", "ptb-gru-3", "--out", "out"
     before = done.read_bytes()
-    for damaged in (b"{", b"{}", b"\377"):
+    whole = json.loads(before)
+    for damaged in (
+        b"{", b"{}", b"\377", *(
+            json.dumps({**whole, key: wrong}).encode()
+            for key, wrong in (("test_ppl", "x"), ("parameters", None), ("parts", []))
+        )
+    ):
         done.write_bytes(damaged)
         _, err = begin(*again, epochs=1).communicate(timeout=240)
         assert "out/runs/ptb-gru-3/done.json: is damaged; remove it" in err
@@ -221,7 +229,7 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch):
         (["--out", "small"], "--out small: holds runs at --scale small; name another folder"),
         (["--out", "."], "--out .: holds something else; name another folder, or a new one"),
         (["--out", "README.md"], "--out README.md: holds something else; name another folder"),
-        (["--out", "damaged"], "--out damaged: holds runs at --scale \ufffd\ufffd; name another"),
+        (["--out", "damaged"], "damaged/runs/scale: names no scale; write full, small, tiny into"),
         (["--out", "/proc/x"], "--out /proc/x: cannot be written ("),
         (["--only", ""], "--only : there are ptb-lstm, "),
         (["--devices", "cpu", "gpu"], "--devices: must be cpu, cuda, cuda:N or mps, not 'gpu'"),
@@ -239,6 +247,39 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch):
 
 
 # ------------------------------------------------------------ results
+
+
+def test_fine_tuning_has_the_seed_of_its_base():
+    for corpus, seed in (("ptb", "141"), ("wt2", "1882")):
+        argv = reproduce.command(f"{corpus}-lstm-finetune", "full", "PTB.pt")
+        assert argv == ["finetune.py", "--epochs", argv[2], "--seed", seed, "--save", "PTB.pt"]
+
+
+def test_runs_without_a_finite_loss_have_a_table_and_no_figure(tmp_path):
+    folder = tmp_path / "runs" / "ptb-gru-3"
+    folder.mkdir(parents=True)
+    epoch = {"epoch": 1, "seconds": 9.0, "valid_ppl": None, "valid_loss": None, "train_loss": None}
+    (folder / "model.pt.jsonl").write_text(json.dumps(epoch) + "\n")
+    results.write_results(tmp_path, "small", ["ptb-gru-3"])
+    text = (tmp_path / "README.md").read_text()
+    assert "infinite (epoch 1 of 1 so far)" in text
+    assert "![" not in text
+    assert "Made by `python reproduce.py --scale small --only ptb-gru-3`." in text
+
+
+def test_what_is_of_another_run_is_named_before_anything_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce.Runner, "run", lambda self: pytest.fail("it ran"))
+    folder = tmp_path / "out" / "runs" / "ptb-lstm"
+    folder.mkdir(parents=True)
+    (folder.parent / "scale").write_text("tiny\n")
+    found = {"command": ["python"], "parameters": 1, "test_ppl": 2.0, "parts": {}}
+    for parts in ({}, {"forward": 2.0}):
+        (folder / "done.json").write_text(json.dumps({**found, "parts": parts}))
+        status, _, err = invoke(
+            reproduce.main, "--only", "wt2-lstm", "--out", tmp_path / "out")
+        assert (status, err.count("\n")) == (2, 1)
+        assert f"model.pt.jsonl: is gone, or of another run; remove {folder}" in err
+        (folder / "model.pt.jsonl").write_text('{"epoch": 1, "seconds": 1, "valid_ppl": 3}\n')
 
 
 def test_bilms_validation_loss_is_drawn_apart_for_what_it_predicts():
@@ -264,7 +305,7 @@ def test_a_curve_that_departs_from_the_reports_says_so():
     assert results.describe_departures(near, report) == (
         "within 10% of the report's curve at all of 3 epochs."
     )
-    for value, shown in ((166.0, "166.00"), (134.0, "134.00"), (None, "nan")):
+    for value, shown in ((166.0, "166.00"), (134.0, "134.00"), (None, "infinite")):
         found = results.describe_departures([*near[:2], {"valid_ppl": value}], report)
         assert found.startswith("**more than 10% off the report's curve** at 1 of 3 epochs")
         assert f"first at epoch 3: {shown} against 150.00" in found
@@ -272,13 +313,13 @@ def test_a_curve_that_departs_from_the_reports_says_so():
 
 @pytest.mark.parametrize(
     ("ppls", "shown"),
-    [([None, 9.0, 8.0], "8.00 (epoch 3 of 3)"), ([7.0, None], "7.00 (epoch 1 of 2)"),
-     ([None], "nan (epoch 1 of 1)")],
+    [([None, 9.0, 8.0], "8.00 (epoch 3 of 3"), ([7.0, None], "7.00 (epoch 1 of 2"),
+     ([None], "infinite (epoch 1 of 1")],
 )
 def test_an_epoch_with_an_infinite_perplexity_is_not_the_best(ppls, shown):
     epochs = {"ptb-gru-3": [{"valid_ppl": ppl} for ppl in ppls]}
     text = results.perplexity_table(["ptb-gru-3"], epochs, {}, "full")
-    assert f"| Penn Treebank, GRU, 3 layers, rate 30 | {shown} | 695.88 |" in text
+    assert f", GRU, 3 layers, rate 30 | {shown} so far) | 695.88 | not finished |" in text
 
 
 @pytest.mark.parametrize("scale", ["full", "small"])
