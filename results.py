@@ -196,15 +196,15 @@ def write_results(out, scale, names):
     text.append("\n## Figures\n")
     figures = [(*pair, field) for pair in PAIRS for field in ("train_loss", "valid_loss")]
     for number, (corpus, about_them, kinds, field) in enumerate(figures, 1):
-        shown = [f"{corpus}-{kind}" for kind in kinds]
+        members = [f"{corpus}-{kind}" for kind in kinds]
         runs = {}
-        for n in shown:
+        for n in members:
             runs |= curves(n, epochs[n], field) if n in epochs else {}
         if not any(math.isfinite(v) for run in runs.values() for v in curve(run, field)):
             continue
         heading = f"{corpus_title(corpus, scale)}, {about_them}: {describe(field)}"
         longest = max(map(len, runs.values()))  # of 500 epochs a few would be a dot
-        grey = {EXPERIMENTS[n].label: report[n][: 2 * longest] for n in shown if n in report}
+        grey = {EXPERIMENTS[n].label: report[n][: 2 * longest] for n in members if n in report}
         # Its logs have no mean over an epoch.
         note = "\n(the report's: of each epoch's last logged batches)"
         above = note if grey and field == "train_loss" else ""
