@@ -172,6 +172,8 @@ def save(figure, path):
 def named(text):
     """An argparse type: NAME=PATH, or a path that is its own name."""
     name, equals, path = text.partition("=")
+    if equals and not path:
+        raise argparse.ArgumentTypeError(f"{text}: names no run; write NAME=RUN")
     exists = any(Path(f"{text}{suffix}").exists() for suffix in ("", RECORDS))
     whole = exists or not (name and equals)
     return (Path(text).name, text) if whole else (name, path)

@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -158,7 +158,7 @@ class Runner:
             self.children.add(child)
             if self.stopped:
                 child.terminate()
-            status = child.wait()
+            status = self.wait(name, child, log.tell())
             self.children.discard(child)
         if self.stopped:
             return
@@ -183,6 +183,22 @@ class Runner:
                   flush=True)
             write_results(self.out, self.scale, self.names)
 
+    def wait(self, name, child, position):
+        """The exit status of a run. Its warnings, as of a full disk, are said here meanwhile.
+
+        position: where in its log, in bytes, this run begins.
+        """
+        with open(self.folder(name) / LOG, encoding="utf-8", errors="replace") as log:
+            log.seek(position)
+            while True:
+                with suppress(subprocess.TimeoutExpired):
+                    child.wait(1)
+                for line in log:
+                    if line.startswith("Warning:"):
+                        print(f"{name}: {line.rstrip()}", file=sys.stderr, flush=True)
+                if child.returncode is not None:
+                    return child.returncode
+
     def threads(self):
         """Runs side by side on a CPU share its cores."""
         beside = sum(where.type == "cpu" for where in self.devices)
@@ -192,15 +208,23 @@ class Runner:
         """The command that begins the experiment, or goes on with it. Makes its folder."""
         folder, base = self.folder(name), EXPERIMENTS[name].base
         save = str(folder / MODEL)
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise InputError(f"{folder}: is no folder; remove it") from None
         begin = command(name, self.scale, save)
         await_end(save)
         state = read_state(save)
         if state and state["command"] == begin[0]:
             return [begin[0], "--resume", save]
         if base:
-            load(self.folder(base) / MODEL)  # a damaged one is named
-            write_atomically(save, (self.folder(base) / MODEL).read_bytes())
+            trained = self.folder(base) / MODEL
+            if not trained.exists():
+                raise InputError(
+                    f"{trained}: is gone; remove {self.folder(base)}, and {base} is trained again"
+                )
+            load(trained)  # a damaged one is named
+            write_atomically(save, trained.read_bytes())
         return begin
 
 

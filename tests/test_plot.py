@@ -90,6 +90,7 @@ def test_against_time_with_a_style_for_each_field(tmp_path, monkeypatch):
     ("argv", "message"),
     [
         (["absent.pt"], "absent.pt.jsonl: cannot be read (No such file or directory)"),
+        (["LSTM="], "argument [NAME=]RUN: LSTM=: names no run; write NAME=RUN"),
         (["a.jsonl", "x/a.jsonl"], "two runs have the same name; give them others, as NAME=RUN"),
         (["a.jsonl", "--field", "cloze_ppl"], "--field cloze_ppl: no run has it; they have"),
         (["a.jsonl", "--out", "a.pt"], "argument --out: a.pt: must end in .png or .svg"),

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ import main
 import reproduce
 import results
 from conftest import ROOT, invoke
+from data import InputError
 from experiments import EXPERIMENTS, PAIRS, SCALES
 from kill_loop import lines
 
@@ -215,6 +217,38 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(begin, tmp_path):
     done.unlink()
     process = begin(*again, epochs=1)
     assert (process.wait(240), done.read_bytes()) == (0, before)
+
+
+def test_what_a_run_warns_of_is_said_at_once(tmp_path, capsys):
+    runner = reproduce.Runner(tmp_path, "tiny", [], [])
+    runner.folder("ptb-lstm").mkdir(parents=True)
+    with open(runner.folder("ptb-lstm") / "log.txt", "w") as log:
+        print("Warning: of a run before", file=log, flush=True)
+        position = log.tell()
+        child = subprocess.Popen(
+            [sys.executable, "-uc", "print('epoch 1'); print('Warning: full'); input(); exit(2)"],
+            stdin=subprocess.PIPE, stdout=log, stderr=log,
+        )
+        ended = []
+        waiting = Thread(target=lambda: ended.append(runner.wait("ptb-lstm", child, position)))
+        waiting.start()
+        said = ""
+        while not said and waiting.is_alive():
+            time.sleep(0.1)
+            said = capsys.readouterr().err
+        child.communicate(b"\n")
+        waiting.join()
+    assert (said, ended) == ("ptb-lstm: Warning: full\n", [2])
+    assert capsys.readouterr().err == ""
+
+
+def test_a_base_that_is_gone_or_no_folder_is_named(tmp_path):
+    runner = reproduce.Runner(tmp_path, "tiny", [], [])
+    with pytest.raises(InputError, match=r"ptb-lstm/model.pt: is gone; remove .*, and ptb-lstm is"):
+        runner.next_command("ptb-lstm-finetune")
+    (tmp_path / "runs" / "ptb-gru-3").write_text("mine")
+    with pytest.raises(InputError, match=r"runs/ptb-gru-3: is no folder; remove it"):
+        runner.next_command("ptb-gru-3")
 
 
 def test_bad_input_is_one_line(tmp_path, monkeypatch):
