@@ -68,7 +68,7 @@ def describe_departures(ours, report):
         if not abs(mine / theirs - 1) <= DEPARTS
     ]
     if not departs:
-        return f"within {DEPARTS:.0%} of the report's curve at all of {len(pairs)} epochs."
+        return f"within {DEPARTS:.0%} of the report's curve at {len(pairs)} of {len(pairs)} epochs."
     epoch, mine, theirs = departs[0]
     return (
         f"**more than {DEPARTS:.0%} off the report's curve** at {len(departs)} of {len(pairs)} "
@@ -100,6 +100,11 @@ def shown(ppl):
     return "infinite" if math.isnan(ppl) else f"{ppl:.2f}"
 
 
+def missing(name, epochs):
+    """What stands for a number that a run has at its end."""
+    return "not finished" if name in epochs else "not run yet"
+
+
 def ratio(ours, theirs, full, done=True):
     """Ours divided by the report's, where they can be compared."""
     if theirs is None:
@@ -112,9 +117,10 @@ def size_table(names, epochs, found, scale):
     rows = []
     for name in names:
         experiment = EXPERIMENTS[name]
-        row = [title(name, scale), "not run yet", "not run yet"]
+        row = [title(name, scale), *[missing(name, epochs)] * 2]
         if name in found:
             row[1] = f"{found[name]['parameters']:,}"
+        if name in epochs:
             row[2] = f"{statistics.median(curve(epochs[name], 'seconds')):.1f}"
         rows.append([*row, cell(experiment.parameters, ",d"), cell(experiment.seconds, "d")])
     return table(
@@ -136,7 +142,7 @@ def perplexity_table(names, epochs, found, scale):
             so_far = "" if name in found else " so far"
             cells[0] = f"{shown(best)} (epoch {at + 1} of {len(values)}{so_far})"
             cells[2] = ratio(best, experiment.valid, full, name in found)
-        test = ["not run yet", cell(experiment.test, ".2f"), "-"]
+        test = [missing(name, epochs), cell(experiment.test, ".2f"), "-"]
         if name in found:
             test[0] = f"{found[name]['test_ppl']:.2f}"
             test[2] = ratio(found[name]["test_ppl"], experiment.test, full)
@@ -202,6 +208,8 @@ def write_results(out, scale, names):
             runs |= curves(n, epochs[n], field) if n in epochs else {}
         if not any(math.isfinite(v) for run in runs.values() for v in curve(run, field)):
             continue
+        if about_them == "ours" and not any(n in epochs for n in members[1:]):
+            continue  # figures 1 and 2 again
         heading = f"{corpus_title(corpus, scale)}, {about_them}: {describe(field)}"
         longest = max(map(len, runs.values()))  # of 500 epochs a few would be a dot
         grey = {EXPERIMENTS[n].label: report[n][: 2 * longest] for n in members if n in report}
