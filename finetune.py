@@ -25,6 +25,9 @@ INHERITED = (
     "data", "lr", "bias_lr", "clip", "batch_size", "bptt", "dropout", "dropouth", "dropouti",
     "dropoute", "wdrop", "alpha", "beta", "wdecay", "nonmono", "objective",
 )
+NOT_FOR_SGD = ("lr", "bias_lr", "wdecay")  # of a model that was trained otherwise
+# The rate and the regularizers as they are given, to the end.
+PLAIN = {"when": [], "schedule": "constant", "regularization_ramp": None}
 
 
 def finetune(corpus, args, origin, preemption, path=None, state=None):
@@ -32,15 +35,15 @@ def finetune(corpus, args, origin, preemption, path=None, state=None):
 
     With `state`, read from beside `path`, it goes on from there. `origin` is as in Trainer.
     """
-    if args.optimizer == "adam":  # its rates are not for SGD, but one that is given here is
+    if args.optimizer != "sgd":  # its rates are not for SGD, but one that is given here is
         given = {
-            flag: getattr(args, flag) for flag in ("lr", "bias_lr")
+            flag: getattr(args, flag) for flag in NOT_FOR_SGD
             if state and getattr(args, flag) != state["flags"][flag]
         }
-        vars(args).update(optimizer="sgd", lr=None, bias_lr=None)
+        vars(args).update(dict.fromkeys(NOT_FOR_SGD), optimizer="sgd")
         args = complete(args, {})
         vars(args).update(given)
-    args.when = []
+    vars(args).update(PLAIN)
     if state:
         params = new_params(corpus, args)
         trainer = Trainer(params, corpus, args, origin, preemption.check, finetuning=True)
@@ -73,11 +76,11 @@ def parse_args(argv=None):
         checkpoint = read_checkpoint(path)
         trained = checkpoint["flags"]
         inherited = {flag: trained[flag] for flag in INHERITED if flag in trained}
-        if trained.get("optimizer") == "adam":
-            inherited |= {"lr": None, "bias_lr": None}  # not rates for SGD
+        if trained.get("optimizer", "sgd") != "sgd":
+            inherited |= dict.fromkeys(NOT_FOR_SGD)
         inherited |= {"save": path, **take_architecture(given, checkpoint, path)}
     args = complete(given, parser.defaults | inherited)
-    args.optimizer, args.when = "sgd", []
+    vars(args).update(PLAIN, optimizer="sgd")
     return args
 
 

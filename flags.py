@@ -31,10 +31,28 @@ ARCHITECTURE = {
 # layers that join states (biLM's combiner, attention); it is their biases that do. AR and TAR are
 # mean squares, and a GRU's states, which no output gate halves, are larger: see records/gru. GRU
 # with --lr trains as published.
-LSTM = {"lr": 30.0, "bias_lr": 1.0, "decoder_bias": "zeros", "alpha": 2.0, "beta": 1.0}
-GRU = {"lr": 10.0, "bias_lr": 0.02, "decoder_bias": "unigram", "alpha": 0.5, "beta": 0.25}
+LSTM = {
+    "lr": 30.0, "bias_lr": 1.0, "decoder_bias": "zeros", "alpha": 2.0, "beta": 1.0,
+    "wdecay": 1.2e-6,
+}
+GRU = {
+    **LSTM, "lr": 10.0, "bias_lr": 0.02, "decoder_bias": "unigram", "alpha": 0.5, "beta": 0.25,
+}
 JOINED = {**LSTM, "bias_lr": 0.01, "decoder_bias": "unigram"}
 ADAM = {**LSTM, "lr": 1e-3}
+ADAMW = {**LSTM, "lr": 5e-3, "wdecay": 0.02}  # whose decay is not a part of the gradient
+
+# What a recipe sets of the flags that are not given; see records/short for the search behind it.
+# In a short run the regularizers are what costs, in a long one they are what pays: they begin at a
+# share of their strength, and would have all of it after so many epochs.
+WHOLE_AFTER = 64
+RECIPES = {
+    "published": {},
+    "short": {
+        "optimizer": "adamw", "schedule": "onecycle", "decoder_bias": "unigram",
+        "batch_size": 20, "bptt": 35, "regularization_ramp": [0.3, WHOLE_AFTER],
+    },
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -133,8 +151,8 @@ def make_parser(description, inherited=()):
     add("--attention-window", 70, "how many earlier states are attended", type=count, metavar="N")
     add("--objective", "lm", "what biLM is trained for: lm, to predict each word from one side, "
         "cloze, from both sides, or both", choices=OBJECTIVES)
-    add("--lr", None, "learning rate (default: 30 with sgd, 10 for GRU; 0.001 with adam)",
-        type=number(float, 0, 1e30, open_low=True))
+    add("--lr", None, "learning rate (default: 30 with sgd, 10 for GRU; 0.001 with adam; 0.005 "
+        "with adamw)", type=number(float, 0, 1e30, open_low=True))
     add("--bias-lr", None, "learning rate of the biases below the decoder, as a share of --lr "
         "(default: 1; with sgd 0.01 for biLM and with attention, 0.02 for GRU where --lr is not "
         "given)",
@@ -152,7 +170,7 @@ def make_parser(description, inherited=()):
         "for GRU where --lr is not given)", type=coefficient)
     add("--beta", None, "coefficient of temporal activation regularization (TAR) (default: 1; with "
         "sgd 0.25 for GRU where --lr is not given)", type=coefficient)
-    add("--wdecay", 1.2e-6, "weight decay", type=coefficient)
+    add("--wdecay", None, "weight decay (default: 1.2e-06; 0.02 with adamw)", type=coefficient)
     add("--nonmono", 5, "non-monotone interval of the trigger, in epochs", type=number(int, 0))
     add("--seed", 1111, "random seed", type=number(int, 0, 2**32))
     add("--save", None, "path of the best model (default: a name made from the time)",
@@ -191,8 +209,8 @@ def settle_device(args):
 def settle_rates(args):
     """Sets what is None of learning rates, the decoder's bias, and AR's and TAR's strength."""
     rates = LSTM
-    if getattr(args, "optimizer", "sgd") == "adam":
-        rates = ADAM
+    if optimizer := {"adam": ADAM, "adamw": ADAMW}.get(getattr(args, "optimizer", "sgd")):
+        rates = optimizer
     elif args.model == "GRU" and args.lr is None:
         rates = GRU
     elif args.model == "biLM" or args.attention != "none":
@@ -200,6 +218,22 @@ def settle_rates(args):
     for flag, value in rates.items():
         if getattr(args, flag, value) is None:
             setattr(args, flag, value)
+
+
+def recipe(name, epochs):
+    """What --recipe `name` sets, for a run of `epochs`: {flag's name in the namespace: value}."""
+    settings = dict(RECIPES[name])
+    if "regularization_ramp" in settings:  # of which --regularization-ramp wants parts of the run
+        share, whole_after = settings["regularization_ramp"]
+        settings["regularization_ramp"] = [share, round(whole_after / epochs, 4)]
+    return settings
+
+
+def spelled(flag, value):
+    """A flag as it is given in the shell."""
+    name = flag if flag == "batch_size" else flag.replace("_", "-")
+    values = value if isinstance(value, list) else [value]
+    return " ".join([f"--{name}", *(f"{v:g}" if isinstance(v, float) else str(v) for v in values)])
 
 
 def complete(given, defaults):

@@ -15,12 +15,17 @@ import parallel
 from bidirectional import score
 from data import InputError, unigram
 from finetune import finetune
-from flags import complete, make_parser, number, plain, run, take_architecture
+from flags import (
+    RECIPES, coefficient, complete, make_parser, number, plain, recipe, run, spelled,
+    take_architecture,
+)
 from preemption import Preemption
 from resume import check_corpus, inherit, read_state
 from run import (
     alone, copy_model, finish, log_size, new_params, prepare, saved_params, set_aside,
 )
+from schedule import SCHEDULES, UP
+from train import OPTIMIZERS
 from trainer import Trainer
 from utils import RECORDS, log, read_checkpoint
 
@@ -30,7 +35,23 @@ COMMAND = "main.py"
 def parse_args(argv=None):
     """The flags of main.py as a Namespace, complete. Exits with 2, or raises InputError."""
     parser = make_parser(__doc__.splitlines()[0])
-    parser.add("--optimizer", "sgd", "sgd (with NT-ASGD) or adam", choices=["sgd", "adam"])
+    parser.add(
+        "--recipe", "published", "what sets the flags that are not given: published, or short, for "
+        "a run of few --epochs", choices=list(RECIPES),
+    )
+    parser.add(
+        "--optimizer", "sgd", "sgd (with NT-ASGD), adam, or adamw (decoupled weight decay, betas "
+        "0.8 and 0.99)", choices=list(OPTIMIZERS),
+    )
+    parser.add(
+        "--schedule", "constant", "the learning rate over the --epochs: constant, or onecycle, up "
+        f"to --lr over a share of {UP:g}, then down to nothing", choices=SCHEDULES,
+    )
+    parser.add(
+        "--regularization-ramp", None, "all dropouts, weight drop, AR and TAR begin at SHARE of "
+        "their strength and come to the whole after PART of the --epochs (not at all with a PART "
+        "above 1)", nargs=2, type=coefficient, metavar=("SHARE", "PART"),
+    )
     parser.add(
         "--when", [-1], "epochs after which the learning rate is divided by 10", nargs="+", type=int
     )
@@ -44,20 +65,53 @@ def parse_args(argv=None):
         choices=["zeros", "unigram"],
     )
     given = parser.parse_args(argv)
-    defaults = parser.defaults
-    if path := getattr(given, "resume", ""):
-        if state := read_state(path, COMMAND):
-            defaults = inherit(given, state, path, defaults)
-        else:
-            if hasattr(given, "decoder_bias"):
-                raise InputError(f"--decoder-bias: the weights of {path} have one; leave it out")
-            checkpoint = read_checkpoint(path)
-            defaults |= take_architecture(given, checkpoint, path)
-            defaults["objective"] = checkpoint["flags"].get("objective", "lm")
+    path, state = getattr(given, "resume", ""), None
+    if path and (state := read_state(path, COMMAND)):
+        defaults = inherit(given, state, path, parser.defaults)
+    else:
+        defaults = parser.defaults | follow_recipe(given)
+    if path and not state:
+        if hasattr(given, "decoder_bias"):
+            raise InputError(f"--decoder-bias: the weights of {path} have one; leave it out")
+        checkpoint = read_checkpoint(path)
+        defaults |= take_architecture(given, checkpoint, path)
+        defaults |= {
+            "objective": checkpoint["flags"].get("objective", "lm"), "decoder_bias": None,
+        }
     args = complete(given, defaults)
+    check_schedule(args, hasattr(given, "epochs") or state)
     if hasattr(given, "attention_window") and args.attention == "none":
         raise InputError(f"--attention-window {args.attention_window}: for --attention only")
     return args
+
+
+def follow_recipe(given):
+    """What --recipe sets of the flags that are not `given`, as defaults. Raises InputError."""
+    name = getattr(given, "recipe", "published")
+    if RECIPES[name] and not hasattr(given, "epochs"):
+        raise InputError(f"--recipe {name}: is made for a number of --epochs; name it")
+    settings = recipe(name, getattr(given, "epochs", 1))
+    return {flag: value for flag, value in settings.items() if not hasattr(given, flag)}
+
+
+def log_recipe(args):
+    """Logs what --recipe has set: its flags that hold, as they would be given."""
+    settings = recipe(args.recipe, args.epochs)
+    holding = [spelled(flag, v) for flag, v in settings.items() if getattr(args, flag) == v]
+    if holding:
+        log(f"Recipe {args.recipe} for {args.epochs} epochs: {' '.join(holding)}")
+
+
+def check_schedule(args, has_end):
+    """Raises InputError for a schedule or a ramp over a run that has no end, or that is no ramp."""
+    for flag, default in (("schedule", "constant"), ("regularization_ramp", None)):
+        if getattr(args, flag) != default and not has_end:
+            given = spelled(flag, getattr(args, flag))
+            raise InputError(f"{given}: goes over the --epochs of the run; name them")
+    share, part = args.regularization_ramp or (1, 1)
+    if share > 1 or part == 0:
+        given = spelled("regularization_ramp", args.regularization_ramp)
+        raise InputError(f"{given}: SHARE must be a number in [0, 1], and PART one above 0")
 
 
 def main(argv=None):
@@ -81,6 +135,7 @@ def main(argv=None):
             log_size(trainer.params)
             trainer.resume(state, path)
         else:
+            log_recipe(args)
             trainer = start(corpus, args, origin, preemption)
         status = finish(trainer)
         if status or not args.finetune:

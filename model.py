@@ -12,6 +12,7 @@ from locked_dropout import LockedDropout
 from weight_drop import WeightDrop
 
 RNN_TYPES = ("LSTM", "GRU", "biLSTM", "biLM")
+RATES = ("dropout", "dropouth", "dropouti", "dropoute", "wdrop")  # of dropout, see RNNModel
 # What the log and the checkpoint of a model say of its perplexity.
 NOTES = {
     "biLSTM": "biLSTM has read the word that it predicts: its backward direction reads from the "

@@ -26,7 +26,7 @@ KEYS = {
 
 # A flag of these cannot change in the middle of a run: the position in the text, the optimizer's
 # state or the random stream would have no meaning.
-FIXED = ("batch_size", "optimizer", "seed", "decoder_bias", "objective")
+FIXED = ("batch_size", "optimizer", "seed", "decoder_bias", "objective", "recipe")
 # These change nothing in what is computed; `data` is compared by its content.
 FREE = (
     "data", "save", "resume", "epochs", "finetune", "log_interval", "cuda", "device", "tied",
@@ -109,10 +109,10 @@ def inherit(given, state, path, defaults):
     inherited = {**defaults, **inherited}
     for flag in FIXED:
         if flag in inherited and getattr(given, flag, inherited[flag]) != inherited[flag]:
-            name = flag if flag == "batch_size" else flag.replace("_", "-")
             raise InputError(
-                f"--{name} {getattr(given, flag)}: the run in {path}{STATE} has {inherited[flag]}; "
-                f"leave the flag out, or copy {path} elsewhere to start from its weights alone"
+                f"{flags.spelled(flag, getattr(given, flag))}: the run in {path}{STATE} has "
+                f"{inherited[flag]}; leave the flag out, or copy {path} elsewhere to start from "
+                "its weights alone"
             )
     inherited |= {"save": path, "cuda": False, "resume": path}
     try:
@@ -155,7 +155,12 @@ def changes(state, settings, device):
     `settings` are its flags now, as plain data.
     """
     before, after = state["environment"], environment(device)
-    before |= {flag: value for flag, value in state["flags"].items() if flag not in FREE}
+    free = set(FREE)
+    if not state["finetuning"] and (
+        settings.get("schedule", "constant") != "constant" or settings.get("regularization_ramp")
+    ):
+        free.remove("epochs")  # that the rate, or the regularizers, are stretched over
+    before |= {flag: value for flag, value in state["flags"].items() if flag not in free}
     after |= {flag: settings[flag] for flag in before if flag in settings}
     found = [f"{n} {before[n]} -> {after[n]}" for n in after if before.get(n) != after[n]]
     if device.type != "cpu":

@@ -15,12 +15,12 @@ from bidirectional import make_model, score
 from data import SPLITS, Corpus, InputError, unigram_loss
 from files import exclusive, keep, write_atomically
 from flags import plain
-from model import NOTES
+from model import NOTES, RATES
 from preemption import Preempted
 from resume import STATE, how_to_resume, is_finished, read_state
 from splitcross import SplitCrossEntropyLoss, default_splits
 from train import TEST_BATCH_SIZE, loss_columns, perplexity
-from utils import RATES, build, check_writable, log, log_parts, read_checkpoint
+from utils import build, check_writable, log, log_parts, read_checkpoint
 
 
 @contextlib.contextmanager

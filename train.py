@@ -13,6 +13,11 @@ from data import batchify_exact
 from hidden import repackage_hidden
 
 EVAL_BATCH_SIZE, TEST_BATCH_SIZE = 10, 1  # as in the reference
+OPTIMIZERS = {
+    "sgd": (torch.optim.SGD, {}),
+    "adam": (torch.optim.Adam, {}),
+    "adamw": (torch.optim.AdamW, {"betas": (0.8, 0.99)}),
+}
 
 
 def perplexity(loss):
@@ -72,12 +77,13 @@ class Objective(nn.Module):
         return loss + penalty, loss.detach(), hidden
 
 
-def train_step(objective, optimizer, data, targets, hidden, args, **more):
+def train_step(objective, optimizer, data, targets, hidden, args, rate_share=1.0, **more):
     """One step of truncated BPTT on `data` [L, B] and `targets` [L*B].
 
     `objective` is an Objective, or its replica; it gets `more` as well. The learning rate of this
-    step is scaled by L / bptt, so that short windows do not weigh as much as long ones. Returns the
-    loss in nats without AR and TAR, a tensor that stays on its device, and the new hidden state.
+    step is the optimizer's times `rate_share`, what a schedule leaves of it, and times L / bptt, so
+    that short windows do not weigh as much as long ones. Returns the loss in nats without AR and
+    TAR, a tensor that stays on its device, and the new hidden state.
     """
     hidden = repackage_hidden(hidden)
     optimizer.zero_grad()
@@ -88,7 +94,7 @@ def train_step(objective, optimizer, data, targets, hidden, args, **more):
             clip_grad_norm_(parameters, args.clip)
     rates = [group["lr"] for group in optimizer.param_groups]
     for group, rate in zip(optimizer.param_groups, rates):
-        group["lr"] = rate * len(data) / args.bptt
+        group["lr"] = rate * rate_share * len(data) / args.bptt
     optimizer.step()
     for group, rate in zip(optimizer.param_groups, rates):
         group["lr"] = rate
@@ -183,12 +189,15 @@ def nonmonotone(logs, loss, nonmono):
 
 
 def make_optimizer(params, args):
-    """SGD or Adam over the parameters of model and criterion alike.
+    """SGD, Adam or AdamW over the parameters of model and criterion alike.
+
+    AdamW (Loshchilov and Hutter 2017, 1711.05101) with betas of 0.8 and 0.99: in a short run the
+    mean of the gradients must forget sooner than by default, and its squares too.
 
     The last of its two groups is the biases below the decoder (of recurrent layers, attention and
     combiner), whose rate is `args.bias_lr` times `args.lr`.
     """
-    kind = torch.optim.Adam if args.optimizer == "adam" else torch.optim.SGD
+    kind, settings = OPTIMIZERS[args.optimizer]
     below = [(name, p) for name, p in params[0].named_parameters() if name != "decoder.bias"]
     biases = [parameter for name, parameter in below if "bias" in name]
     known = set(biases)
@@ -196,4 +205,4 @@ def make_optimizer(params, args):
     groups = [{"params": others}, {"params": biases, "lr": args.lr * args.bias_lr}]
     # One pass over weights and gradients instead of several; torch has none for `meta`.
     fused = others[0].device.type in ("cpu", "cuda")
-    return kind(groups, lr=args.lr, weight_decay=args.wdecay, fused=fused)
+    return kind(groups, lr=args.lr, weight_decay=args.wdecay, fused=fused, **settings)

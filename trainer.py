@@ -10,6 +10,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 import parallel
+import schedule
 from bidirectional import is_bilm, make_objective, score
 from data import InputError, batchify, get_batch
 from files import Saver, pack
@@ -215,6 +216,11 @@ class Trainer:
     def is_over(self):
         return self.done or self.epoch > self.args.epochs
 
+    def now(self):
+        """What the schedule makes of the flags at this point of the run; see `schedule.at`."""
+        progress = (self.epoch - 1 + self.row / (len(self.source) - 1)) / self.args.epochs
+        return schedule.at(progress, self.args, self.params[0])
+
     def train_epoch(self):
         """What is left of a pass over the text. Raises Diverged, or what `check` raises."""
         args, source, losses = self.args, self.source, self.losses
@@ -236,8 +242,9 @@ class Trainer:
             while self.row < len(source) - 1:
                 seq_len = random_seq_len(args.bptt)
                 data, targets = get_batch(source, self.row, args, seq_len=seq_len)
+                now, share = self.now()
                 loss, self.hidden = train_step(
-                    self.objective, self.optimizer, data, targets, self.hidden, args,
+                    self.objective, self.optimizer, data, targets, self.hidden, now, share,
                     **self.backward_batch(len(data)),
                 )
                 if self.averaged is not None:
@@ -255,7 +262,7 @@ class Trainer:
                     now = time.perf_counter()
                     log(
                         f"| epoch {self.epoch:3d} | {batch:5d}/{len(source) // args.bptt:5d} "
-                        f"batches | lr {self.optimizer.param_groups[0]['lr']:05.5f} "
+                        f"batches | lr {self.optimizer.param_groups[0]['lr'] * share:05.5f} "
                         f"| ms/batch {(now - log_start) * 1000 / (batch - timed):5.2f} "
                         f"| {loss_columns(losses.mean(last=args.log_interval))}"
                     )
@@ -287,24 +294,22 @@ class Trainer:
     def end_epoch(self):
         """Evaluates, saves the model where it is the best, and goes on to the next epoch."""
         args = self.args
-        lr = self.optimizer.param_groups[0]["lr"]
+        lr = self.optimizer.param_groups[0]["lr"] * self.now()[1]
         train_loss, train_seconds = self.losses.mean(), self.seconds()
         evaluated = self.params if self.averaged is None else self.averaged.module
         loss, parts = score(evaluated, self.corpus.valid, args, self.check)
-        rule = "-" * 89
         log(
-            f"{rule}\n| end of epoch {self.epoch:3d} | time: {self.seconds():5.2f}s "
+            f"{'-' * 89}\n| end of epoch {self.epoch:3d} | time: {self.seconds():5.2f}s "
             f"| {loss_columns(loss, 'valid ')}"
         )
         log_parts(parts)
-        log(rule)
+        log("-" * 89)
         if not math.isfinite(loss):
             raise Diverged(f"the validation loss is {loss}")
         keep = [args.save] if loss < self.best else []
         if keep:
             self.best = loss
-            what = "model" if self.averaged is None else "averaged weights"
-            log(f"Saving {what} (new best validation)")
+            log(f"Saving {'averaged weights' if self.averaged else 'model'} (new best validation)")
         if self.epoch in args.when:
             keep.append(f"{args.save}.e{self.epoch}")
             log(f"Saving model to {keep[-1]}; dividing the learning rate by 10")

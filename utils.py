@@ -13,7 +13,7 @@ from bidirectional import make_model
 from data import Dictionary, InputError, batchify, get_batch
 from files import is_out_of_memory, pack, unpack
 from hidden import repackage_hidden
-from model import NOTES
+from model import NOTES, RATES
 from resume import STATE, read_state
 from splitcross import SplitCrossEntropyLoss
 from train import loss_columns
@@ -29,7 +29,6 @@ KEYS = {
     "criterion": dict, "splits": list, "epoch": int, "valid_loss": float | int,
 }
 RECORDS, FINETUNE_RECORDS = ".jsonl", ".finetune.jsonl"  # appended to the checkpoint's path
-RATES = ("dropout", "dropouth", "dropouti", "dropoute", "wdrop")  # RNNModel's dropout rates
 
 
 def log(line):

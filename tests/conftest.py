@@ -145,7 +145,8 @@ def arguments(**changes):
         "alpha": 2.0, "beta": 1.0, "wdecay": 1.2e-6, "nonmono": 5, "log_interval": 10,
         "optimizer": "sgd", "when": [-1], "device": torch.device("cpu"), "save": None, "resume": "",
         "on_divergence": "stop", "checkpoint_minutes": 10.0, "dropout": 0.2,
-        "precision": "fp32", "objective": "lm", **changes,
+        "precision": "fp32", "objective": "lm", "schedule": "constant", "regularization_ramp": None,
+        **changes,
     })
 
 

@@ -16,9 +16,8 @@ from data import batchify, get_batch
 from model import RNNModel
 from splitcross import SplitCrossEntropyLoss
 from train import (
-    activation_regularization, evaluate, loss_columns, make_optimizer, perplexity, random_seq_len,
-    Objective,
-    train_step,
+    OPTIMIZERS, Objective, activation_regularization, evaluate, loss_columns, make_optimizer,
+    perplexity, random_seq_len, train_step,
 )
 
 
@@ -132,7 +131,9 @@ def test_a_step_on_the_meta_device(rnn_type, monkeypatch):
     assert words.device.type == targets.device.type == "meta"
     hidden = params[0].init_hidden(4)
     averaged = AveragedModel(params)
-    for optimizer in (make_optimizer(params, args), torch.optim.Adam(params.parameters())):
+    for kind in OPTIMIZERS:
+        args.optimizer = kind
+        optimizer = make_optimizer(params, args)
         loss, hidden = train_step(Objective(params), optimizer, words, targets, hidden, args)
         averaged.update_parameters(params)
         tensors = [loss, *hidden] if rnn_type == "GRU" else [loss, *(t for h in hidden for t in h)]

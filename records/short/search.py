@@ -1,0 +1,104 @@
+"""The search behind --recipe short: search.py FOLDER NAME ... runs these VARIANTS, two at a time.
+
+Each is main.py on Penn Treebank with the reduced model, on one thread; FOLDER/NAME.log and
+FOLDER/NAME.pt.jsonl are what it leaves. A name may end in xEPOCHS (4 without it) and in @SEED (141
+without it): lr-3e-3x8@142. Run from the top of the checkout, with data/penn there.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+REDUCED = "--data data/penn --emsize 200 --nhid 400 --dropouti 0.4 --dropouth 0.25"
+SHORT = f"{REDUCED} --recipe short"
+PUBLISHED = f"{REDUCED} --batch_size 20"
+VARIANTS = {  # name -> flags
+    "published": PUBLISHED,
+    "published-onecycle": f"{PUBLISHED} --schedule onecycle",
+    "short": SHORT,
+    "bptt-70": f"{SHORT} --bptt 70",
+    "bptt-25": f"{SHORT} --bptt 25",
+    "batch-10": f"{SHORT} --batch_size 10",
+    "batch-40": f"{SHORT} --batch_size 40",
+    "lr-2e-3": f"{SHORT} --lr 2e-3",
+    "lr-3e-3": f"{SHORT} --lr 3e-3",
+    "lr-8e-3": f"{SHORT} --lr 8e-3",
+    "share-0.15": f"{SHORT} --regularization-ramp 0.15 16",
+    "share-0.5": f"{SHORT} --regularization-ramp 0.5 16",
+    "no-ramp": f"{SHORT} --regularization-ramp 1 1",
+    "ramp-to-half": f"{SHORT} --regularization-ramp 0.15 2.43",  # 0.15 + 0.85 / 2.43 = 0.5
+    "ramp-to-whole": f"{SHORT} --regularization-ramp 0.15 1",
+    "decoder-zeros": f"{SHORT} --decoder-bias zeros",
+    "wdecay-0": f"{SHORT} --wdecay 0",
+    "wdecay-0.1": f"{SHORT} --wdecay 0.1",
+    "clip-1": f"{SHORT} --clip 1",
+    "up-0.3": SHORT,
+    "betas-0.9-0.999": SHORT,
+    "window-grows": SHORT,
+    "averaging": SHORT,
+    "constant": f"{SHORT} --schedule constant --lr 2e-3",
+    "constant-averaging": f"{SHORT} --schedule constant --lr 2e-3",
+}
+
+
+def patch(variant):
+    """Changes what no flag does."""
+    import torch
+    from torch.optim.swa_utils import AveragedModel
+
+    import schedule
+    import train
+    import trainer
+
+    if variant == "up-0.3":
+        schedule.UP = 0.3
+    if variant == "betas-0.9-0.999":
+        train.OPTIMIZERS["adamw"] = (torch.optim.AdamW, {"betas": (0.9, 0.999)})
+    train_epoch, now, seq_len = (
+        trainer.Trainer.train_epoch, trainer.Trainer.now, trainer.random_seq_len
+    )
+    if variant.endswith("averaging"):  # the mean of the weights over the last epoch
+
+        def averaged_epoch(self):
+            if self.epoch == self.args.epochs and self.averaged is None:
+                self.averaged = AveragedModel(self.params)
+            train_epoch(self)
+
+        trainer.Trainer.train_epoch = averaged_epoch
+    if variant == "window-grows":  # from half of --bptt to one and a half of it
+
+        def growing(self):
+            progress = (self.epoch - 1 + self.row / (len(self.source) - 1)) / self.args.epochs
+            trainer.random_seq_len = lambda bptt: seq_len(round(bptt * (0.5 + progress)))
+            return now(self)
+
+        trainer.Trainer.now = growing
+
+
+def run(folder, name):
+    """Trains the variant of that name in a process of its own; returns its exit status."""
+    variant, epochs, seed = re.fullmatch(r"(.*?)(?:x(\d+))?(?:@(\d+))?", name).groups()
+    command = [
+        sys.executable, __file__, "--variant", variant, *VARIANTS[variant].split(),
+        "--epochs", epochs or "4", "--seed", seed or "141", "--save", str(folder / f"{name}.pt"),
+    ]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "."}
+    with open(folder / f"{name}.log", "w") as log:
+        return subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=env).returncode
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--variant":
+        import flags
+        import main
+
+        patch(sys.argv[2])
+        flags.run(lambda: main.main(sys.argv[3:]))
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(2) as pool:
+        for name, status in zip(sys.argv[2:], pool.map(lambda n: run(folder, n), sys.argv[2:])):
+            print(name, "exit", status, flush=True)

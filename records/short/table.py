@@ -1,0 +1,16 @@
+"""Prints the validation perplexities of runs, epoch by epoch: table.py RUN.jsonl ..."""
+
+import json
+import sys
+from pathlib import Path
+
+runs = {
+    Path(path).stem: [json.loads(line) for line in Path(path).read_text().splitlines()]
+    for path in sys.argv[1:]
+}
+longest = max(map(len, runs.values()))
+print("| run |", " | ".join(str(epoch + 1) for epoch in range(longest)), "| last train loss |")
+print("|---|" + "---|" * (longest + 1))
+for name, epochs in sorted(runs.items(), key=lambda item: item[1][-1]["valid_ppl"]):
+    values = [f"{epoch['valid_ppl']:.2f}" for epoch in epochs] + [""] * (longest - len(epochs))
+    print(f"| {name} |", " | ".join(values), f"| {epochs[-1]['train_loss']:.3f} |")
