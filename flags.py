@@ -49,8 +49,8 @@ WHOLE_AFTER = 64
 RECIPES = {
     "published": {},
     "short": {
-        "optimizer": "adamw", "schedule": "onecycle", "decoder_bias": "unigram",
-        "batch_size": 20, "bptt": 35, "regularization_ramp": [0.3, WHOLE_AFTER],
+        "optimizer": "adamw", "lr": 8e-3, "schedule": "onecycle", "decoder_bias": "unigram",
+        "batch_size": 20, "regularization_ramp": [0.3, WHOLE_AFTER],
     },
 }
 

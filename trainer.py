@@ -259,14 +259,14 @@ class Trainer:
                     bar.set_postfix(ppl=f"{perplexity(recent):.2f}", refresh=False)
                     bar.update(len(data) * args.batch_size)
                 if logging:
-                    now = time.perf_counter()
+                    clock = time.perf_counter()
                     log(
                         f"| epoch {self.epoch:3d} | {batch:5d}/{len(source) // args.bptt:5d} "
                         f"batches | lr {self.optimizer.param_groups[0]['lr'] * share:05.5f} "
-                        f"| ms/batch {(now - log_start) * 1000 / (batch - timed):5.2f} "
+                        f"| ms/batch {(clock - log_start) * 1000 / (batch - timed):5.2f} "
                         f"| {loss_columns(losses.mean(last=args.log_interval))}"
                     )
-                    timed, log_start = batch, now
+                    timed, log_start = batch, clock
                 self.check()
                 if self.is_due(60 * args.checkpoint_minutes):
                     self.save_state()

@@ -240,7 +240,7 @@ def test_the_published_recipe_is_the_default_and_sets_nothing():
 def test_what_the_short_recipe_sets_and_that_a_given_flag_wins():
     args = main.parse_args(["--recipe", "short", "--epochs", "8"])
     assert (args.optimizer, args.schedule) == ("adamw", "onecycle")
-    assert (args.lr, args.wdecay, args.batch_size, args.bptt) == (5e-3, 0.02, 20, 35)
+    assert (args.lr, args.wdecay, args.batch_size, args.bptt) == (5e-3, 0.02, 20, 70)
     share, whole_after = flags.RECIPES["short"]["regularization_ramp"]
     assert args.regularization_ramp == [share, pytest.approx(whole_after / 8, abs=1e-4)]
     assert (args.dropout, args.dropouth, args.wdrop) == (0.4, 0.3, 0.5)

@@ -19,11 +19,12 @@ VARIANTS = {  # name -> flags
     "published": PUBLISHED,
     "published-onecycle": f"{PUBLISHED} --schedule onecycle",
     "short": SHORT,
-    "bptt-70": f"{SHORT} --bptt 70",
-    "bptt-25": f"{SHORT} --bptt 25",
+    "bptt-35": f"{SHORT} --bptt 35",
+    "bptt-35-lr-3e-3": f"{SHORT} --bptt 35 --lr 3e-3",
+    "bptt-35-share-0.5": f"{SHORT} --bptt 35 --regularization-ramp 0.5 16",
     "batch-10": f"{SHORT} --batch_size 10",
     "batch-40": f"{SHORT} --batch_size 40",
-    "lr-2e-3": f"{SHORT} --lr 2e-3",
+    "lr-1.2e-2": f"{SHORT} --lr 1.2e-2",
     "lr-3e-3": f"{SHORT} --lr 3e-3",
     "lr-8e-3": f"{SHORT} --lr 8e-3",
     "share-0.15": f"{SHORT} --regularization-ramp 0.15 16",
@@ -41,6 +42,12 @@ VARIANTS = {  # name -> flags
     "averaging": SHORT,
     "constant": f"{SHORT} --schedule constant --lr 2e-3",
     "constant-averaging": f"{SHORT} --schedule constant --lr 2e-3",
+    "gru": f"{SHORT} --model GRU",
+    "gru-published": f"{PUBLISHED} --model GRU",
+    "attention": f"{SHORT} --attention single",
+    "attention-published": f"{PUBLISHED} --attention single",
+    "bilm": f"{SHORT} --model biLM --objective both",
+    "bilm-published": f"{PUBLISHED} --model biLM --objective both",
 }
 
 
