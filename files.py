@@ -79,12 +79,12 @@ def pack(kind, version, contents):
     return file.getbuffer()
 
 
-def unpack(path, kind, version, keys, device="cpu", content=None):
+def unpack(path, kind, version, keys, device="cpu", content=None, oldest=None):
     """The dictionary that `pack` sealed, its tensors on `device`; nothing of it is executed.
 
     `keys` maps what it must hold to types. `content`: its bytes, where they are not to be read
-    from `path`. Raises InputError, naming the file, when it is missing, damaged in any bit, of
-    another kind or version, or lacks a key.
+    from `path`. `oldest`: the oldest version that is read as well. Raises InputError, naming the
+    file, when it is missing, damaged in any bit, of another kind or version, or lacks a key.
     """
     if content is None:
         content = read_bytes(path, kind)
@@ -101,7 +101,7 @@ def unpack(path, kind, version, keys, device="cpu", content=None):
         ) from None
     if not isinstance(contents, dict) or contents.get("format") != f"awd-lstm {kind}":
         raise InputError(f"{path}: is a file of torch's, but no {kind} of main.py")
-    if contents.get("version") != version:
+    if contents.get("version") not in range(oldest or version, version + 1):
         raise InputError(
             f"{path}: has format version {contents.get('version')}, this code reads {version}; "
             "use the version of the code that wrote it"

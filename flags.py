@@ -49,8 +49,8 @@ WHOLE_AFTER = 64
 RECIPES = {
     "published": {},
     "short": {
-        "optimizer": "adamw", "lr": 8e-3, "schedule": "onecycle", "decoder_bias": "unigram",
-        "batch_size": 20, "regularization_ramp": [0.3, WHOLE_AFTER],
+        "optimizer": "adamw", "lr": 8e-3, "wdecay": 0.02, "schedule": "onecycle",
+        "decoder_bias": "unigram", "batch_size": 20, "regularization_ramp": [0.3, WHOLE_AFTER],
     },
 }
 
@@ -225,7 +225,7 @@ def recipe(name, epochs):
     settings = dict(RECIPES[name])
     if "regularization_ramp" in settings:  # of which --regularization-ramp wants parts of the run
         share, whole_after = settings["regularization_ramp"]
-        settings["regularization_ramp"] = [share, round(whole_after / epochs, 4)]
+        settings["regularization_ramp"] = [share, float(f"{whole_after / epochs:.4g}")]
     return settings
 
 
@@ -280,10 +280,9 @@ def take_architecture(given, checkpoint, path):
     flags = {flag: found[key] for flag, key in ARCHITECTURE.items() if key in found}
     for flag, value in flags.items():
         if getattr(given, flag, value) != value:
-            name = flag.replace("_", "-")
             raise InputError(
-                f"--{name} {getattr(given, flag)}: {path} has a model with --{name} {value}; leave "
-                "the flag out"
+                f"{spelled(flag, getattr(given, flag))}: {path} has a model with "
+                f"{spelled(flag, value)}; leave the flag out"
             )
     return flags
 

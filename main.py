@@ -20,7 +20,7 @@ from flags import (
     take_architecture,
 )
 from preemption import Preemption
-from resume import check_corpus, inherit, read_state
+from resume import check_corpus, inherit, making_sense, read_state
 from run import (
     alone, copy_model, finish, log_size, new_params, prepare, saved_params, set_aside,
 )
@@ -65,9 +65,12 @@ def parse_args(argv=None):
         choices=["zeros", "unigram"],
     )
     given = parser.parse_args(argv)
-    path, state = getattr(given, "resume", ""), None
+    path, state, has_end = getattr(given, "resume", ""), None, hasattr(given, "epochs")
     if path and (state := read_state(path, COMMAND)):
         defaults = inherit(given, state, path, parser.defaults)
+        has_end = has_end or defaults["epochs"] != parser.defaults["epochs"]
+        with making_sense(path):
+            defaults |= stretch_recipe(given, defaults)
     else:
         defaults = parser.defaults | follow_recipe(given)
     if path and not state:
@@ -79,7 +82,7 @@ def parse_args(argv=None):
             "objective": checkpoint["flags"].get("objective", "lm"), "decoder_bias": None,
         }
     args = complete(given, defaults)
-    check_schedule(args, hasattr(given, "epochs") or state)
+    check_schedule(given, has_end)
     if hasattr(given, "attention_window") and args.attention == "none":
         raise InputError(f"--attention-window {args.attention_window}: for --attention only")
     return args
@@ -91,7 +94,23 @@ def follow_recipe(given):
     if RECIPES[name] and not hasattr(given, "epochs"):
         raise InputError(f"--recipe {name}: is made for a number of --epochs; name it")
     settings = recipe(name, getattr(given, "epochs", 1))
+    if getattr(given, "optimizer", None) not in (None, settings.get("optimizer")):
+        settings |= {"lr": None, "wdecay": None}  # which are not for any optimizer
     return {flag: value for flag, value in settings.items() if not hasattr(given, flag)}
+
+
+def stretch_recipe(given, inherited):
+    """What the recipe of a run that is resumed sets for the --epochs that are `given`.
+
+    Raises LookupError, TypeError or ValueError for flags, `inherited` from a state, that none are.
+    """
+    OPTIMIZERS[inherited["optimizer"]], SCHEDULES.index(inherited["schedule"])
+    ramp = inherited["regularization_ramp"]
+    if ramp is not None and list(map(type, ramp)) != [float, float]:
+        raise TypeError("regularization_ramp")
+    epochs = getattr(given, "epochs", inherited["epochs"])
+    before, after = (recipe(inherited["recipe"], n) for n in (inherited["epochs"], epochs))
+    return {flag: after[flag] for flag in before if inherited[flag] == before[flag]}
 
 
 def log_recipe(args):
@@ -99,19 +118,22 @@ def log_recipe(args):
     settings = recipe(args.recipe, args.epochs)
     holding = [spelled(flag, v) for flag, v in settings.items() if getattr(args, flag) == v]
     if holding:
-        log(f"Recipe {args.recipe} for {args.epochs} epochs: {' '.join(holding)}")
+        log(f"Recipe {args.recipe} for --epochs {args.epochs}: {' '.join(holding)}")
 
 
-def check_schedule(args, has_end):
+def check_schedule(given, has_end):
     """Raises InputError for a schedule or a ramp over a run that has no end, or that is no ramp."""
-    for flag, default in (("schedule", "constant"), ("regularization_ramp", None)):
-        if getattr(args, flag) != default and not has_end:
-            given = spelled(flag, getattr(args, flag))
-            raise InputError(f"{given}: goes over the --epochs of the run; name them")
-    share, part = args.regularization_ramp or (1, 1)
+    for flag in ("schedule", "regularization_ramp"):
+        value = getattr(given, flag, "constant")
+        if value != "constant" and not has_end:
+            flags = spelled(flag, value)
+            raise InputError(f"{flags}: goes over the --epochs of the run; name them")
+    share, part = ramp = getattr(given, "regularization_ramp", (1, 1))
     if share > 1 or part == 0:
-        given = spelled("regularization_ramp", args.regularization_ramp)
-        raise InputError(f"{given}: SHARE must be a number in [0, 1], and PART one above 0")
+        raise InputError(
+            f"{spelled('regularization_ramp', ramp)}: SHARE must be a number in [0, 1], and PART "
+            "one above 0"
+        )
 
 
 def main(argv=None):

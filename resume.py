@@ -15,7 +15,9 @@ from data import InputError
 from files import is_out_of_memory, unpack
 
 STATE = ".state"  # appended to the checkpoint's path
-KIND, VERSION = "training state", 1
+KIND, VERSION = "training state", 2
+OLDEST = 1  # which knows no schedule; what it has instead:
+ABSENT = {"schedule": "constant", "regularization_ramp": None, "recipe": "published"}
 KEYS = {
     "command": str, "flags": dict, "environment": dict, "architecture": dict, "vocabulary": list,
     "corpus": dict, "finetuning": bool, "epoch": int, "row": int, "seconds": float, "losses": list,
@@ -61,7 +63,7 @@ def read_state(path, command=None):
     file = Path(f"{path}{STATE}")
     if not file.exists():
         return None
-    state = unpack(file, KIND, VERSION, KEYS)
+    state = unpack(file, KIND, VERSION, KEYS, oldest=OLDEST)
     with making_sense(path):
         finished = is_finished(state)
     if command is None or state["command"] == command:
@@ -156,11 +158,12 @@ def changes(state, settings, device):
     """
     before, after = state["environment"], environment(device)
     free = set(FREE)
-    if not state["finetuning"] and (
-        settings.get("schedule", "constant") != "constant" or settings.get("regularization_ramp")
-    ):
+    if state["finetuning"]:
+        free |= set(ABSENT)
+    elif any(settings.get(flag, value) != value for flag, value in ABSENT.items()):
         free.remove("epochs")  # that the rate, or the regularizers, are stretched over
-    before |= {flag: value for flag, value in state["flags"].items() if flag not in free}
+    flags_before = {**ABSENT, **state["flags"]}
+    before |= {flag: value for flag, value in flags_before.items() if flag not in free}
     after |= {flag: settings[flag] for flag in before if flag in settings}
     found = [f"{n} {before[n]} -> {after[n]}" for n in after if before.get(n) != after[n]]
     if device.type != "cpu":

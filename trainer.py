@@ -118,12 +118,14 @@ class Trainer:
             check_groups(state, self.optimizer, args.save)
             self.optimizer.load_state_dict(state["optimizer"])
             others, biases = self.optimizer.param_groups
-            others["weight_decay"] = biases["weight_decay"] = args.wdecay
-            changed = {f for f in ("lr", "bias_lr") if flags[f] != state["flags"][f]}
+            changed = {f for f in ("lr", "bias_lr", "wdecay") if flags[f] != state["flags"][f]}
+            if "wdecay" in changed:
+                others["weight_decay"] = biases["weight_decay"] = args.wdecay
+            share = args.bias_lr if "bias_lr" in changed else biases["lr"] / others["lr"]
             if "lr" in changed:
                 others["lr"] = args.lr
-            if changed:
-                biases["lr"] = others["lr"] * args.bias_lr
+            if changed & {"lr", "bias_lr"}:
+                biases["lr"] = others["lr"] * share
             for name in self.PROGRESS:
                 setattr(self, name, state[name])
             self.logs = [float(loss) for loss in self.logs]
@@ -216,10 +218,9 @@ class Trainer:
     def is_over(self):
         return self.done or self.epoch > self.args.epochs
 
-    def now(self):
-        """What the schedule makes of the flags at this point of the run; see `schedule.at`."""
-        progress = (self.epoch - 1 + self.row / (len(self.source) - 1)) / self.args.epochs
-        return schedule.at(progress, self.args, self.params[0])
+    def progress(self):
+        """The share of the run's epochs that has been read."""
+        return (self.epoch - 1 + self.row / (len(self.source) - 1)) / self.args.epochs
 
     def train_epoch(self):
         """What is left of a pass over the text. Raises Diverged, or what `check` raises."""
@@ -242,7 +243,7 @@ class Trainer:
             while self.row < len(source) - 1:
                 seq_len = random_seq_len(args.bptt)
                 data, targets = get_batch(source, self.row, args, seq_len=seq_len)
-                now, share = self.now()
+                now, share = schedule.at(self.progress(), args, self.params[0])
                 loss, self.hidden = train_step(
                     self.objective, self.optimizer, data, targets, self.hidden, now, share,
                     **self.backward_batch(len(data)),
@@ -294,7 +295,8 @@ class Trainer:
     def end_epoch(self):
         """Evaluates, saves the model where it is the best, and goes on to the next epoch."""
         args = self.args
-        lr = self.optimizer.param_groups[0]["lr"] * self.now()[1]
+        lr = self.optimizer.param_groups[0]["lr"]
+        lr *= schedule.rate_share(args.schedule, self.progress())
         train_loss, train_seconds = self.losses.mean(), self.seconds()
         evaluated = self.params if self.averaged is None else self.averaged.module
         loss, parts = score(evaluated, self.corpus.valid, args, self.check)
@@ -309,7 +311,8 @@ class Trainer:
         keep = [args.save] if loss < self.best else []
         if keep:
             self.best = loss
-            log(f"Saving {'averaged weights' if self.averaged else 'model'} (new best validation)")
+            what = "model" if self.averaged is None else "averaged weights"
+            log(f"Saving {what} (new best validation)")
         if self.epoch in args.when:
             keep.append(f"{args.save}.e{self.epoch}")
             log(f"Saving model to {keep[-1]}; dividing the learning rate by 10")

@@ -40,6 +40,29 @@ def test_the_biases_rate_in_the_fine_tuning_after_adam(more, rates, corpus_dir, 
     assert [group["lr"] for group in groups] == pytest.approx(rates)
 
 
+@pytest.mark.parametrize(
+    ("given", "decay", "rates"),
+    [
+        ([[], []], 1.2e-6, (30, 30)),
+        ([["--wdecay", 0.01], []], 0.01, (30, 30)),
+        ([["--bias-lr", 0.5], ["--lr", 10]], 1.2e-6, (10, 5)),
+    ],
+)
+def test_what_one_resume_changes_stays_changed(
+    given, decay, rates, corpus_dir, small, tmp_path
+):
+    """In the fine-tuning after adamw, whose own rates and decay are not SGD's."""
+    path = tmp_path / "m.pt"
+    flags = [flag for flag in small if flag not in ("--lr", "5")]
+    invoke(main.main, "--data", corpus_dir, *flags, "--epochs", 1, "--optimizer", "adamw",
+           "--finetune", 1, "--nonmono", 50, "--save", path)
+    for epochs, more in enumerate(given, 2):
+        assert invoke(main.main, "--resume", path, "--finetune", epochs, *more)[0] == 0
+    groups = read_state(path)["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [decay] * 2
+    assert [group["lr"] for group in groups] == pytest.approx(rates)
+
+
 def test_fine_tuning_an_older_model_trained_with_adam(trained, tmp_path):
     """Which has no rate for its biases."""
     checkpoint = read_checkpoint(trained)

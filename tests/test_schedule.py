@@ -11,9 +11,10 @@ import schedule
 import trainer
 from conftest import Interrupting, arguments, invoke, make_params, make_trainer
 from data import Corpus
+from files import pack
 from kill_loop import lines
 from preemption import Preempted
-from resume import read_state
+from resume import KIND, VERSION, read_state
 from train import Objective, make_optimizer, train_step
 from weight_drop import WeightDrop
 
@@ -205,6 +206,63 @@ def test_more_epochs_are_another_schedule(corpus_dir, small, tmp_path):
         assert ("no longer bit-identical to a run never interrupted: epochs 1 -> 2" in out) == note
 
 
+def rewrite(path, version=VERSION, **changes):
+    """Changes the flags in the state beside `path`; those that become ... are left out."""
+    state = read_state(path)
+    flags = {k: v for k, v in {**state["flags"], **changes}.items() if v is not ...}
+    contents = {k: v for k, v in state.items() if k not in ("format", "version")}
+    path.with_name(f"{path.name}.state").write_bytes(
+        pack(KIND, version, {**contents, "flags": flags})
+    )
+
+
+def test_a_state_older_than_the_schedule_goes_on(corpus_dir, small, tmp_path):
+    path = tmp_path / "m.pt"
+    assert invoke(main.main, "--data", corpus_dir, *small, "--epochs", 1, "--save", path)[0] == 0
+    rewrite(path, version=1, schedule=..., regularization_ramp=..., recipe=...)
+    status, out, _ = invoke(main.main, "--resume", path, "--epochs", 2)
+    assert status == 0 and "It goes on bit-identical" in out
+    rewrite(path, version=1, schedule=..., regularization_ramp=..., recipe=...)
+    more = ["--schedule", "onecycle", "--regularization-ramp", 0.5, 1]
+    status, out, _ = invoke(main.main, "--resume", path, "--epochs", 3, *more)
+    assert status == 0
+    for change in ("schedule constant -> onecycle", "regularization_ramp None -> [0.5, 1.0]"):
+        assert change in out
+
+
+def test_a_later_version_of_the_state_is_refused(corpus_dir, small, tmp_path):
+    path = tmp_path / "m.pt"
+    assert invoke(main.main, "--data", corpus_dir, *small, "--epochs", 1, "--save", path)[0] == 0
+    rewrite(path, version=VERSION + 1)
+    status, _, err = invoke(main.main, "--resume", path)
+    assert status == 2 and err.count("\n") == 1
+    assert f"{path}.state: has format version {VERSION + 1}, this code reads {VERSION};" in err
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"regularization_ramp": [0.5]}, {"regularization_ramp": "ab"},
+        {"regularization_ramp": ["a", "b"]}, {"schedule": "foo"}, {"optimizer": "foo"},
+        {"recipe": "foo"},
+    ],
+)
+def test_a_state_with_flags_that_are_none_is_refused(changes, corpus_dir, small, tmp_path):
+    path = tmp_path / "m.pt"
+    assert invoke(main.main, "--data", corpus_dir, *small, "--epochs", 1, "--save", path)[0] == 0
+    rewrite(path, **changes)
+    status, _, err = invoke(main.main, "--resume", path, "--epochs", 2)
+    assert status == 2 and err.count("\n") == 1 and "its parts do not fit together" in err
+
+
+def test_a_schedule_given_at_a_resume_wants_an_end(corpus_dir, small, tmp_path):
+    path = tmp_path / "m.pt"
+    assert invoke(main.main, "--data", corpus_dir, *small, "--epochs", 1, "--save", path)[0] == 0
+    rewrite(path, epochs=8000)
+    status, _, err = invoke(main.main, "--resume", path, "--schedule", "onecycle")
+    assert status == 2 and "--schedule onecycle: goes over the --epochs of the run; name" in err
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -240,7 +298,7 @@ def test_the_published_recipe_is_the_default_and_sets_nothing():
 def test_what_the_short_recipe_sets_and_that_a_given_flag_wins():
     args = main.parse_args(["--recipe", "short", "--epochs", "8"])
     assert (args.optimizer, args.schedule) == ("adamw", "onecycle")
-    assert (args.lr, args.wdecay, args.batch_size, args.bptt) == (5e-3, 0.02, 20, 70)
+    assert (args.lr, args.wdecay, args.batch_size, args.bptt) == (8e-3, 0.02, 20, 70)
     share, whole_after = flags.RECIPES["short"]["regularization_ramp"]
     assert args.regularization_ramp == [share, pytest.approx(whole_after / 8, abs=1e-4)]
     assert (args.dropout, args.dropouth, args.wdrop) == (0.4, 0.3, 0.5)
@@ -250,6 +308,10 @@ def test_what_the_short_recipe_sets_and_that_a_given_flag_wins():
     assert (args.lr, args.bptt, args.optimizer, args.decoder_bias) == (1e-3, 50, "adam", "zeros")
     assert args.regularization_ramp == [0, 1] and args.schedule == "onecycle"
     assert args.wdecay == 1.2e-6  # adam's, which came with the given optimizer
+    args = main.parse_args(["--recipe", "short", "--epochs", "8", "--optimizer", "sgd"])
+    assert (args.lr, args.wdecay, args.schedule) == (30, 1.2e-6, "onecycle")
+    args = main.parse_args(["--recipe", "short", "--epochs", "8", "--optimizer", "adamw"])
+    assert (args.lr, args.wdecay) == (8e-3, 0.02)
 
 
 def test_the_log_prints_what_the_recipe_set(corpus_dir, small, tmp_path):
@@ -258,7 +320,7 @@ def test_the_log_prints_what_the_recipe_set(corpus_dir, small, tmp_path):
     out = invoke(main.main, *command, "--recipe", "short", "--schedule", "constant")[1]
     share, whole_after = flags.RECIPES["short"]["regularization_ramp"]
     assert (
-        "\nRecipe short for 2 epochs: --optimizer adamw --decoder-bias unigram "
+        "\nRecipe short for --epochs 2: --optimizer adamw --wdecay 0.02 --decoder-bias unigram "
         f"--regularization-ramp {share:g} {whole_after / 2:g}\n"
     ) in out
     status, out, _ = invoke(main.main, "--resume", path)
@@ -270,8 +332,28 @@ def test_the_log_prints_what_the_recipe_set(corpus_dir, small, tmp_path):
         main.main, "--resume", path, "--save", tmp_path / "n.pt", *command[:-2], "--recipe", "short"
     )
     assert status == 0
-    assert "Recipe short for 2 epochs: --optimizer adamw --schedule onecycle --reg" in out
+    assert "Recipe short for --epochs 2: --optimizer adamw --wdecay 0.02 --schedule one" in out
     assert "Recipe" not in invoke(main.main, *command[:-2], "--save", tmp_path / "o.pt")[1]
+
+
+def test_the_recipe_follows_a_run_that_gets_more_epochs(corpus_dir, small, tmp_path):
+    share, whole_after = flags.RECIPES["short"]["regularization_ramp"]
+    for name, given, expected in (
+        ("recipe", [], [share, whole_after / 4]), ("given", [0.5, 1], [0.5, 1.0])
+    ):
+        path = tmp_path / f"{name}.pt"
+        command = ["--data", corpus_dir, *small, "--recipe", "short", "--epochs", 2]
+        ramp = ["--regularization-ramp", *given] if given else []
+        assert invoke(main.main, *command, *ramp, "--save", path)[0] == 0
+        assert invoke(main.main, "--resume", path, "--epochs", 4)[0] == 0
+        assert read_state(path)["flags"]["regularization_ramp"] == expected
+
+
+@pytest.mark.parametrize("epochs", [1, 3, 1000, 2_000_000])
+def test_the_recipe_of_any_number_of_epochs(epochs):
+    args = main.parse_args(["--recipe", "short", "--epochs", str(epochs)])
+    whole_after = flags.RECIPES["short"]["regularization_ramp"][1]
+    assert args.regularization_ramp[1] * epochs == pytest.approx(whole_after, rel=1e-3)
 
 
 def test_fine_tuning_after_the_short_recipe_is_as_published(corpus_dir, small, tmp_path):

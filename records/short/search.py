@@ -64,9 +64,7 @@ def patch(variant):
         schedule.UP = 0.3
     if variant == "betas-0.9-0.999":
         train.OPTIMIZERS["adamw"] = (torch.optim.AdamW, {"betas": (0.9, 0.999)})
-    train_epoch, now, seq_len = (
-        trainer.Trainer.train_epoch, trainer.Trainer.now, trainer.random_seq_len
-    )
+    train_epoch, seq_len, at = trainer.Trainer.train_epoch, trainer.random_seq_len, schedule.at
     if variant.endswith("averaging"):  # the mean of the weights over the last epoch
 
         def averaged_epoch(self):
@@ -77,12 +75,12 @@ def patch(variant):
         trainer.Trainer.train_epoch = averaged_epoch
     if variant == "window-grows":  # from half of --bptt to one and a half of it
 
-        def growing(self):
-            progress = (self.epoch - 1 + self.row / (len(self.source) - 1)) / self.args.epochs
+        def growing(progress, args, model):
             trainer.random_seq_len = lambda bptt: seq_len(round(bptt * (0.5 + progress)))
-            return now(self)
+            return at(progress, args, model)
 
-        trainer.Trainer.now = growing
+        trainer.random_seq_len = lambda bptt: seq_len(bptt // 2)  # the first
+        schedule.at = growing
 
 
 def run(folder, name):
