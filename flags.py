@@ -45,7 +45,7 @@ ADAMW = {**LSTM, "lr": 5e-3, "wdecay": 0.02}  # whose decay is not a part of the
 # What a recipe sets of the flags that are not given; see records/short for the search behind it.
 # In a short run the regularizers are what costs, in a long one they are what pays: they begin at a
 # share of their strength, and would have all of it after so many epochs.
-WHOLE_AFTER = 64
+WHOLE_AFTER = 32
 RECIPES = {
     "published": {},
     "short": {
