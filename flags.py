@@ -42,18 +42,6 @@ JOINED = {**LSTM, "bias_lr": 0.01, "decoder_bias": "unigram"}
 ADAM = {**LSTM, "lr": 1e-3}
 ADAMW = {**LSTM, "lr": 5e-3, "wdecay": 0.02}  # whose decay is not a part of the gradient
 
-# What a recipe sets of the flags that are not given; see records/short for the search behind it.
-# In a short run the regularizers are what costs, in a long one they are what pays: they begin at a
-# share of their strength, and would have all of it after so many epochs.
-WHOLE_AFTER = 32
-RECIPES = {
-    "published": {},
-    "short": {
-        "optimizer": "adamw", "lr": 8e-3, "wdecay": 0.02, "schedule": "onecycle",
-        "decoder_bias": "unigram", "batch_size": 20, "regularization_ramp": [0.3, WHOLE_AFTER],
-    },
-}
-
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line on stderr. Prefixes (--epoch 500) work."""
@@ -218,15 +206,6 @@ def settle_rates(args):
     for flag, value in rates.items():
         if getattr(args, flag, value) is None:
             setattr(args, flag, value)
-
-
-def recipe(name, epochs):
-    """What --recipe `name` sets, for a run of `epochs`: {flag's name in the namespace: value}."""
-    settings = dict(RECIPES[name])
-    if "regularization_ramp" in settings:  # of which --regularization-ramp wants parts of the run
-        share, whole_after = settings["regularization_ramp"]
-        settings["regularization_ramp"] = [share, float(f"{whole_after / epochs:.4g}")]
-    return settings
 
 
 def spelled(flag, value):

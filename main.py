@@ -12,12 +12,12 @@ from argparse import Namespace
 from pathlib import Path
 
 import parallel
+import recipes
 from bidirectional import score
 from data import InputError, unigram
 from finetune import finetune
 from flags import (
-    RECIPES, coefficient, complete, make_parser, number, plain, recipe, run, spelled,
-    take_architecture,
+    coefficient, complete, make_parser, number, plain, run, spelled, take_architecture,
 )
 from preemption import Preemption
 from resume import check_corpus, inherit, making_sense, read_state
@@ -37,7 +37,7 @@ def parse_args(argv=None):
     parser = make_parser(__doc__.splitlines()[0])
     parser.add(
         "--recipe", "published", "what sets the flags that are not given: published, or short, for "
-        "a run of few --epochs", choices=list(RECIPES),
+        "a run of few --epochs", choices=list(recipes.RECIPES),
     )
     parser.add(
         "--optimizer", "sgd", "sgd (with NT-ASGD), adam, or adamw (decoupled weight decay, betas "
@@ -70,9 +70,9 @@ def parse_args(argv=None):
         defaults = inherit(given, state, path, parser.defaults)
         has_end = has_end or defaults["epochs"] != parser.defaults["epochs"]
         with making_sense(path):
-            defaults |= stretch_recipe(given, defaults)
+            defaults |= recipes.stretch(given, defaults)
     else:
-        defaults = parser.defaults | follow_recipe(given)
+        defaults = parser.defaults | recipes.follow(given)
     if path and not state:
         if hasattr(given, "decoder_bias"):
             raise InputError(f"--decoder-bias: the weights of {path} have one; leave it out")
@@ -86,39 +86,6 @@ def parse_args(argv=None):
     if hasattr(given, "attention_window") and args.attention == "none":
         raise InputError(f"--attention-window {args.attention_window}: for --attention only")
     return args
-
-
-def follow_recipe(given):
-    """What --recipe sets of the flags that are not `given`, as defaults. Raises InputError."""
-    name = getattr(given, "recipe", "published")
-    if RECIPES[name] and not hasattr(given, "epochs"):
-        raise InputError(f"--recipe {name}: is made for a number of --epochs; name it")
-    settings = recipe(name, getattr(given, "epochs", 1))
-    if getattr(given, "optimizer", None) not in (None, settings.get("optimizer")):
-        settings |= {"lr": None, "wdecay": None}  # which are not for any optimizer
-    return {flag: value for flag, value in settings.items() if not hasattr(given, flag)}
-
-
-def stretch_recipe(given, inherited):
-    """What the recipe of a run that is resumed sets for the --epochs that are `given`.
-
-    Raises LookupError, TypeError or ValueError for flags, `inherited` from a state, that none are.
-    """
-    OPTIMIZERS[inherited["optimizer"]], SCHEDULES.index(inherited["schedule"])
-    ramp = inherited["regularization_ramp"]
-    if ramp is not None and list(map(type, ramp)) != [float, float]:
-        raise TypeError("regularization_ramp")
-    epochs = getattr(given, "epochs", inherited["epochs"])
-    before, after = (recipe(inherited["recipe"], n) for n in (inherited["epochs"], epochs))
-    return {flag: after[flag] for flag in before if inherited[flag] == before[flag]}
-
-
-def log_recipe(args):
-    """Logs what --recipe has set: its flags that hold, as they would be given."""
-    settings = recipe(args.recipe, args.epochs)
-    holding = [spelled(flag, v) for flag, v in settings.items() if getattr(args, flag) == v]
-    if holding:
-        log(f"Recipe {args.recipe} for --epochs {args.epochs}: {' '.join(holding)}")
 
 
 def check_schedule(given, has_end):
@@ -157,7 +124,8 @@ def main(argv=None):
             log_size(trainer.params)
             trainer.resume(state, path)
         else:
-            log_recipe(args)
+            if described := recipes.describe(args):
+                log(described)
             trainer = start(corpus, args, origin, preemption)
         status = finish(trainer)
         if status or not args.finetune:

@@ -18,6 +18,7 @@ OPTIMIZERS = {
     "adam": (torch.optim.Adam, {}),
     "adamw": (torch.optim.AdamW, {"betas": (0.8, 0.99)}),
 }
+RATES = ("lr", "bias_lr", "wdecay")  # the flags that an optimizer holds
 
 
 def perplexity(loss):
@@ -206,3 +207,18 @@ def make_optimizer(params, args):
     # One pass over weights and gradients instead of several; torch has none for `meta`.
     fused = others[0].device.type in ("cpu", "cuda")
     return kind(groups, lr=args.lr, weight_decay=args.wdecay, fused=fused, **settings)
+
+
+def change_rates(optimizer, args, changed):
+    """Gives an optimizer of `make_optimizer`'s those RATES of `args` that are `changed`.
+
+    The others stay as they are, which may be another way than in `args`.
+    """
+    others, biases = optimizer.param_groups
+    if "wdecay" in changed:
+        others["weight_decay"] = biases["weight_decay"] = args.wdecay
+    share = args.bias_lr if "bias_lr" in changed else biases["lr"] / others["lr"]
+    if "lr" in changed:
+        others["lr"] = args.lr
+    if changed & {"lr", "bias_lr"}:
+        biases["lr"] = others["lr"] * share

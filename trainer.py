@@ -21,7 +21,8 @@ from resume import (
     how_to_resume, making_sense, read_state, set_generators,
 )
 from train import (
-    Losses, loss_columns, make_optimizer, nonmonotone, perplexity, random_seq_len, train_step,
+    RATES, Losses, change_rates, loss_columns, make_optimizer, nonmonotone, perplexity,
+    random_seq_len, train_step,
 )
 from utils import (
     FINETUNE_RECORDS, RECORDS, describe, log, log_parts, pack_checkpoint, read_checkpoint, warn,
@@ -117,15 +118,7 @@ class Trainer:
                 self.averaged.load_state_dict(state["averaged"])
             check_groups(state, self.optimizer, args.save)
             self.optimizer.load_state_dict(state["optimizer"])
-            others, biases = self.optimizer.param_groups
-            changed = {f for f in ("lr", "bias_lr", "wdecay") if flags[f] != state["flags"][f]}
-            if "wdecay" in changed:
-                others["weight_decay"] = biases["weight_decay"] = args.wdecay
-            share = args.bias_lr if "bias_lr" in changed else biases["lr"] / others["lr"]
-            if "lr" in changed:
-                others["lr"] = args.lr
-            if changed & {"lr", "bias_lr"}:
-                biases["lr"] = others["lr"] * share
+            change_rates(self.optimizer, args, {f for f in RATES if flags[f] != state["flags"][f]})
             for name in self.PROGRESS:
                 setattr(self, name, state[name])
             self.logs = [float(loss) for loss in self.logs]

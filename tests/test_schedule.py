@@ -5,8 +5,8 @@ import pytest
 import torch
 
 import finetune
-import flags
 import main
+import recipes
 import schedule
 import trainer
 from conftest import Interrupting, arguments, invoke, make_params, make_trainer
@@ -287,7 +287,7 @@ def test_what_is_refused(given, message, corpus_dir, small, tmp_path):
 
 
 def test_the_published_recipe_is_the_default_and_sets_nothing():
-    assert flags.RECIPES["published"] == {}
+    assert recipes.RECIPES["published"] == {}
     plain, named = main.parse_args([]), main.parse_args(["--recipe", "published"])
     plain.save = named.save = ""
     assert plain == named
@@ -299,7 +299,7 @@ def test_what_the_short_recipe_sets_and_that_a_given_flag_wins():
     args = main.parse_args(["--recipe", "short", "--epochs", "8"])
     assert (args.optimizer, args.schedule) == ("adamw", "onecycle")
     assert (args.lr, args.wdecay, args.batch_size, args.bptt) == (8e-3, 0.02, 20, 70)
-    share, whole_after = flags.RECIPES["short"]["regularization_ramp"]
+    share, whole_after = recipes.RECIPES["short"]["regularization_ramp"]
     assert args.regularization_ramp == [share, pytest.approx(whole_after / 8, abs=1e-4)]
     assert (args.dropout, args.dropouth, args.wdrop) == (0.4, 0.3, 0.5)
     assert args.decoder_bias == "unigram"
@@ -318,7 +318,7 @@ def test_the_log_prints_what_the_recipe_set(corpus_dir, small, tmp_path):
     path = tmp_path / "m.pt"
     command = ["--data", corpus_dir, *small, "--epochs", 2, "--save", path]
     out = invoke(main.main, *command, "--recipe", "short", "--schedule", "constant")[1]
-    share, whole_after = flags.RECIPES["short"]["regularization_ramp"]
+    share, whole_after = recipes.RECIPES["short"]["regularization_ramp"]
     assert (
         "\nRecipe short for --epochs 2: --optimizer adamw --wdecay 0.02 --decoder-bias unigram "
         f"--regularization-ramp {share:g} {whole_after / 2:g}\n"
@@ -337,7 +337,7 @@ def test_the_log_prints_what_the_recipe_set(corpus_dir, small, tmp_path):
 
 
 def test_the_recipe_follows_a_run_that_gets_more_epochs(corpus_dir, small, tmp_path):
-    share, whole_after = flags.RECIPES["short"]["regularization_ramp"]
+    share, whole_after = recipes.RECIPES["short"]["regularization_ramp"]
     for name, given, expected in (
         ("recipe", [], [share, whole_after / 4]), ("given", [0.5, 1], [0.5, 1.0])
     ):
@@ -352,7 +352,7 @@ def test_the_recipe_follows_a_run_that_gets_more_epochs(corpus_dir, small, tmp_p
 @pytest.mark.parametrize("epochs", [1, 3, 1000, 2_000_000])
 def test_the_recipe_of_any_number_of_epochs(epochs):
     args = main.parse_args(["--recipe", "short", "--epochs", str(epochs)])
-    whole_after = flags.RECIPES["short"]["regularization_ramp"][1]
+    whole_after = recipes.RECIPES["short"]["regularization_ramp"][1]
     assert args.regularization_ramp[1] * epochs == pytest.approx(whole_after, rel=1e-3)
 
 

@@ -1,6 +1,6 @@
 """Draws the short recipe's runs at full size over the published one's curve: figure.py OUT.png.
 
-Run from the top of the checkout: PYTHONPATH=. python records/short/figure.py records/short/curves.png
+Run from the top of the checkout, with PYTHONPATH=. set.
 """
 
 import sys
