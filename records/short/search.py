@@ -14,24 +14,24 @@ from pathlib import Path
 
 REDUCED = "--data data/penn --emsize 200 --nhid 400 --dropouti 0.4 --dropouth 0.25"
 SHORT = f"{REDUCED} --recipe short"
+RAMP_16 = f"{SHORT} --regularization-ramp 0.3 16"  # the recipe, before: whole after 64 epochs
 PUBLISHED = f"{REDUCED} --batch_size 20"
 VARIANTS = {  # name -> flags
     "published": PUBLISHED,
     "published-onecycle": f"{PUBLISHED} --schedule onecycle",
     "short": SHORT,
-    "bptt-35": f"{SHORT} --bptt 35",
-    "bptt-35-lr-3e-3": f"{SHORT} --bptt 35 --lr 3e-3",
-    "bptt-35-share-0.5": f"{SHORT} --bptt 35 --regularization-ramp 0.5 16",
-    "batch-10": f"{SHORT} --batch_size 10",
-    "batch-40": f"{SHORT} --batch_size 40",
-    "lr-1.2e-2": f"{SHORT} --lr 1.2e-2",
-    "lr-3e-3": f"{SHORT} --lr 3e-3",
-    "lr-8e-3": f"{SHORT} --lr 8e-3",
+    "ramp-16": RAMP_16,
+    "ramp-16-lr-5e-3": f"{RAMP_16} --lr 5e-3",
+    "ramp-16-lr-1.2e-2": f"{RAMP_16} --lr 1.2e-2",
+    "ramp-16-lr-5e-3-bptt-35": f"{RAMP_16} --lr 5e-3 --bptt 35",
+    "ramp-16-lr-3e-3-bptt-35": f"{RAMP_16} --lr 3e-3 --bptt 35",
+    "share-0.5-lr-5e-3-bptt-35": f"{SHORT} --regularization-ramp 0.5 16 --lr 5e-3 --bptt 35",
     "share-0.15": f"{SHORT} --regularization-ramp 0.15 16",
-    "share-0.5": f"{SHORT} --regularization-ramp 0.5 16",
     "no-ramp": f"{SHORT} --regularization-ramp 1 1",
     "ramp-to-half": f"{SHORT} --regularization-ramp 0.15 2.43",  # 0.15 + 0.85 / 2.43 = 0.5
     "ramp-to-whole": f"{SHORT} --regularization-ramp 0.15 1",
+    "batch-10": f"{SHORT} --batch_size 10",
+    "batch-40": f"{SHORT} --batch_size 40",
     "decoder-zeros": f"{SHORT} --decoder-bias zeros",
     "wdecay-0": f"{SHORT} --wdecay 0",
     "wdecay-0.1": f"{SHORT} --wdecay 0.1",

@@ -9,8 +9,9 @@ runs = {
     for path in sys.argv[1:]
 }
 longest = max(map(len, runs.values()))
-print("| run |", " | ".join(str(epoch + 1) for epoch in range(longest)), "| last train loss |")
+print("| run |", " | ".join(str(epoch + 1) for epoch in range(longest)), "| gap |")
 print("|---|" + "---|" * (longest + 1))
 for name, epochs in sorted(runs.items(), key=lambda item: item[1][-1]["valid_ppl"]):
     values = [f"{epoch['valid_ppl']:.2f}" for epoch in epochs] + [""] * (longest - len(epochs))
-    print(f"| {name} |", " | ".join(values), f"| {epochs[-1]['train_loss']:.3f} |")
+    gap = epochs[-1]["train_ppl"] / epochs[-1]["valid_ppl"]
+    print(f"| {name} |", " | ".join(values), f"| {gap:.2f} |")
