@@ -192,8 +192,8 @@ def nonmonotone(logs, loss, nonmono):
 def make_optimizer(params, args):
     """SGD, Adam or AdamW over the parameters of model and criterion alike.
 
-    AdamW (Loshchilov and Hutter 2017, 1711.05101) with betas of 0.8 and 0.99: in a short run the
-    mean of the gradients must forget sooner than by default, and its squares too.
+    AdamW (Loshchilov and Hutter 2017, 1711.05101) with betas of 0.8 and 0.99, the short recipe's:
+    the means of the gradients and of their squares forget sooner than by default.
 
     The last of its two groups is the biases below the decoder (of recurrent layers, attention and
     combiner), whose rate is `args.bias_lr` times `args.lr`.

@@ -25,18 +25,19 @@ from utils import read_checkpoint
 
 
 def train_in_parts(
-    folder, corpus_dir, points, finetuning, optimizer, rnn_type="LSTM", attention="none"
+    folder, corpus_dir, points, finetuning, optimizer, rnn_type="LSTM", attention="none", **changes
 ):
     """Trains 4 epochs, ended at each of `points` and resumed by objects made anew.
 
-    Returns (last state, checkpoint, log of losses, calls of `check`, number of parts).
+    `changes` are flags that are another way. Returns (last state, checkpoint, log of losses, calls
+    of `check`, number of parts).
     """
     folder.mkdir()
     corpus = Corpus(corpus_dir)
-    args = arguments(
-        epochs=4, nonmono=1, save=str(folder / "m.pt"), optimizer=optimizer, when=[2],
-        lr=5.0 if optimizer == "sgd" else 1e-3,
-    )
+    args = arguments(**{
+        "epochs": 4, "nonmono": 1, "save": str(folder / "m.pt"), "optimizer": optimizer,
+        "when": [2], "lr": 5.0 if optimizer == "sgd" else 1e-3, **changes,
+    })
     check, parts = Interrupting(*points), 0
     while True:
         seed = 1 if parts == 0 else 1000 + parts  # what a new process draws has no influence

@@ -1,6 +1,5 @@
 """The one-cycle rate, the regularization ramp, AdamW, and the recipes made of them."""
 
-import numpy as np
 import pytest
 import torch
 
@@ -9,12 +8,12 @@ import main
 import recipes
 import schedule
 import trainer
-from conftest import Interrupting, arguments, invoke, make_params, make_trainer
+from conftest import arguments, invoke, make_params, make_trainer
 from data import Corpus
 from files import pack
-from kill_loop import lines
-from preemption import Preempted
+from kill_loop import lines, same
 from resume import KIND, VERSION, read_state
+from test_resume import train_in_parts
 from train import Objective, make_optimizer, train_step
 from weight_drop import WeightDrop
 
@@ -166,32 +165,14 @@ def test_a_run_follows_its_schedule(corpus_dir, tmp_path, monkeypatch):
 
 def test_it_goes_on_at_the_very_place(corpus_dir, tmp_path):
     """At several batches, in another process's place: the same losses and weights."""
-    corpus = Corpus(corpus_dir)
-
-    def train(name, *points):
-        args = arguments(epochs=2, save=str(tmp_path / name), **CYCLE)
-        check, parts = Interrupting(*points), 0
-        while True:
-            torch.manual_seed(1)
-            run = make_trainer(make_params(ntoken=len(corpus.dictionary), rate=0.3), corpus, args,
-                               check)
-            if parts:
-                run.resume(read_state(args.save), args.save)
-            parts += 1
-            try:
-                run.fit()
-            except Preempted:
-                continue
-            return run, parts
-
-    np.random.seed(0)
-    whole, _ = train("whole.pt")
-    np.random.seed(0)
-    resumed, parts = train("parts.pt", 5, 17, 60)
+    ends = [
+        train_in_parts(tmp_path / name, corpus_dir, points, False, epochs=2, **CYCLE)
+        for name, points in (("whole", ()), ("parts", (5, 17, 60)))
+    ]
+    (whole, *_), (resumed, *_, parts) = ends
     assert parts == 4
-    assert resumed.logs == whole.logs
-    for a, b in zip(whole.params.parameters(), resumed.params.parameters()):
-        assert torch.equal(a, b)
+    assert resumed["logs"] == whole["logs"] and len(whole["logs"]) == 2
+    assert same(whole["model"], resumed["model"])
 
 
 def test_more_epochs_are_another_schedule(corpus_dir, small, tmp_path):
