@@ -10,11 +10,11 @@ from train import OPTIMIZERS
 
 # In a short run the regularizers are what costs, in a long one they are what pays: they begin at a
 # share of their strength, and would have all of it after so many epochs.
-WHOLE_AFTER = 32
+WHOLE_AFTER = 12
 RECIPES = {
     "published": {},
     "short": {
-        "optimizer": "adamw", "lr": 8e-3, "wdecay": 0.02, "schedule": "onecycle",
+        "optimizer": "adamw", "lr": 8e-3, "wdecay": 0.1, "schedule": "onecycle",
         "decoder_bias": "unigram", "batch_size": 20, "regularization_ramp": [0.3, WHOLE_AFTER],
     },
 }

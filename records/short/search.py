@@ -35,6 +35,7 @@ VARIANTS = {  # name -> flags
     "decoder-zeros": f"{SHORT} --decoder-bias zeros",
     "wdecay-0": f"{SHORT} --wdecay 0",
     "wdecay-0.1": f"{SHORT} --wdecay 0.1",
+    "wdecay-0.3": f"{SHORT} --wdecay 0.3",
     "clip-1": f"{SHORT} --clip 1",
     "up-0.3": SHORT,
     "betas-0.9-0.999": SHORT,
