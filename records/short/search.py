@@ -14,7 +14,9 @@ from pathlib import Path
 
 REDUCED = "--data data/penn --emsize 200 --nhid 400 --dropouti 0.4 --dropouth 0.25"
 SHORT = f"{REDUCED} --recipe short"
-RAMP_16 = f"{SHORT} --regularization-ramp 0.3 16"  # the recipe, before: whole after 64 epochs
+# The recipe, before: weight decay 0.02, and the regularizers whole after 64 epochs, then 32.
+RAMP_16 = f"{SHORT} --wdecay 0.02 --regularization-ramp 0.3 16"
+RAMP_8 = f"{SHORT} --wdecay 0.02 --regularization-ramp 0.3 8"
 PUBLISHED = f"{REDUCED} --batch_size 20"
 VARIANTS = {  # name -> flags
     "published": PUBLISHED,
@@ -25,17 +27,18 @@ VARIANTS = {  # name -> flags
     "ramp-16-lr-1.2e-2": f"{RAMP_16} --lr 1.2e-2",
     "ramp-16-lr-5e-3-bptt-35": f"{RAMP_16} --lr 5e-3 --bptt 35",
     "ramp-16-lr-3e-3-bptt-35": f"{RAMP_16} --lr 3e-3 --bptt 35",
-    "share-0.5-lr-5e-3-bptt-35": f"{SHORT} --regularization-ramp 0.5 16 --lr 5e-3 --bptt 35",
-    "share-0.15": f"{SHORT} --regularization-ramp 0.15 16",
+    "share-0.5-lr-5e-3-bptt-35":
+        f"{SHORT} --wdecay 0.02 --regularization-ramp 0.5 16 --lr 5e-3 --bptt 35",
+    "ramp-8": RAMP_8,
+    "ramp-8-wdecay-0.1": f"{RAMP_8} --wdecay 0.1",
+    "ramp-8-wdecay-0.3": f"{RAMP_8} --wdecay 0.3",
+    "share-0.15": f"{SHORT} --regularization-ramp 0.15 3",
     "no-ramp": f"{SHORT} --regularization-ramp 1 1",
     "ramp-to-half": f"{SHORT} --regularization-ramp 0.15 2.43",  # 0.15 + 0.85 / 2.43 = 0.5
-    "ramp-to-whole": f"{SHORT} --regularization-ramp 0.15 1",
+    "ramp-to-whole": f"{SHORT} --regularization-ramp 0.3 1",
     "batch-10": f"{SHORT} --batch_size 10",
     "batch-40": f"{SHORT} --batch_size 40",
     "decoder-zeros": f"{SHORT} --decoder-bias zeros",
-    "wdecay-0": f"{SHORT} --wdecay 0",
-    "wdecay-0.1": f"{SHORT} --wdecay 0.1",
-    "wdecay-0.3": f"{SHORT} --wdecay 0.3",
     "clip-1": f"{SHORT} --clip 1",
     "up-0.3": SHORT,
     "betas-0.9-0.999": SHORT,
@@ -43,7 +46,8 @@ VARIANTS = {  # name -> flags
     "averaging": SHORT,
     "constant": f"{SHORT} --schedule constant --lr 2e-3",
     "constant-averaging": f"{SHORT} --schedule constant --lr 2e-3",
-    "gru": f"{SHORT} --model GRU",
+    "gru": f"{SHORT} --model GRU --alpha 2 --beta 1",
+    "gru-quarter-penalties": f"{SHORT} --model GRU --alpha 0.5 --beta 0.25",
     "gru-published": f"{PUBLISHED} --model GRU",
     "attention": f"{SHORT} --attention single",
     "attention-published": f"{PUBLISHED} --attention single",
