@@ -279,7 +279,7 @@ def test_the_published_recipe_is_the_default_and_sets_nothing():
 def test_what_the_short_recipe_sets_and_that_a_given_flag_wins():
     args = main.parse_args(["--recipe", "short", "--epochs", "8"])
     assert (args.optimizer, args.schedule) == ("adamw", "onecycle")
-    assert (args.lr, args.wdecay, args.batch_size, args.bptt) == (8e-3, 0.02, 20, 70)
+    assert (args.lr, args.wdecay, args.batch_size, args.bptt) == (8e-3, 0.1, 20, 70)
     share, whole_after = recipes.RECIPES["short"]["regularization_ramp"]
     assert args.regularization_ramp == [share, pytest.approx(whole_after / 8, abs=1e-4)]
     assert (args.dropout, args.dropouth, args.wdrop) == (0.4, 0.3, 0.5)
@@ -292,7 +292,7 @@ def test_what_the_short_recipe_sets_and_that_a_given_flag_wins():
     args = main.parse_args(["--recipe", "short", "--epochs", "8", "--optimizer", "sgd"])
     assert (args.lr, args.wdecay, args.schedule) == (30, 1.2e-6, "onecycle")
     args = main.parse_args(["--recipe", "short", "--epochs", "8", "--optimizer", "adamw"])
-    assert (args.lr, args.wdecay) == (8e-3, 0.02)
+    assert (args.lr, args.wdecay) == (8e-3, 0.1)
 
 
 def test_the_log_prints_what_the_recipe_set(corpus_dir, small, tmp_path):
@@ -301,7 +301,7 @@ def test_the_log_prints_what_the_recipe_set(corpus_dir, small, tmp_path):
     out = invoke(main.main, *command, "--recipe", "short", "--schedule", "constant")[1]
     share, whole_after = recipes.RECIPES["short"]["regularization_ramp"]
     assert (
-        "\nRecipe short for --epochs 2: --optimizer adamw --wdecay 0.02 --decoder-bias unigram "
+        "\nRecipe short for --epochs 2: --optimizer adamw --wdecay 0.1 --decoder-bias unigram "
         f"--regularization-ramp {share:g} {whole_after / 2:g}\n"
     ) in out
     status, out, _ = invoke(main.main, "--resume", path)
@@ -313,7 +313,7 @@ def test_the_log_prints_what_the_recipe_set(corpus_dir, small, tmp_path):
         main.main, "--resume", path, "--save", tmp_path / "n.pt", *command[:-2], "--recipe", "short"
     )
     assert status == 0
-    assert "Recipe short for --epochs 2: --optimizer adamw --wdecay 0.02 --schedule one" in out
+    assert "Recipe short for --epochs 2: --optimizer adamw --wdecay 0.1 --schedule one" in out
     assert "Recipe" not in invoke(main.main, *command[:-2], "--save", tmp_path / "o.pt")[1]
 
 
