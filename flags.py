@@ -30,14 +30,13 @@ ARCHITECTURE = {
 # What is not given of these. With a rate of 30 GRU diverges, as the report's did, and so do the
 # layers that join states (biLM's combiner, attention); it is their biases that do. AR and TAR are
 # mean squares, and a GRU's states, which no output gate halves, are larger: see records/gru. GRU
-# with --lr trains as published.
+# with SGD and --lr trains as published.
 LSTM = {
     "lr": 30.0, "bias_lr": 1.0, "decoder_bias": "zeros", "alpha": 2.0, "beta": 1.0,
     "wdecay": 1.2e-6,
 }
-GRU = {
-    **LSTM, "lr": 10.0, "bias_lr": 0.02, "decoder_bias": "unigram", "alpha": 0.5, "beta": 0.25,
-}
+GRU_PENALTIES = {"alpha": 0.5, "beta": 0.25}
+GRU = {**LSTM, "lr": 10.0, "bias_lr": 0.02, "decoder_bias": "unigram", **GRU_PENALTIES}
 JOINED = {**LSTM, "bias_lr": 0.01, "decoder_bias": "unigram"}
 ADAM = {**LSTM, "lr": 1e-3}
 ADAMW = {**LSTM, "lr": 5e-3, "wdecay": 0.02}  # whose decay is not a part of the gradient
@@ -154,10 +153,10 @@ def make_parser(description, inherited=()):
     add("--dropouti", 0.65, "dropout of the embedded input", type=rate)
     add("--dropoute", 0.1, "dropout of whole words from the embedding", type=rate)
     add("--wdrop", 0.5, "dropout of the hidden-to-hidden weights", type=rate)
-    add("--alpha", None, "coefficient of activation regularization (AR) (default: 2; with sgd 0.5 "
-        "for GRU where --lr is not given)", type=coefficient)
-    add("--beta", None, "coefficient of temporal activation regularization (TAR) (default: 1; with "
-        "sgd 0.25 for GRU where --lr is not given)", type=coefficient)
+    add("--alpha", None, "coefficient of activation regularization (AR) (default: 2; for GRU 0.5 "
+        "with adamw, and with sgd where --lr is not given)", type=coefficient)
+    add("--beta", None, "coefficient of temporal activation regularization (TAR) (default: 1; for "
+        "GRU 0.25 with adamw, and with sgd where --lr is not given)", type=coefficient)
     add("--wdecay", None, "weight decay (default: 1.2e-06; 0.02 with adamw)", type=coefficient)
     add("--nonmono", 5, "non-monotone interval of the trigger, in epochs", type=number(int, 0))
     add("--seed", 1111, "random seed", type=number(int, 0, 2**32))
@@ -196,12 +195,13 @@ def settle_device(args):
 
 def settle_rates(args):
     """Sets what is None of learning rates, the decoder's bias, and AR's and TAR's strength."""
-    rates = LSTM
-    if optimizer := {"adam": ADAM, "adamw": ADAMW}.get(getattr(args, "optimizer", "sgd")):
-        rates = optimizer
-    elif args.model == "GRU" and args.lr is None:
+    optimizer = getattr(args, "optimizer", "sgd")
+    rates = {"adam": ADAM, "adamw": ADAMW}.get(optimizer, LSTM)
+    if args.model == "GRU" and optimizer == "adamw":
+        rates = {**ADAMW, **GRU_PENALTIES}
+    elif args.model == "GRU" and rates is LSTM and args.lr is None:
         rates = GRU
-    elif args.model == "biLM" or args.attention != "none":
+    elif rates is LSTM and (args.model == "biLM" or args.attention != "none"):
         rates = JOINED
     for flag, value in rates.items():
         if getattr(args, flag, value) is None:

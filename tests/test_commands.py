@@ -190,7 +190,9 @@ def test_published_commands_parse_to_the_published_run():
         ("--model GRU --lr 30", (30, 1, "zeros", 2, 1)),  # as in the report
         ("--model GRU --lr 30 --beta 0", (30, 1, "zeros", 2, 0)),
         ("--model GRU --optimizer adam", (1e-3, 1, "zeros", 2, 1)),
-        ("--model GRU --optimizer adamw", (5e-3, 1, "zeros", 2, 1)),
+        ("--model GRU --optimizer adamw", (5e-3, 1, "zeros", 0.5, 0.25)),
+        ("--model GRU --recipe short --epochs 4", (8e-3, 1, "unigram", 0.5, 0.25)),
+        ("--model GRU --recipe short --epochs 4 --alpha 2", (8e-3, 1, "unigram", 2, 0.25)),
         ("--model biLM --optimizer adamw --lr 1e-3", (1e-3, 1, "zeros", 2, 1)),
         ("--model GRU --bias-lr 0.5 --decoder-bias zeros", (10, 0.5, "zeros", 0.5, 0.25)),
         ("--model GRU --alpha 3", (10, 0.02, "unigram", 3, 0.25)),
