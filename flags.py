@@ -196,13 +196,16 @@ def settle_device(args):
 def settle_rates(args):
     """Sets what is None of learning rates, the decoder's bias, and AR's and TAR's strength."""
     optimizer = getattr(args, "optimizer", "sgd")
-    rates = {"adam": ADAM, "adamw": ADAMW}.get(optimizer, LSTM)
-    if args.model == "GRU" and optimizer == "adamw":
-        rates = {**ADAMW, **GRU_PENALTIES}
-    elif args.model == "GRU" and rates is LSTM and args.lr is None:
+    if optimizer == "adam":
+        rates = ADAM
+    elif optimizer == "adamw":
+        rates = ADAMW | GRU_PENALTIES if args.model == "GRU" else ADAMW
+    elif args.model == "GRU" and args.lr is None:
         rates = GRU
-    elif rates is LSTM and (args.model == "biLM" or args.attention != "none"):
+    elif args.model == "biLM" or args.attention != "none":
         rates = JOINED
+    else:
+        rates = LSTM
     for flag, value in rates.items():
         if getattr(args, flag, value) is None:
             setattr(args, flag, value)

@@ -1,5 +1,7 @@
 """The one-cycle rate, the regularization ramp, AdamW, and the recipes made of them."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -284,6 +286,8 @@ def test_what_the_short_recipe_sets_and_that_a_given_flag_wins():
     assert args.regularization_ramp == [share, pytest.approx(whole_after / 8, abs=1e-4)]
     assert (args.dropout, args.dropouth, args.wdrop) == (0.4, 0.3, 0.5)
     assert args.decoder_bias == "unigram"
+    readme = (Path(main.__file__).parent / "README.md").read_text()
+    assert f"\n    {recipes.describe(args)}\n" in readme  # where the log line is quoted
     given = "--lr 1e-3 --bptt 50 --optimizer adam --decoder-bias zeros --regularization-ramp 0 1"
     args = main.parse_args(["--recipe", "short", "--epochs", "8", *given.split()])
     assert (args.lr, args.bptt, args.optimizer, args.decoder_bias) == (1e-3, 50, "adam", "zeros")
