@@ -12,7 +12,7 @@ import parallel
 from bidirectional import score
 from data import InputError
 from files import keep
-from flags import ARCHITECTURE, complete, make_parser, plain, run, take_architecture
+from flags import ARCHITECTURE, complete, make_parser, plain, run, spelled, take_architecture
 from preemption import Preemption
 from resume import STATE, check_corpus, inherit, is_over, read_state
 from run import alone, copy_model, finish, new_params, prepare, saved_params, set_aside
@@ -35,14 +35,15 @@ def finetune(corpus, args, origin, preemption, path=None, state=None):
 
     With `state`, read from beside `path`, it goes on from there. `origin` is as in Trainer.
     """
-    if args.optimizer != "sgd":  # its rates are not for SGD, but one that is given here is
-        given = {
-            flag: getattr(args, flag) for flag in NOT_FOR_SGD
-            if state and getattr(args, flag) != state["flags"][flag]
-        }
+    converted = args.optimizer != "sgd" and not state
+    if converted:
         vars(args).update(dict.fromkeys(NOT_FOR_SGD), optimizer="sgd")
         args = complete(args, {})
-        vars(args).update(given)
+        # The state of this phase holds the rates that it has: a resumed run compares with them.
+        command, flags = origin
+        rates = {flag: getattr(args, flag) for flag in NOT_FOR_SGD}
+        origin = command, {**flags, **rates}
+    args.optimizer = "sgd"
     vars(args).update(PLAIN)
     if state:
         params = new_params(corpus, args)
@@ -58,6 +59,8 @@ def finetune(corpus, args, origin, preemption, path=None, state=None):
     loss, parts = score(params, corpus.valid, args, preemption.check)
     log(f"| base model | {loss_columns(loss, 'valid ')}")
     log_parts(parts)
+    if converted:
+        log(f"With SGD: {' '.join(spelled(flag, rate) for flag, rate in rates.items())}")
     return finish(
         Trainer(params, corpus, args, origin, preemption.check, finetuning=True, best=loss)
     )

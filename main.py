@@ -16,9 +16,7 @@ import recipes
 from bidirectional import score
 from data import InputError, unigram
 from finetune import finetune
-from flags import (
-    coefficient, complete, make_parser, number, plain, run, spelled, take_architecture,
-)
+from flags import complete, make_parser, number, plain, run, spelled, take_architecture
 from preemption import Preemption
 from resume import check_corpus, inherit, making_sense, read_state
 from run import (
@@ -50,7 +48,7 @@ def parse_args(argv=None):
     parser.add(
         "--regularization-ramp", None, "all dropouts, weight drop, AR and TAR begin at SHARE of "
         "their strength and come to the whole after PART of the --epochs (not at all with a PART "
-        "above 1)", nargs=2, type=coefficient, metavar=("SHARE", "PART"),
+        "above 1)", nargs=2, type=float, metavar=("SHARE", "PART"),
     )
     parser.add(
         "--when", [-1], "epochs after which the learning rate is divided by 10", nargs="+", type=int
@@ -64,6 +62,7 @@ def parse_args(argv=None):
         "--lr is not given)",
         choices=["zeros", "unigram"],
     )
+    parser.defaults["by_recipe"] = []  # no flag, but kept with them; see recipes.follow
     given = parser.parse_args(argv)
     path, state, has_end = getattr(given, "resume", ""), None, hasattr(given, "epochs")
     if path and (state := read_state(path, COMMAND)):
@@ -80,6 +79,7 @@ def parse_args(argv=None):
         defaults |= take_architecture(given, checkpoint, path)
         defaults |= {
             "objective": checkpoint["flags"].get("objective", "lm"), "decoder_bias": None,
+            "by_recipe": [flag for flag in defaults["by_recipe"] if flag != "decoder_bias"],
         }
     args = complete(given, defaults)
     check_schedule(given, has_end)
@@ -96,7 +96,7 @@ def check_schedule(given, has_end):
             flags = spelled(flag, value)
             raise InputError(f"{flags}: goes over the --epochs of the run; name them")
     share, part = ramp = getattr(given, "regularization_ramp", (1, 1))
-    if share > 1 or part == 0:
+    if not (0 <= share <= 1 and 0 < part < 1e30):  # neither where one is NaN
         raise InputError(
             f"{spelled('regularization_ramp', ramp)}: SHARE must be a number in [0, 1], and PART "
             "one above 0"

@@ -30,14 +30,19 @@ def recipe(name, epochs):
 
 
 def follow(given):
-    """What --recipe sets of the flags that are not `given`, as defaults. Raises InputError."""
+    """What --recipe sets of the flags that are not `given`, as defaults. Raises InputError.
+
+    `by_recipe` among them names these flags: a run that is resumed cannot tell otherwise.
+    """
     name = getattr(given, "recipe", "published")
     if RECIPES[name] and not hasattr(given, "epochs"):
         raise InputError(f"--recipe {name}: is made for a number of --epochs; name it")
     settings = recipe(name, getattr(given, "epochs", 1))
     if getattr(given, "optimizer", None) not in (None, settings.get("optimizer")):
-        settings |= {"lr": None, "wdecay": None}  # which are not for any optimizer
-    return {flag: value for flag, value in settings.items() if not hasattr(given, flag)}
+        for flag in ("lr", "wdecay"):  # which are not for any optimizer
+            settings.pop(flag, None)
+    settings = {flag: value for flag, value in settings.items() if not hasattr(given, flag)}
+    return {**settings, "by_recipe": list(settings)}
 
 
 def stretch(given, inherited):
@@ -51,13 +56,13 @@ def stretch(given, inherited):
         raise TypeError("regularization_ramp")
     epochs = getattr(given, "epochs", inherited["epochs"])
     before, after = (recipe(inherited["recipe"], n) for n in (inherited["epochs"], epochs))
-    return {flag: after[flag] for flag in before if inherited[flag] == before[flag]}
+    mine = [flag for flag in inherited["by_recipe"] if not hasattr(given, flag)]
+    stretched = {flag: after[flag] for flag in mine if after[flag] != before[flag]}
+    return {**stretched, "by_recipe": mine}
 
 
 def describe(args):
-    """A log line: what of the recipe holds in a run with the flags `args`; "" if nothing."""
+    """A log line: what the recipe has set in a new run with the flags `args`; "" if nothing."""
     settings = recipe(args.recipe, args.epochs)
-    holding = [spelled(flag, v) for flag, v in settings.items() if getattr(args, flag) == v]
-    if not holding:
-        return ""
-    return f"Recipe {args.recipe} for --epochs {args.epochs}: {' '.join(holding)}"
+    found = [spelled(flag, settings[flag]) for flag in args.by_recipe]
+    return f"Recipe {args.recipe} for --epochs {args.epochs}: {' '.join(found)}" if found else ""

@@ -32,7 +32,7 @@ FIXED = ("batch_size", "optimizer", "seed", "decoder_bias", "objective", "recipe
 # These change nothing in what is computed; `data` is compared by its content.
 FREE = (
     "data", "save", "resume", "epochs", "finetune", "log_interval", "cuda", "device", "tied",
-    "checkpoint_minutes", "on_divergence",
+    "checkpoint_minutes", "on_divergence", "by_recipe",
 )
 
 

@@ -22,7 +22,7 @@ def rate_share(schedule, progress):
 
     onecycle (Smith and Topin 2017, 1708.07120): half a cosine wave from FIRST up to 1 over UP of
     the run, and another from there down to LAST. torch's OneCycleLR with pct_start=UP has the same
-    values, but counts steps, whose number random windows do not tell beforehand.
+    two waves, but counts steps, whose number random windows do not tell beforehand.
     """
     if schedule == "constant":
         return 1.0

@@ -253,6 +253,8 @@ def test_a_schedule_given_at_a_resume_wants_an_end(corpus_dir, small, tmp_path):
         (["--regularization-ramp", "0", "1"], "--regularization-ramp 0 1: goes over the --epochs"),
         (["--regularization-ramp", "1.5", "1", "--epochs", "2"], "1.5 1: SHARE must be a number"),
         (["--regularization-ramp", "0.5", "0", "--epochs", "2"], "PART one above 0"),
+        (["--regularization-ramp", "nan", "1", "--epochs", "2"], "SHARE must be a number in [0,"),
+        (["--regularization-ramp", "0.5", "inf", "--epochs", "2"], "PART one above 0"),
         (["--regularization-ramp", "0.5", "--epochs", "2"], "expected 2 arguments"),
         (["--recipe", "short"], "--recipe short: is made for a number of --epochs; name it"),
         (["--recipe", "long", "--epochs", "2"], "argument --recipe: invalid choice: 'long'"),
@@ -297,6 +299,7 @@ def test_what_the_short_recipe_sets_and_that_a_given_flag_wins():
     assert (args.lr, args.wdecay, args.schedule) == (30, 1.2e-6, "onecycle")
     args = main.parse_args(["--recipe", "short", "--epochs", "8", "--optimizer", "adamw"])
     assert (args.lr, args.wdecay) == (8e-3, 0.1)
+    assert "--optimizer" not in recipes.describe(args)  # as it was given
 
 
 def test_the_log_prints_what_the_recipe_set(corpus_dir, small, tmp_path):
@@ -324,7 +327,9 @@ def test_the_log_prints_what_the_recipe_set(corpus_dir, small, tmp_path):
 def test_the_recipe_follows_a_run_that_gets_more_epochs(corpus_dir, small, tmp_path):
     share, whole_after = recipes.RECIPES["short"]["regularization_ramp"]
     for name, given, expected in (
-        ("recipe", [], [share, whole_after / 4]), ("given", [0.5, 1], [0.5, 1.0])
+        ("recipe", [], [share, whole_after / 4]),
+        ("given", [0.5, 1], [0.5, 1.0]),
+        ("as the recipe's", [share, whole_after / 2], [share, whole_after / 2]),
     ):
         path = tmp_path / f"{name}.pt"
         command = ["--data", corpus_dir, *small, "--recipe", "short", "--epochs", 2]
@@ -366,3 +371,24 @@ def test_fine_tuning_after_the_short_recipe_is_as_published(corpus_dir, small, t
         assert (args.optimizer, args.schedule) == ("sgd", "constant")
         assert args.regularization_ramp is None
     assert len(made) == 2
+
+
+def test_fine_tuning_after_the_short_recipe_is_resumed_with_its_own_rates(
+    corpus_dir, small, tmp_path
+):
+    """A rate that is given then is compared with that of SGD, not with AdamW's."""
+    path = tmp_path / "m.pt"
+    plain = [flag for flag in small if flag not in ("--lr", "5")]
+    command = ["--data", corpus_dir, *plain, "--model", "GRU", "--recipe", "short", "--epochs", 1]
+    status, out, err = invoke(main.main, *command, "--finetune", 1, "--save", path)
+    assert status == 0, err
+    assert "\nWith SGD: --lr 10 --bias-lr 0.02 --wdecay 1.2e-06\n" in out
+    flags = read_state(path)["flags"]
+    assert (flags["lr"], flags["bias_lr"], flags["optimizer"]) == (10, 0.02, "adamw")
+    given = ["--lr", 8e-3, "--bias-lr", 1]  # AdamW's
+    status, out, err = invoke(main.main, "--resume", path, "--finetune", 2, *given)
+    assert status == 0, err
+    assert "lr 10.0 -> 0.008" in out and "bias_lr 0.02 -> 1.0" in out
+    assert {group["lr"] for group in read_state(path)["optimizer"]["param_groups"]} == {8e-3}
+    status, out, _ = invoke(main.main, "--resume", path, "--finetune", 3)
+    assert status == 0 and "It goes on bit-identical" in out

@@ -6,9 +6,11 @@ without it): lr-3e-3x8@142. Run from the top of the checkout, with data/penn the
 """
 
 import os
+import platform
 import re
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -38,6 +40,10 @@ VARIANTS = {  # name -> flags
     "ramp-to-whole": f"{SHORT} --regularization-ramp 0.3 1",
     "batch-10": f"{SHORT} --batch_size 10",
     "batch-40": f"{SHORT} --batch_size 40",
+    "batch-grows": f"{SHORT} --batch_size 10",
+    "lr-1.2e-2": f"{SHORT} --lr 1.2e-2",
+    "wdecay-0": f"{SHORT} --wdecay 0",
+    "wdecay-0.02": f"{SHORT} --wdecay 0.02",
     "decoder-zeros": f"{SHORT} --decoder-bias zeros",
     "clip-1": f"{SHORT} --clip 1",
     "up-0.3": SHORT,
@@ -61,6 +67,7 @@ def patch(variant):
     import torch
     from torch.optim.swa_utils import AveragedModel
 
+    import data
     import schedule
     import train
     import trainer
@@ -78,6 +85,15 @@ def patch(variant):
             train_epoch(self)
 
         trainer.Trainer.train_epoch = averaged_epoch
+    if variant == "batch-grows":  # four times as large in the second half of the run
+
+        def larger_epoch(self):
+            if self.progress() == 0.5:
+                self.args.batch_size *= 4
+                self.source = data.batchify(self.corpus.train, self.args.batch_size)
+            train_epoch(self)
+
+        trainer.Trainer.train_epoch = larger_epoch
     if variant == "window-grows":  # from half of --bptt to one and a half of it
 
         def growing(progress, args, model):
@@ -91,12 +107,14 @@ def patch(variant):
 def run(folder, name):
     """Trains the variant of that name in a process of its own; returns its exit status."""
     variant, epochs, seed = re.fullmatch(r"(.*?)(?:x(\d+))?(?:@(\d+))?", name).groups()
-    command = [
-        sys.executable, __file__, "--variant", variant, *VARIANTS[variant].split(),
-        "--epochs", epochs or "4", "--seed", seed or "141", "--save", str(folder / f"{name}.pt"),
-    ]
+    flags = [*VARIANTS[variant].split(), "--epochs", epochs or "4", "--seed", seed or "141"]
+    command = [sys.executable, __file__, "--variant", variant, *flags]
+    command += ["--save", str(folder / f"{name}.pt")]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "."}
     with open(folder / f"{name}.log", "w") as log:
+        print(f"# main.py {' '.join(flags)} (search.py {name})", file=log)
+        begun = time.strftime("%F %R %Z")
+        print(f"# {begun}, Python {platform.python_version()}", file=log, flush=True)
         return subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=env).returncode
 
 
