@@ -256,6 +256,7 @@ def test_a_schedule_given_at_a_resume_wants_an_end(corpus_dir, small, tmp_path):
         (["--regularization-ramp", "nan", "1", "--epochs", "2"], "SHARE must be a number in [0,"),
         (["--regularization-ramp", "0.5", "inf", "--epochs", "2"], "PART one above 0"),
         (["--regularization-ramp", "0.5", "--epochs", "2"], "expected 2 arguments"),
+        (["--recipe", "short", "--epochs", "2", "--wdecay", "1e3"], "--wdecay 1000: with --lr"),
         (["--recipe", "short"], "--recipe short: is made for a number of --epochs; name it"),
         (["--recipe", "long", "--epochs", "2"], "argument --recipe: invalid choice: 'long'"),
         (["--schedule", "cosine", "--epochs", "2"], "argument --schedule: invalid choice"),
