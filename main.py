@@ -85,8 +85,8 @@ def parse_args(argv=None):
     check_schedule(given, has_end)
     if args.optimizer == "adamw" and args.lr * args.wdecay >= 1:
         raise InputError(
-            f"{spelled('wdecay', args.wdecay)}: with {spelled('lr', args.lr)} a step would take all "
-            "of each weight away, or more; lower one of them"
+            f"{spelled('wdecay', args.wdecay)}: with {spelled('lr', args.lr)} a step would take "
+            "all of a weight away, or more; lower one of them"
         )
     if hasattr(given, "attention_window") and args.attention == "none":
         raise InputError(f"--attention-window {args.attention_window}: for --attention only")
