@@ -55,6 +55,8 @@ def report(name, budgets, values, to_perplexity, target):
 
 if __name__ == "__main__":
     target, budgets = float(sys.argv[1]), sorted(map(int, sys.argv[2:]))
+    if len(budgets) < 3:
+        sys.exit("projection.py: a floor, a scale and a power want three budgets or more")
     losses = [best(budget) for budget in budgets]
     print(", ".join(f"{n}: {math.exp(loss):.2f}" for n, loss in zip(budgets, losses)))
     report("loss", budgets, losses, math.exp, target)
