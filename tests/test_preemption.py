@@ -68,12 +68,12 @@ def test_killed_at_random_moments_and_resumed_it_is_the_same_run(tmp_path, corpu
     ("number", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)]
 )
 def test_the_first_signal_saves_and_says_how_to_resume(number, status, start, slow):
-    number_of = getattr(signal, number)
+    sent = getattr(signal, number)
     process = start(
         "main.py", *slow, until=r"epoch +2 \| +3/",
-        preexec_fn=lambda: signal.signal(number_of, signal.SIG_DFL),  # the tests' may be ignored
+        preexec_fn=lambda: signal.signal(sent, signal.SIG_DFL),  # the tests' may be ignored
     )
-    process.send_signal(number_of)
+    process.send_signal(sent)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (status, "")
     # It is the state after the very batch that was running, not an earlier one.

@@ -322,6 +322,7 @@ def test_the_log_prints_what_the_recipe_set(corpus_dir, small, tmp_path):
     )
     assert status == 0
     assert "Recipe short for --epochs 2: --optimizer adamw --wdecay 0.1 --schedule one" in out
+    assert "--decoder-bias" not in out
     assert "Recipe" not in invoke(main.main, *command[:-2], "--save", tmp_path / "o.pt")[1]
 
 
