@@ -14,7 +14,7 @@ LAST = 26  # epochs of the report's curve
 
 runs = {
     f"short recipe, {epochs} epochs": read_run(HERE / f"full-{epochs}.pt.jsonl")
-    for epochs in (4, 8)
+    for epochs in (2, 4, 8)
 }
 reference = {"LSTM, published recipe": read_report()["ptb-lstm"][:LAST]}
 figure = draw(runs, title="LSTM at full size, Penn Treebank", scale="log", reference=reference)
