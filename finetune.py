@@ -16,7 +16,7 @@ from flags import ARCHITECTURE, complete, make_parser, plain, run, spelled, take
 from preemption import Preemption
 from resume import STATE, check_corpus, inherit, is_over, read_state
 from run import alone, copy_model, finish, new_params, prepare, saved_params, set_aside
-from train import loss_columns
+from train import RATES, loss_columns
 from trainer import Trainer
 from utils import log, log_parts, read_checkpoint
 
@@ -25,7 +25,6 @@ INHERITED = (
     "data", "lr", "bias_lr", "clip", "batch_size", "bptt", "dropout", "dropouth", "dropouti",
     "dropoute", "wdrop", "alpha", "beta", "wdecay", "nonmono", "objective",
 )
-NOT_FOR_SGD = ("lr", "bias_lr", "wdecay")  # of a model that was trained otherwise
 # The rate and the regularizers as they are given, to the end.
 PLAIN = {"when": [], "schedule": "constant", "regularization_ramp": None}
 
@@ -35,14 +34,12 @@ def finetune(corpus, args, origin, preemption, path=None, state=None):
 
     With `state`, read from beside `path`, it goes on from there. `origin` is as in Trainer.
     """
-    converted = args.optimizer != "sgd" and not state
-    if converted:
-        vars(args).update(dict.fromkeys(NOT_FOR_SGD), optimizer="sgd")
+    if args.optimizer != "sgd" and not state:  # whose rates are not for SGD
+        vars(args).update(dict.fromkeys(RATES), optimizer="sgd")
         args = complete(args, {})
         # The state of this phase holds the rates that it has: a resumed run compares with them.
         command, flags = origin
-        rates = {flag: getattr(args, flag) for flag in NOT_FOR_SGD}
-        origin = command, {**flags, **rates}
+        origin = command, {**flags, **{flag: getattr(args, flag) for flag in RATES}}
     args.optimizer = "sgd"
     vars(args).update(PLAIN)
     if state:
@@ -59,8 +56,7 @@ def finetune(corpus, args, origin, preemption, path=None, state=None):
     loss, parts = score(params, corpus.valid, args, preemption.check)
     log(f"| base model | {loss_columns(loss, 'valid ')}")
     log_parts(parts)
-    if converted:
-        log(f"With SGD: {' '.join(spelled(flag, rate) for flag, rate in rates.items())}")
+    log(f"With SGD: {' '.join(spelled(flag, getattr(args, flag)) for flag in RATES)}")
     return finish(
         Trainer(params, corpus, args, origin, preemption.check, finetuning=True, best=loss)
     )
@@ -80,7 +76,7 @@ def parse_args(argv=None):
         trained = checkpoint["flags"]
         inherited = {flag: trained[flag] for flag in INHERITED if flag in trained}
         if trained.get("optimizer", "sgd") != "sgd":
-            inherited |= dict.fromkeys(NOT_FOR_SGD)
+            inherited |= dict.fromkeys(RATES)  # that optimizer's are not for SGD
         inherited |= {"save": path, **take_architecture(given, checkpoint, path)}
     args = complete(given, parser.defaults | inherited)
     vars(args).update(PLAIN, optimizer="sgd")

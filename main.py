@@ -84,9 +84,14 @@ def parse_args(argv=None):
     args = complete(given, defaults)
     check_schedule(given, has_end)
     if args.optimizer == "adamw" and args.lr * args.wdecay >= 1:
+        lr, wdecay = (
+            spelled(flag, getattr(args, flag))
+            + f" (of --recipe {args.recipe})" * (flag in args.by_recipe)
+            for flag in ("lr", "wdecay")
+        )
         raise InputError(
-            f"{spelled('wdecay', args.wdecay)}: with {spelled('lr', args.lr)} a step would take "
-            "all of a weight away, or more; lower one of them"
+            f"{wdecay}: with {lr} a step would take all of a weight away, or more; "
+            "lower one of them"
         )
     if hasattr(given, "attention_window") and args.attention == "none":
         raise InputError(f"--attention-window {args.attention_window}: for --attention only")

@@ -36,7 +36,7 @@ def follow(given):
     """
     name = getattr(given, "recipe", "published")
     if RECIPES[name] and not hasattr(given, "epochs"):
-        raise InputError(f"--recipe {name}: is made for a number of --epochs; name it")
+        raise InputError(f"--recipe {name}: is made for a number of epochs; give --epochs")
     settings = recipe(name, getattr(given, "epochs", 1))
     if getattr(given, "optimizer", None) not in (None, settings.get("optimizer")):
         for flag in ("lr", "wdecay"):  # which are not for any optimizer

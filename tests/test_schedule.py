@@ -256,8 +256,15 @@ def test_a_schedule_given_at_a_resume_wants_an_end(corpus_dir, small, tmp_path):
         (["--regularization-ramp", "nan", "1", "--epochs", "2"], "SHARE must be a number in [0,"),
         (["--regularization-ramp", "0.5", "inf", "--epochs", "2"], "PART one above 0"),
         (["--regularization-ramp", "0.5", "--epochs", "2"], "expected 2 arguments"),
-        (["--recipe", "short", "--epochs", "2", "--wdecay", "1e3"], "--wdecay 1000: with --lr"),
-        (["--recipe", "short"], "--recipe short: is made for a number of --epochs; name it"),
+        (
+            ["--recipe", "short", "--epochs", "2", "--wdecay", "1e3"],
+            "--wdecay 1000: with --lr 5 a step",
+        ),
+        (
+            ["--recipe", "short", "--epochs", "2", "--lr", "30"],
+            "--wdecay 0.1 (of --recipe short): with --lr 30 a step",
+        ),
+        (["--recipe", "short"], "--recipe short: is made for a number of epochs; give --epochs"),
         (["--recipe", "long", "--epochs", "2"], "argument --recipe: invalid choice: 'long'"),
         (["--schedule", "cosine", "--epochs", "2"], "argument --schedule: invalid choice"),
     ],
@@ -367,7 +374,8 @@ def test_fine_tuning_after_the_short_recipe_is_as_published(corpus_dir, small, t
             "--save", path, "--finetune", 1,
         )
         assert status == 0, err
-        assert invoke(finetune.main, "--save", path, "--epochs", 1)[0] == 0
+        status, out, _ = invoke(finetune.main, "--save", path, "--epochs", 1)
+        assert status == 0 and "\nWith SGD: --lr 30 --bias-lr 1 --wdecay 1.2e-06\n" in out
     for args, *found in made:
         assert found == [30.0, 1.2e-6, 0.4]
         assert (args.optimizer, args.schedule) == ("sgd", "constant")

@@ -3,7 +3,7 @@
 Run from the top of the checkout, with PYTHONPATH=. set.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 from plot import draw, read_run, save
@@ -12,10 +12,13 @@ from results import read_report
 HERE = Path(__file__).parent
 LAST = 26  # epochs of the report's curve
 
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("out", metavar="OUT.png")
+args = parser.parse_args()
 runs = {
     f"short recipe, {epochs} epochs": read_run(HERE / f"full-{epochs}.pt.jsonl")
     for epochs in (2, 4, 8)
 }
 reference = {"LSTM, published recipe": read_report()["ptb-lstm"][:LAST]}
 figure = draw(runs, title="LSTM at full size, Penn Treebank", scale="log", reference=reference)
-save(figure, sys.argv[1])
+save(figure, args.out)

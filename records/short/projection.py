@@ -6,9 +6,9 @@ which they come down to PERPLEXITY, and, with four budgets or more, what they wo
 largest without it. A projection, not a measurement: nothing but these curves speaks for it.
 """
 
+import argparse
 import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +18,13 @@ AHEAD = (16, 32, 64, 100)
 POWERS = np.linspace(0.01, 3, 3000)
 
 
+def path_of(budget):
+    return HERE / f"full-{budget}.pt.jsonl"
+
+
 def best(budget):
     """The lowest validation loss, in nats, of the run of so many epochs."""
-    lines = (HERE / f"full-{budget}.pt.jsonl").read_text().splitlines()
+    lines = path_of(budget).read_text().splitlines()
     return min(json.loads(line)["valid_loss"] for line in lines)
 
 
@@ -54,9 +58,16 @@ def report(name, budgets, values, to_perplexity, target):
 
 
 if __name__ == "__main__":
-    target, budgets = float(sys.argv[1]), sorted(map(int, sys.argv[2:]))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("target", type=float, metavar="PERPLEXITY")
+    parser.add_argument("budgets", nargs="+", type=int, metavar="BUDGET", help="in epochs")
+    args = parser.parse_args()
+    target, budgets = args.target, sorted(set(args.budgets))
     if len(budgets) < 3:
-        sys.exit("projection.py: a floor, a scale and a power want three budgets or more")
+        parser.error("BUDGET: a floor, a scale and a power want three or more")
+    for budget in budgets:
+        if not path_of(budget).exists():
+            parser.error(f"BUDGET {budget}: there is no {path_of(budget)}")
     losses = [best(budget) for budget in budgets]
     print(", ".join(f"{n}: {math.exp(loss):.2f}" for n, loss in zip(budgets, losses)))
     report("loss", budgets, losses, math.exp, target)

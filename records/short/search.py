@@ -2,9 +2,11 @@
 
 Each is main.py on Penn Treebank with the reduced model, on one thread; FOLDER/NAME.log and
 FOLDER/NAME.pt.jsonl are what it leaves. A name may end in xEPOCHS (4 without it) and in @SEED (141
-without it): lr-3e-3x8@142. Run from the top of the checkout, with data/penn there.
+without it): lr-1.2e-2x8@142. Run from the top of the checkout, with data/penn there. A name that
+the folder has a log of is refused.
 """
 
+import argparse
 import os
 import platform
 import re
@@ -104,9 +106,14 @@ def patch(variant):
         schedule.at = growing
 
 
+def parts(name):
+    """(variant, epochs or None, seed or None) of a name."""
+    return re.fullmatch(r"(.*?)(?:x(\d+))?(?:@(\d+))?", name).groups()
+
+
 def run(folder, name):
     """Trains the variant of that name in a process of its own; returns its exit status."""
-    variant, epochs, seed = re.fullmatch(r"(.*?)(?:x(\d+))?(?:@(\d+))?", name).groups()
+    variant, epochs, seed = parts(name)
     flags = [*VARIANTS[variant].split(), "--epochs", epochs or "4", "--seed", seed or "141"]
     command = [sys.executable, __file__, "--variant", variant, *flags]
     command += ["--save", str(folder / f"{name}.pt")]
@@ -119,14 +126,26 @@ def run(folder, name):
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--variant":
+    if sys.argv[1:2] == ["--variant"]:
         import flags
         import main
 
         patch(sys.argv[2])
         flags.run(lambda: main.main(sys.argv[3:]))
-    folder = Path(sys.argv[1])
-    folder.mkdir(parents=True, exist_ok=True)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("names", nargs="+", metavar="NAME", help=", ".join(VARIANTS))
+    args = parser.parse_args()
+    for name in args.names:
+        if parts(name)[0] not in VARIANTS:
+            parser.error(f"{name}: no such variant; --help lists them")
+        if (args.folder / f"{name}.log").exists():
+            parser.error(f"{name}: {args.folder} has a log of it; name another folder")
+    args.folder.mkdir(parents=True, exist_ok=True)
+    failed = False
     with ThreadPoolExecutor(2) as pool:
-        for name, status in zip(sys.argv[2:], pool.map(lambda n: run(folder, n), sys.argv[2:])):
+        runs = pool.map(lambda name: run(args.folder, name), args.names)
+        for name, status in zip(args.names, runs):
             print(name, "exit", status, flush=True)
+            failed |= status != 0
+    sys.exit(failed)

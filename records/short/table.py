@@ -1,12 +1,14 @@
 """Prints the validation perplexities of runs, epoch by epoch: table.py RUN.jsonl ..."""
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("files", nargs="+", metavar="RUN.jsonl")
 runs = {
     Path(path).stem: [json.loads(line) for line in Path(path).read_text().splitlines()]
-    for path in sys.argv[1:]
+    for path in parser.parse_args().files
 }
 longest = max(map(len, runs.values()))
 print("| run |", " | ".join(str(epoch + 1) for epoch in range(longest)), "| gap |")
