@@ -8,6 +8,8 @@ model was trained. Stops when the validation loss meets the trigger; see train.n
 codes as main.py's.
 """
 
+from argparse import Namespace
+
 import parallel
 from bidirectional import score
 from data import InputError
@@ -16,6 +18,7 @@ from flags import ARCHITECTURE, complete, make_parser, plain, run, spelled, take
 from preemption import Preemption
 from resume import STATE, check_corpus, inherit, is_over, read_state
 from run import alone, copy_model, finish, new_params, prepare, saved_params, set_aside
+from schedule import strengths
 from train import RATES, loss_columns
 from trainer import Trainer
 from utils import log, log_parts, read_checkpoint
@@ -25,6 +28,8 @@ INHERITED = (
     "data", "lr", "bias_lr", "clip", "batch_size", "bptt", "dropout", "dropouth", "dropouti",
     "dropoute", "wdrop", "alpha", "beta", "wdecay", "nonmono", "objective",
 )
+# Of SGD's default rate, after training with another optimizer; see records/short for AdamW's.
+SHARE_OF_RATE = {"adam": 1.0, "adamw": 0.1}
 # The rate and the regularizers as they are given, to the end.
 PLAIN = {"when": [], "schedule": "constant", "regularization_ramp": None}
 
@@ -34,9 +39,13 @@ def finetune(corpus, args, origin, preemption, path=None, state=None):
 
     With `state`, read from beside `path`, it goes on from there. `origin` is as in Trainer.
     """
+    if args.regularization_ramp:  # they stay at what it came to
+        vars(args).update(strengths(args, 1.0))
     if args.optimizer != "sgd" and not state:  # whose rates are not for SGD
+        share = SHARE_OF_RATE[args.optimizer]
         vars(args).update(dict.fromkeys(RATES), optimizer="sgd")
         args = complete(args, {})
+        args.lr *= share
         # The state of this phase holds the rates that it has: a resumed run compares with them.
         command, flags = origin
         origin = command, {**flags, **{flag: getattr(args, flag) for flag in RATES}}
@@ -75,10 +84,14 @@ def parse_args(argv=None):
         checkpoint = read_checkpoint(path)
         trained = checkpoint["flags"]
         inherited = {flag: trained[flag] for flag in INHERITED if flag in trained}
+        if trained.get("regularization_ramp"):
+            inherited |= strengths(Namespace(**trained), 1.0)
         if trained.get("optimizer", "sgd") != "sgd":
             inherited |= dict.fromkeys(RATES)  # that optimizer's are not for SGD
         inherited |= {"save": path, **take_architecture(given, checkpoint, path)}
     args = complete(given, parser.defaults | inherited)
+    if inherited["lr"] is None and not hasattr(given, "lr"):
+        args.lr *= SHARE_OF_RATE[trained["optimizer"]]
     vars(args).update(PLAIN, optimizer="sgd")
     return args
 

@@ -44,6 +44,12 @@ def ramp(progress, share, part):
     return min(1.0, share + (1 - share) * progress / part)
 
 
+def strengths(args, progress):
+    """{flag: value} of dropouts, weight drop, AR and TAR at `progress`, of `args` with a ramp."""
+    strength = ramp(progress, *args.regularization_ramp)
+    return {name: strength * getattr(args, name) for name in (*RATES, *PENALTIES)}
+
+
 def at(progress, args, model):
     """The flags of a step at `progress`, and its share of the learning rate.
 
@@ -53,8 +59,7 @@ def at(progress, args, model):
     share = rate_share(args.schedule, progress)
     if not args.regularization_ramp:
         return args, share
-    strength = ramp(progress, *args.regularization_ramp)
-    rates = {name: strength * getattr(args, name) for name in (*RATES, *PENALTIES)}
+    rates = strengths(args, progress)
     for name in RATES:
         setattr(model, name, rates[name])
     for module in model.modules():
