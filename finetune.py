@@ -4,8 +4,8 @@
     python finetune.py --resume sample.pt
 
 Takes the flags of main.py. Those that are not given, the architecture among them, are as the
-model was trained. Stops when the validation loss meets the trigger; see train.nonmonotone. Exit
-codes as main.py's.
+model was trained; dropouts, weight drop, AR and TAR as they were at the end of a ramp. Stops when
+the validation loss meets the trigger; see train.nonmonotone. Exit codes as main.py's.
 """
 
 from argparse import Namespace
