@@ -18,7 +18,7 @@ from flags import ARCHITECTURE, complete, make_parser, plain, run, spelled, take
 from preemption import Preemption
 from resume import STATE, check_corpus, inherit, is_over, read_state
 from run import alone, copy_model, finish, new_params, prepare, saved_params, set_aside
-from schedule import strengths
+from schedule import REGULARIZERS, strengths
 from train import RATES, loss_columns
 from trainer import Trainer
 from utils import log, log_parts, read_checkpoint
@@ -28,9 +28,7 @@ INHERITED = (
     "data", "lr", "bias_lr", "clip", "batch_size", "bptt", "dropout", "dropouth", "dropouti",
     "dropoute", "wdrop", "alpha", "beta", "wdecay", "nonmono", "objective",
 )
-# Of SGD's default rate, after training with another optimizer; see records/short for AdamW's.
-SHARE_OF_RATE = {"adam": 1.0, "adamw": 0.1}
-# The rate and the regularizers as they are given, to the end.
+# The rate as it is given, the regularizers as a ramp left them, to the end.
 PLAIN = {"when": [], "schedule": "constant", "regularization_ramp": None}
 
 
@@ -42,10 +40,8 @@ def finetune(corpus, args, origin, preemption, path=None, state=None):
     if args.regularization_ramp:  # they stay at what it came to
         vars(args).update(strengths(args, 1.0))
     if args.optimizer != "sgd" and not state:  # whose rates are not for SGD
-        share = SHARE_OF_RATE[args.optimizer]
         vars(args).update(dict.fromkeys(RATES), optimizer="sgd")
         args = complete(args, {})
-        args.lr *= share
         # The state of this phase holds the rates that it has: a resumed run compares with them.
         command, flags = origin
         origin = command, {**flags, **{flag: getattr(args, flag) for flag in RATES}}
@@ -65,7 +61,8 @@ def finetune(corpus, args, origin, preemption, path=None, state=None):
     loss, parts = score(params, corpus.valid, args, preemption.check)
     log(f"| base model | {loss_columns(loss, 'valid ')}")
     log_parts(parts)
-    log(f"With SGD: {' '.join(spelled(flag, getattr(args, flag)) for flag in RATES)}")
+    settled = (spelled(flag, getattr(args, flag)) for flag in (*RATES, *REGULARIZERS))
+    log(f"With SGD: {' '.join(settled)}")
     return finish(
         Trainer(params, corpus, args, origin, preemption.check, finetuning=True, best=loss)
     )
@@ -90,8 +87,6 @@ def parse_args(argv=None):
             inherited |= dict.fromkeys(RATES)  # that optimizer's are not for SGD
         inherited |= {"save": path, **take_architecture(given, checkpoint, path)}
     args = complete(given, parser.defaults | inherited)
-    if inherited["lr"] is None and not hasattr(given, "lr"):
-        args.lr *= SHARE_OF_RATE[trained["optimizer"]]
     vars(args).update(PLAIN, optimizer="sgd")
     return args
 

@@ -14,7 +14,7 @@ from weight_drop import WeightDrop
 SCHEDULES = ("constant", "onecycle")
 UP = 0.1  # the share of a run over which one cycle's rate rises
 FIRST, LAST = 1 / 25, 1 / 250_000  # one cycle's first and last rate, of its highest
-PENALTIES = ("alpha", "beta")  # of AR and TAR
+REGULARIZERS = (*RATES, "alpha", "beta")  # those two of AR and TAR
 
 
 def rate_share(schedule, progress):
@@ -47,7 +47,7 @@ def ramp(progress, share, part):
 def strengths(args, progress):
     """{flag: value} of dropouts, weight drop, AR and TAR at `progress`, of `args` with a ramp."""
     strength = ramp(progress, *args.regularization_ramp)
-    return {name: strength * getattr(args, name) for name in (*RATES, *PENALTIES)}
+    return {name: strength * getattr(args, name) for name in REGULARIZERS}
 
 
 def at(progress, args, model):

@@ -43,8 +43,8 @@ def test_the_biases_rate_in_the_fine_tuning_after_adam(more, rates, corpus_dir, 
 @pytest.mark.parametrize(
     ("given", "decay", "rates"),
     [
-        ([[], []], 1.2e-6, (3, 3)),
-        ([["--wdecay", 0.01], []], 0.01, (3, 3)),
+        ([[], []], 1.2e-6, (30, 30)),
+        ([["--wdecay", 0.01], []], 0.01, (30, 30)),
         ([["--bias-lr", 0.5], ["--lr", 10]], 1.2e-6, (10, 5)),
     ],
 )
