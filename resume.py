@@ -159,7 +159,7 @@ def changes(state, settings, device):
     before, after = state["environment"], environment(device)
     free = set(FREE)
     if state["finetuning"]:
-        free |= {"schedule", "recipe"}
+        free |= {"schedule", "recipe"}  # but not the ramp: the regularizers stay where it ended
     elif any(settings.get(flag, value) != value for flag, value in ABSENT.items()):
         free.remove("epochs")  # that the rate, or the regularizers, are stretched over
     flags_before = {**ABSENT, **state["flags"]}

@@ -355,9 +355,6 @@ def test_the_recipe_of_any_number_of_epochs(epochs):
     assert args.regularization_ramp[1] * epochs == pytest.approx(whole_after, rel=1e-3)
 
 
-GIVEN = ["--lr", 5, "--dropout", 0.3]
-
-
 def test_fine_tuning_after_the_short_recipe(corpus_dir, small, tmp_path):
     """SGD at its own rate and decay, no schedule, the regularizers where they were."""
     made = []
@@ -383,7 +380,8 @@ def test_fine_tuning_after_the_short_recipe(corpus_dir, small, tmp_path):
         assert "\nWith SGD: --lr 30 --bias-lr 1 --wdecay 1.2e-06 --dropout 0.25 --" in out
         assert invoke(finetune.main, "--resume", path, "--epochs", 2)[0] == 0
         assert invoke(finetune.main, "--save", path, "--epochs", 1)[0] == 0
-        assert invoke(finetune.main, "--save", path, "--epochs", 1, *GIVEN)[0] == 0
+        given = ["--lr", 5, "--dropout", 0.3]
+        assert invoke(finetune.main, "--save", path, "--epochs", 1, *given)[0] == 0
     strength = 0.25 + 0.75 / 2
     for args, rate, decay, model in made[:5]:
         assert (rate, decay) == (30.0, 1.2e-6)
