@@ -36,9 +36,10 @@ from attention import KINDS
 from data import Corpus, InputError, batchify, batchify_exact, get_batch
 from flags import LSTM, Parser, count, device, make_parser, number, run
 from hidden import repackage_hidden
-from run import new_params, set_precision
+from run import new_params, set_up_device
 from train import (
-    EVAL_BATCH_SIZE, Objective, activation_regularization, evaluate, make_optimizer, train_step,
+    EVAL_BATCH_SIZE, Objective, activation_regularization, evaluate, float32_products,
+    make_optimizer, train_step,
 )
 
 # The published commands, and the size of their corpora's vocabularies.
@@ -106,6 +107,7 @@ def plain_side(args):
         optimizer.step()
 
     @torch.no_grad()
+    @float32_products()
     def evaluation():
         model.eval()
         words, targets, _ = batchify_exact(ids, EVAL_BATCH_SIZE)
@@ -169,7 +171,7 @@ def products(args):
 
 
 def seconds(function, on):
-    """The time that one call takes, waited for; by events on CUDA."""
+    """The time that one call takes, waited for; by events on CUDA, whose current device it is."""
     if on.type == "cuda":
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
@@ -213,7 +215,7 @@ class Side:
 
 def serve(args):
     """The process of a side: reads what to do, a word a line, and answers with a number."""
-    set_precision(args)
+    set_up_device(args)
     if (args.child == "ours" or args.attention != "none") and args.device.type == "cpu":
         keep_freed_memory()  # as every command of ours does
     step, evaluation = SIDES[args.child](args)
@@ -276,7 +278,7 @@ def measure(args):
 def profile(args):
     """Prints which operations a step and an evaluation of ours spend their time in, in ms."""
     keep_freed_memory()
-    set_precision(args)
+    set_up_device(args)
     step, evaluation = our_side(args)
     kinds = [torch.profiler.ProfilerActivity.CPU]
     if args.device.type == "cuda":

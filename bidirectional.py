@@ -12,7 +12,10 @@ from torch.func import functional_call
 import parallel
 from data import batchify_exact
 from model import RNNModel
-from train import EVAL_BATCH_SIZE, Losses, Objective, activation_regularization, evaluate
+from train import (
+    EVAL_BATCH_SIZE, EVAL_TOKENS, Losses, Objective, activation_regularization, evaluate,
+    float32_products,
+)
 
 CONTEXT = 10  # a window's word is scored in training with so many words of the window after it
 # What is minimized, a sum, and reported, their mean.
@@ -59,7 +62,7 @@ class BiLM(RNNModel):
 
     def combine(self, before, after):
         """[.., E], [.., E] -> [.., E]"""
-        return self.combiner(torch.cat([before, after], -1)).tanh()
+        return self.as_operand(self.combiner(torch.cat([before, after], -1)).tanh())
 
 
 class BiObjective(Objective):
@@ -94,11 +97,12 @@ class BiObjective(Objective):
         parts = OBJECTIVES[self.objective]
         layers = len(model.rnns)
         passes, losses = [], {}
-        before, states, *outputs = model(data, hidden[:layers], return_h=True)
+        output, states, *outputs = model(data, hidden[:layers], return_h=True)
+        before = outputs[1][-1]  # [L, B, E]
         passes.append(outputs)
         states_back = hidden[layers:]
         if "forward" in parts:
-            losses["forward"] = criterion(weight, bias, before, targets)
+            losses["forward"] = criterion(weight, bias, output, targets)
             words, words_after = backward
             output, states_back, *outputs = model.read_backward(words, states_back, return_h=True)
             losses["backward"] = criterion(weight, bias, output, words_after)
@@ -108,7 +112,6 @@ class BiObjective(Objective):
             zero = model.init_hidden(data.size(1))[layers:]
             _, _, *outputs = model.read_backward(targets.flip(0), zero, return_h=True)
         after = outputs[1][-1].flip(0)  # [L, B, E]: of the words from each to the window's end
-        before = before.view_as(after)
         score_cloze = criterion
         if "cloze" in parts:
             passes.append(outputs)
@@ -137,6 +140,7 @@ class BiObjective(Objective):
 
 
 @torch.no_grad()
+@float32_products()
 def evaluate_directions(params, ids, batch_size, bptt, check=None):
     """{"forward", "backward", "cloze": mean negative log-likelihood in nats} of `ids` [N].
 
@@ -148,13 +152,13 @@ def evaluate_directions(params, ids, batch_size, bptt, check=None):
     params.eval()
     weight, bias = model.decoder.weight, model.decoder.bias
     layers = len(model.rnns)
-    places = torch.arange(len(ids))
+    ids, places = ids.to(weight.device), torch.arange(len(ids))
 
     def windows(places):
         """Of this rank's columns: (window of places [T, B], how many of them predict a word)."""
         columns, _, n = batchify_exact(places, batch_size)
         mine = parallel.columns(batch_size)
-        columns = columns[:, mine]
+        columns = columns[:, mine].to(weight.device)
         width = columns.size(1)
         rows, rest = divmod(n, batch_size)  # as in train.evaluate
         n = rows * width + min(max(rest - mine.start, 0), width)
@@ -164,9 +168,9 @@ def evaluate_directions(params, ids, batch_size, bptt, check=None):
     def run(places, read, hidden, step, losses, use):
         for window, count in windows(places):
             if count > 0:
-                output, hidden = read(ids[window].to(weight.device), hidden)
+                output, hidden = read(ids[window], hidden)
                 at = window.flatten()[:count]
-                targets = ids[at + step].to(weight.device)
+                targets = ids[at + step]
                 losses.add(criterion(weight, bias, output[:count], targets), count)
                 use(output[:count], at, targets)
             if check is not None:
@@ -180,10 +184,10 @@ def evaluate_directions(params, ids, batch_size, bptt, check=None):
     after = weight.new_zeros(len(ids) + 1, weight.size(1))
 
     def keep(output, at, targets):
-        after[at.to(after.device)] = output
+        after[at] = output
 
     def combine(output, at, targets):
-        combined = model.combine(output, after[(at + 2).to(after.device)])
+        combined = model.combine(output, after[at + 2])
         cloze.add(criterion(weight, bias, combined, targets), len(at))
 
     run(places.flip(0), model.read_backward, states[layers:], -1, backward, keep)
@@ -214,10 +218,13 @@ def is_bilm(params):
 def score(params, ids, args, check=None, batch_size=EVAL_BATCH_SIZE):
     """The loss in nats of `ids` [N] that training minimizes, and {name: loss} of its parts, if any.
 
-    See train.evaluate.
+    See train.evaluate. In long windows, but for biLSTM, whose result depends on them.
     """
+    window = args.bptt
+    if params[0].rnn_type != "biLSTM":
+        window = max(window, EVAL_TOKENS // batch_size)
     if not is_bilm(params):
-        return evaluate(params, ids, batch_size, args.bptt, check), {}
-    parts = evaluate_directions(params, ids, batch_size, args.bptt, check)
+        return evaluate(params, ids, batch_size, window, check), {}
+    parts = evaluate_directions(params, ids, batch_size, window, check)
     chosen = OBJECTIVES[args.objective]
     return sum(parts[name] for name in chosen) / len(chosen), parts

@@ -79,12 +79,12 @@ def pack(kind, version, contents):
     return file.getbuffer()
 
 
-def unpack(path, kind, version, keys, device="cpu", content=None, oldest=None):
+def unpack(path, kind, version, keys, device="cpu", content=None):
     """The dictionary that `pack` sealed, its tensors on `device`; nothing of it is executed.
 
     `keys` maps what it must hold to types. `content`: its bytes, where they are not to be read
-    from `path`. `oldest`: the oldest version that is read as well. Raises InputError, naming the
-    file, when it is missing, damaged in any bit, of another kind or version, or lacks a key.
+    from `path`. Raises InputError, naming the file, when it is missing, damaged in any bit, of
+    another kind or version, or lacks a key.
     """
     if content is None:
         content = read_bytes(path, kind)
@@ -93,7 +93,7 @@ def unpack(path, kind, version, keys, device="cpu", content=None, oldest=None):
             warnings.simplefilter("ignore")  # torch's thoughts about foreign archives
             contents = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
     except Exception as error:  # torch meets a damaged or foreign file with many types of error
-        if is_out_of_memory(error):
+        if is_of_device(error):
             raise
         raise InputError(
             f"{path}: is damaged, or no {kind} of main.py (one that pickles whole modules, as the "
@@ -101,7 +101,7 @@ def unpack(path, kind, version, keys, device="cpu", content=None, oldest=None):
         ) from None
     if not isinstance(contents, dict) or contents.get("format") != f"awd-lstm {kind}":
         raise InputError(f"{path}: is a file of torch's, but no {kind} of main.py")
-    if contents.get("version") not in range(oldest or version, version + 1):
+    if contents.get("version") != version:
         raise InputError(
             f"{path}: has format version {contents.get('version')}, this code reads {version}; "
             "use the version of the code that wrote it"
@@ -118,9 +118,18 @@ def unpack(path, kind, version, keys, device="cpu", content=None, oldest=None):
 
 
 def is_out_of_memory(error):
-    """Whether that is what an exception says; on the CPU torch raises a plain RuntimeError."""
+    """Whether that is what an exception says; torch has several types for it, or none."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "allocate memory" in str(error)
+        isinstance(error, RuntimeError)
+        and any(text in str(error) for text in ("allocate memory", "out of memory"))
+    )
+
+
+def is_of_device(error):
+    """Whether an exception speaks of the device, so that no file is to blame."""
+    return is_out_of_memory(error) or (
+        isinstance(error, RuntimeError)
+        and any(text in str(error) for text in ("CUDA", "cuDNN", "CUDNN", "HIP", "MPS"))
     )
 
 

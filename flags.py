@@ -16,7 +16,7 @@ from allocator import keep_freed_memory
 from attention import KINDS
 from bidirectional import OBJECTIVES
 from data import InputError
-from files import is_out_of_memory
+from files import is_of_device, is_out_of_memory
 from model import check_architecture
 from preemption import Preempted
 
@@ -87,6 +87,7 @@ def number(kind, low, high=float("inf"), open_low=False):
 
 
 count = number(int, 1, 2**31)
+steps = number(int, 1, 65_500)  # cuDNN takes no more than 65,535, and a window can be longer
 rate = number(float, 0, 1)
 coefficient = number(float, 0, 1e30)  # float32 ends at 3.4e38
 
@@ -147,7 +148,7 @@ def make_parser(description, inherited=()):
     add("--clip", 0.25, "largest gradient norm, 0 for no clipping", type=coefficient)
     add("--epochs", 8000, "upper epoch limit", type=count)
     add("--batch_size", 80, "columns read in parallel", type=count, metavar="N")
-    add("--bptt", 70, "sequence length, in expectation", type=count)
+    add("--bptt", 70, "sequence length, in expectation", type=steps)
     add("--dropout", 0.4, "dropout of the last layer's output", type=rate)
     add("--dropouth", 0.3, "dropout between recurrent layers", type=rate)
     add("--dropouti", 0.65, "dropout of the embedded input", type=rate)
@@ -174,9 +175,10 @@ def make_parser(description, inherited=()):
         action="store_true")
     add("--device", None, "cpu, cuda, cuda:N or mps (default: cuda where there is one, else cpu)",
         type=device)
-    add("--precision", None, "fp32; tf32, matrix products of 10 bits' precision on CUDA; or bf16, "
-        "the recurrent layers in bfloat16 (on a CPU the LSTM's only); embedding, loss, update and "
-        "averaging stay float32 (default: tf32 on CUDA, else fp32)",
+    add("--precision", None, "of training: fp32; tf32, all products with factors of 10 bits, on "
+        "CUDA; or bf16, the recurrent layers and the decoder's product in bfloat16 (on a CPU not "
+        "GRU's), all else in float32. Evaluation is always in float32 (default: tf32 on CUDA, else "
+        "fp32)",
         choices=["fp32", "tf32", "bf16"])
     add("--tied", True, "accepted as in the reference: the weights are always tied",
         action="store_true")
@@ -191,6 +193,17 @@ def settle_device(args):
         raise InputError(f"--cuda contradicts --device {args.device}; give one of them")
     if args.device is None:
         args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def has_precision(device, precision, model):
+    """Whether a device computes the recurrent layers of `model` in that precision."""
+    if precision == "tf32":
+        return device.type == "cuda"
+    if precision == "bf16" and device.type == "cuda":  # with cuDNN 9.13 and later
+        return torch.cudnn_is_acceptable(torch.zeros(1, dtype=torch.bfloat16, device=device))
+    if precision == "bf16":
+        return device.type == "cpu" and model != "GRU"  # which has a slow form only
+    return True
 
 
 def settle_rates(args):
@@ -233,10 +246,13 @@ def complete(given, defaults):
         )
     if args.precision is None:
         args.precision = "tf32" if args.device.type == "cuda" else "fp32"
-    if args.precision == "tf32" and args.device.type != "cuda":
-        if hasattr(given, "precision"):
-            raise InputError(f"--precision tf32: device {args.device} has none; leave it out")
+    if args.precision == "tf32" and args.device.type != "cuda" and not hasattr(given, "precision"):
         args.precision = "fp32"  # begun on CUDA, resumed elsewhere
+    if not has_precision(args.device, args.precision, args.model):
+        raise InputError(
+            f"--precision {args.precision}: device {args.device} has none for {args.model}; give "
+            "--precision fp32"
+        )
     settle_rates(args)
     if args.save is None:
         args.save = f"{time.time():.6f}".replace(".", "") + ".pt"
@@ -269,6 +285,22 @@ def take_architecture(given, checkpoint, path):
     return flags
 
 
+def of_device(error):
+    """The line that reports an error of the device."""
+    device = "cpu"
+    if torch.cuda.is_initialized():
+        device = f"cuda:{torch.cuda.current_device()}"
+    elif "CUDA" in str(error):
+        device = "cuda"
+    if is_out_of_memory(error):
+        return (
+            f"device {device} is out of memory; lower --batch_size, --bptt, --nhid, --emsize, "
+            "--window or --attention-window"
+        )
+    reason = str(error).partition("\n")[0]
+    return f"device {device}: {reason}; no file is to blame, --device names another"
+
+
 def run(main):
     """Calls `main()` and exits with its status: one line and 2 for bad input, 128 + a signal's."""
     prog = sys.argv[0].rpartition("/")[2]
@@ -292,10 +324,9 @@ def run(main):
         print(f"{prog}: error: {error}", file=sys.stderr, flush=True)
         os._exit(1)  # the connections to the dead rank are left as they are
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+        if not is_of_device(error):
             raise
-        advice = "lower --batch_size, --bptt, --nhid, --emsize, --window or --attention-window"
-        print(f"{prog}: error: out of memory; {advice}", file=sys.stderr)
+        print(f"{prog}: error: {of_device(error)}", file=sys.stderr)
         status = 2
     except (KeyboardInterrupt, Preempted) as stop:
         if parallel.speaks():

@@ -1,4 +1,4 @@
-"""A GRU layer made fast on a CPU; elsewhere it is torch's own.
+"""A GRU layer made fast on a CPU.
 
 torch computes an LSTM layer on the CPU with oneDNN, a GRU layer operation by operation, so there
 the GRU, with three quarters of the products, is the slower. Here two thirds of its products have
@@ -80,21 +80,16 @@ def product_of_transposed(a, b):
     return product(a.t(), b.t())
 
 
-class GRU(nn.GRU):
-    """nn.GRU of one layer and one direction: the same parameters, the same results."""
+def is_fast_gru(module, x):
+    """Whether `fast_gru` computes what `module` does with x: float32 or float64 on a CPU."""
+    return (
+        isinstance(module, nn.GRU) and x.device.type == "cpu" and x.dtype != torch.bfloat16
+        and module.num_layers == 1 and module.bias
+        and not (module.bidirectional or module.batch_first)
+    )
 
-    def __init__(self, input_size, hidden_size, bidirectional=False):
-        if bidirectional:
-            raise ValueError("this GRU has one direction")
-        super().__init__(input_size, hidden_size)
 
-    def forward(self, input, hx=None):
-        """input [T, B, I], hx [1, B, H] -> all h [T, B, H], h of the last step [1, B, H]."""
-        if input.device.type != "cpu":
-            return super().forward(input, hx)
-        h0 = input.new_zeros(input.size(1), self.hidden_size) if hx is None else hx[0]
-        with torch.autocast("cpu", enabled=False):
-            out, h = GRUFunction.apply(
-                input, h0, self.weight_ih_l0, self.weight_hh_l0, self.bias_ih_l0, self.bias_hh_l0
-            )
-        return out, h.unsqueeze(0)
+def fast_gru(x, state, *weights):
+    """x [T, B, I], state [1, B, H], an nn.GRU's weights -> all h [T, B, H], the last [1, B, H]."""
+    output, h = GRUFunction.apply(x, state[0], *weights)
+    return output, h.unsqueeze(0)

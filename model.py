@@ -1,13 +1,10 @@
 """The model: embedding -> recurrent layers, each regularizer in its place -> decoder."""
 
-import contextlib
-
 import torch
 from torch import nn
 
 from attention import Attention
 from embed_regularize import embedded_dropout
-from gru import GRU
 from locked_dropout import LockedDropout
 from weight_drop import WeightDrop
 
@@ -47,8 +44,9 @@ class RNNModel(nn.Module):
     embedding, `dropouti` the input of the first layer, `wdrop` the hidden-to-hidden weights of
     each layer (both directions), `dropouth` what passes between layers, `dropout` the output.
 
-    With `bf16` the recurrent layers run under torch's autocast to bfloat16, as far as the device
-    has them in it (a CPU the LSTMs, not GRU); weights, dropout, states and outputs stay float32.
+    With `bf16` training computes the recurrent layers in bfloat16, and `output` is in it, so that
+    the decoder's product is too; weights, dropout and all else stay float32. Evaluation is always
+    in float32.
 
     `attention` ("single" or "combined") attends to the `attention_window` states of the last layer
     before each, see attention.py.
@@ -106,7 +104,7 @@ class RNNModel(nn.Module):
     def make_layers(self):
         """The recurrent layers, nn.ModuleList."""
         bidirectional = self.rnn_type == "biLSTM"
-        cell = GRU if self.rnn_type == "GRU" else nn.LSTM
+        cell = nn.GRU if self.rnn_type == "GRU" else nn.LSTM
         recurrent = ["weight_hh_l0"] + ["weight_hh_l0_reverse"] * bidirectional
         return nn.ModuleList(
             WeightDrop(
@@ -140,11 +138,10 @@ class RNNModel(nn.Module):
         embedded = embedded_dropout(self.encoder, input, self.dropoute if self.training else 0)
         x = self.lockdrop(embedded, self.dropouti)  # [T, B, E]
         new_hidden, raw_outputs, outputs = [], [], []
+        dtype = torch.bfloat16 if self.in_bf16() else x.dtype
         for layer, rnn in enumerate(rnns):
-            with self.autocast(x.device.type):
-                x, state = rnn(x, hidden[layer])  # [T, B, H]
-            if self.bf16:
-                x, state = x.float(), as_float(state)
+            output, state = rnn(x.to(dtype), cast(hidden[layer], dtype))  # [T, B, H]
+            x, state = output.to(x.dtype), cast(state, x.dtype)
             new_hidden.append(state)
             raw_outputs.append(x)
             if self.attention is not None and layer == len(rnns) - 1:
@@ -152,16 +149,18 @@ class RNNModel(nn.Module):
                 new_hidden.append(memory)
             x = self.lockdrop(x, self.dropout if layer == len(rnns) - 1 else self.dropouth)
             outputs.append(x)
-        output = x.flatten(0, 1)
+        output = self.as_operand(x.flatten(0, 1))
         if return_h:
             return output, new_hidden, raw_outputs, outputs
         return output, new_hidden
 
-    def autocast(self, device_type):
-        """The context in which the recurrent layers run."""
-        if not self.bf16:
-            return contextlib.nullcontext()
-        return torch.autocast(device_type, torch.bfloat16)
+    def in_bf16(self):
+        """Whether products are made in bfloat16: never in evaluation."""
+        return self.bf16 and self.training
+
+    def as_operand(self, output):
+        """`output` as the decoder's product takes it."""
+        return output.bfloat16() if self.in_bf16() else output
 
     def init_hidden(self, bsz):
         """A zero state for `bsz` columns, on the model's device: one entry a layer.
@@ -181,6 +180,6 @@ class RNNModel(nn.Module):
         return states
 
 
-def as_float(state):
-    """A layer's state, a tensor or a tuple of them, in float32."""
-    return state.float() if isinstance(state, torch.Tensor) else tuple(s.float() for s in state)
+def cast(state, dtype):
+    """A layer's state, a tensor or a tuple of them, in `dtype`."""
+    return state.to(dtype) if isinstance(state, torch.Tensor) else tuple(s.to(dtype) for s in state)

@@ -24,19 +24,24 @@ class RankLost(Exception):
     """Another process of this run is gone; the message is one line."""
 
 
+def is_distributed():
+    """Whether torchrun started this process, be it the only one."""
+    return "RANK" in os.environ
+
+
 def size():
     """The number of ranks."""
-    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+    return int(os.environ.get("WORLD_SIZE", 1)) if is_distributed() else 1
 
 
 def rank():
     """The number of this one, from 0."""
-    return int(os.environ["RANK"]) if size() > 1 else 0
+    return int(os.environ.get("RANK", 0))
 
 
 def launcher():
     """How a command is started with as many ranks as this one: "python", or torchrun's."""
-    if size() == 1:
+    if not is_distributed():
         return "python"
     return f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', size())}"
 
@@ -65,7 +70,7 @@ def let_another_speak():
 
 def own_device(device, asked_for):
     """The device of this rank, given that of the run; raises InputError where there is none."""
-    if size() == 1 or device.type == "cpu":
+    if not is_distributed() or device.type == "cpu":
         return device
     if device.type != "cuda":
         raise InputError(f"--device {device}: one process only; leave torchrun out")
@@ -77,25 +82,36 @@ def own_device(device, asked_for):
     return torch.device("cuda", number)
 
 
+def connect(device):
+    """Connects the ranks; returns the store through which they met. Raises InputError."""
+    store, _, _ = next(dist.rendezvous("env://"))
+    on_cuda = device.type == "cuda"
+    if on_cuda:
+        torch.cuda.set_device(device)
+    try:
+        dist.init_process_group(
+            "nccl" if on_cuda else "gloo", store=store, rank=rank(), world_size=size(),
+            device_id=device if on_cuda else None,
+        )
+        group.hosts = dist.new_group(backend="gloo")
+    except RuntimeError as error:
+        raise InputError(
+            f"rank {rank()} cannot connect to the others: {' '.join(str(error).split())}"
+        ) from None
+    return store
+
+
 @contextlib.contextmanager
 def group(device, again):
     """The ranks' connections, NCCL on CUDA and gloo elsewhere, while this is held.
 
     `again` returns the command that resumes the run. Raises RankLost when another rank has died.
     """
-    if size() == 1:
+    if not is_distributed():
         yield
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    lost = False
+    store = connect(device)
     try:
-        store, _, _ = next(dist.rendezvous("env://"))
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo", store=store, rank=rank(),
-            world_size=size(),
-        )
-        group.hosts = dist.new_group(backend="gloo")
         yield
     except (InputError, OSError) as error:
         if is_first():
@@ -112,9 +128,8 @@ def group(device, again):
             f"rank {rank()}: another process of this run is gone; the last state that was saved "
             f"stands, and {again()} goes on from there"
         ) from None
-    finally:
-        if not lost:  # with a dead rank it could wait for ever; the process ends anyway
-            dist.destroy_process_group()
+    else:  # after an error this could wait for ever for the others; the process ends anyway
+        dist.destroy_process_group()
 
 
 def is_also_the_firsts(error, store):
@@ -133,14 +148,14 @@ def columns(count):
 
 def replicate(module):
     """`module` with its weights as the first rank's, and its gradients averaged over the ranks."""
-    if size() == 1:
+    if not is_distributed():
         return module
     return DistributedDataParallel(module, gradient_as_bucket_view=True)
 
 
 def mean(loss):
     """A loss, a tensor, averaged over the ranks; the host does not wait for it."""
-    if size() > 1:
+    if is_distributed():
         dist.all_reduce(loss)
         loss /= size()
     return loss
@@ -148,23 +163,23 @@ def mean(loss):
 
 def total(tensor):
     """A tensor, summed over the ranks."""
-    if size() > 1:
+    if is_distributed():
         dist.all_reduce(tensor)
     return tensor
 
 
-def agree(number):
-    """The largest of the ranks' numbers, whole ones, on all of them."""
-    if size() == 1:
-        return number
-    numbers = torch.tensor(number)
-    dist.all_reduce(numbers, dist.ReduceOp.MAX, group.hosts)
-    return numbers.item()
+def agree(*numbers):
+    """The largest of the ranks' numbers, whole ones, at each place: a list, the same on all."""
+    if not is_distributed():
+        return list(numbers)
+    largest = torch.tensor(numbers)
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group.hosts)
+    return largest.tolist()
 
 
 def first(value):
     """The first rank's value, any object, on all of them."""
-    if size() == 1:
+    if not is_distributed():
         return value
     values = [value]
     dist.broadcast_object_list(values, 0, group.hosts)
@@ -187,7 +202,7 @@ def on_first(function, *args):
 
 def everyones(value):
     """The values of all ranks, any objects, in a list."""
-    if size() == 1:
+    if not is_distributed():
         return [value]
     values = [None] * size()
     dist.all_gather_object(values, value, group.hosts)

@@ -63,8 +63,12 @@ class Preemption:
                 if time.monotonic() - at > 3:
                     os._exit(128 + number[0])
 
-    def check(self):
-        """Raises Preempted once a signal has come, to this rank or to another."""
-        number = parallel.agree(self.received or 0)
+    def check(self, due=False):
+        """Raises Preempted once a signal has come, to this rank or to another.
+
+        Returns whether `due` is true on any rank: one exchange tells both.
+        """
+        number, due = parallel.agree(self.received or 0, int(due))
         if number:
             raise Preempted(number)
+        return bool(due)

@@ -12,12 +12,12 @@ import torch
 import flags
 import parallel
 from data import InputError
-from files import is_out_of_memory, unpack
+from files import is_of_device, unpack
 
 STATE = ".state"  # appended to the checkpoint's path
-KIND, VERSION = "training state", 2
-OLDEST = 1  # which knows no schedule; what it has instead:
-ABSENT = {"schedule": "constant", "regularization_ramp": None, "recipe": "published"}
+KIND, VERSION = "training state", 3
+# What a run has whose command knows no schedule.
+UNSCHEDULED = {"schedule": "constant", "regularization_ramp": None, "recipe": "published"}
 KEYS = {
     "command": str, "flags": dict, "environment": dict, "architecture": dict, "vocabulary": list,
     "corpus": dict, "finetuning": bool, "epoch": int, "row": int, "seconds": float, "losses": list,
@@ -46,7 +46,7 @@ def making_sense(path):
     except (
         ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError
     ) as error:
-        if is_out_of_memory(error):
+        if is_of_device(error):
             raise
         raise InputError(
             f"{path}{STATE}: its parts do not fit together; remove it to start from the weights of "
@@ -63,7 +63,7 @@ def read_state(path, command=None):
     file = Path(f"{path}{STATE}")
     if not file.exists():
         return None
-    state = unpack(file, KIND, VERSION, KEYS, oldest=OLDEST)
+    state = unpack(file, KIND, VERSION, KEYS)
     with making_sense(path):
         finished = is_finished(state)
     if command is None or state["command"] == command:
@@ -160,9 +160,9 @@ def changes(state, settings, device):
     free = set(FREE)
     if state["finetuning"]:
         free |= {"schedule", "recipe"}  # but not the ramp: the regularizers stay where it ended
-    elif any(settings.get(flag, value) != value for flag, value in ABSENT.items()):
+    elif any(settings.get(flag, value) != value for flag, value in UNSCHEDULED.items()):
         free.remove("epochs")  # that the rate, or the regularizers, are stretched over
-    flags_before = {**ABSENT, **state["flags"]}
+    flags_before = {**UNSCHEDULED, **state["flags"]}
     before |= {flag: value for flag, value in flags_before.items() if flag not in free}
     after |= {flag: settings[flag] for flag in before if flag in settings}
     found = [f"{n} {before[n]} -> {after[n]}" for n in after if before.get(n) != after[n]]
@@ -175,11 +175,19 @@ def environment(device):
     """Beside the flags, what the bits of a result depend on."""
     return {
         "torch": str(torch.__version__),
-        "device": str(device),
+        "device": describe_device(device),
         "ranks": parallel.size(),
         "threads": torch.get_num_threads(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
     }
+
+
+def describe_device(device):
+    """Its name; of CUDA's the card and cuDNN's version too, which decide a result's last bits."""
+    if device.type != "cuda":
+        return str(device)
+    card, cudnn = torch.cuda.get_device_name(device), torch.backends.cudnn.version()
+    return f"{device} ({card}, cuDNN {cudnn})"
 
 
 def get_generators(device):

@@ -11,15 +11,16 @@ import torch
 from torch import nn
 
 import parallel
+from allocator import use_expandable_segments
 from bidirectional import make_model, score
 from data import SPLITS, Corpus, InputError, unigram_loss
 from files import exclusive, keep, write_atomically
 from flags import plain
 from model import NOTES, RATES
 from preemption import Preempted
-from resume import STATE, how_to_resume, is_finished, read_state
+from resume import STATE, describe_device, how_to_resume, is_finished, read_state
 from splitcross import SplitCrossEntropyLoss, default_splits
-from train import TEST_BATCH_SIZE, loss_columns, perplexity
+from train import TEST_BATCH_SIZE, allow_tf32, loss_columns, perplexity
 from utils import build, check_writable, log, log_parts, read_checkpoint
 
 
@@ -81,29 +82,28 @@ def prepare(args):
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed + parallel.rank())  # other masks for other columns
-    set_precision(args)
+    set_up_device(args)
     sizes = ", ".join(f"{split} {len(getattr(corpus, split)):,}" for split in SPLITS)
     log(f"Corpus {corpus.name}: tokens {sizes}; {len(corpus.dictionary):,} words")
     log(f"Corpus sha256: {corpus.digest}")
     ranks = f", {parallel.size()} processes" if parallel.size() > 1 else ""
     log(
-        f"PyTorch {torch.__version__}, device {args.device}, {torch.get_num_threads()} threads"
-        f"{ranks}"
+        f"PyTorch {torch.__version__}, device {describe_device(args.device)}, "
+        f"{torch.get_num_threads()} threads{ranks}"
     )
     log(f"Args: {plain(args)}")
-    if args.model == "GRU" and args.precision == "bf16" and args.device.type == "cpu":
-        log("Note: on a CPU GRU has no bfloat16 form; it runs in float32")
     if args.model in NOTES:
         log(f"Note: {NOTES[args.model]}")
     return corpus
 
 
-def set_precision(args):
-    """Has CUDA's float32 products done as `args.precision` says; nothing on other devices."""
+def set_up_device(args):
+    """Makes `args.device` the current one, with products as `args.precision` says."""
     if args.device.type == "cuda":
-        how = "tf32" if args.precision == "tf32" else "ieee"
-        torch.backends.cuda.matmul.fp32_precision = how
-        torch.backends.cudnn.rnn.fp32_precision = how
+        if args.device.index is not None:
+            torch.cuda.set_device(args.device)
+        use_expandable_segments()
+    allow_tf32(args.precision == "tf32")
 
 
 def new_params(corpus, args):

@@ -2,23 +2,39 @@
 
 import math
 from collections import deque
+from contextlib import contextmanager
+from copy import deepcopy
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
+from torch.optim.swa_utils import get_swa_multi_avg_fn
 
 import parallel
 from data import batchify_exact
 from hidden import repackage_hidden
 
 EVAL_BATCH_SIZE, TEST_BATCH_SIZE = 10, 1  # as in the reference
+EVAL_TOKENS = 2000  # of an evaluation's window: long ones keep a GPU busy
+LONGER = 25  # than bptt a window can be: five standard deviations, one draw in 3.5 million
 OPTIMIZERS = {
     "sgd": (torch.optim.SGD, {}),
     "adam": (torch.optim.Adam, {}),
     "adamw": (torch.optim.AdamW, {"betas": (0.8, 0.99)}),
 }
 RATES = ("lr", "bias_lr", "wdecay")  # the flags that an optimizer holds
+
+if hasattr(torch.backends.cudnn, "rnn"):  # torch 2.9 and later
+    TF32_SETTINGS = [
+        (torch.backends.cuda.matmul, "fp32_precision"), (torch.backends.cudnn.rnn, "fp32_precision")
+    ]
+    TF32_VALUES = ("ieee", "tf32")
+else:
+    TF32_SETTINGS = [
+        (torch.backends.cuda.matmul, "allow_tf32"), (torch.backends.cudnn, "allow_tf32")
+    ]
+    TF32_VALUES = (False, True)
 
 
 def perplexity(loss):
@@ -33,11 +49,10 @@ def random_seq_len(bptt):
     """The length of the next window (section 4.1 of Merity et al. 2017, 1708.02182), at least 5.
 
     N(bptt, 5) with probability 0.95, else N(bptt / 2, 5): the windows' borders fall elsewhere in
-    each epoch. Capped at five standard deviations above bptt (one draw in 3.5 million), so that
-    memory is bounded.
+    each epoch. Capped at LONGER above bptt, so that memory is bounded.
     """
     mean = bptt if np.random.random() < 0.95 else bptt / 2
-    return min(max(5, int(np.random.normal(mean, 5))), bptt + 25)
+    return min(max(5, int(np.random.normal(mean, 5))), bptt + LONGER)
 
 
 def activation_regularization(raw_output, output, alpha, beta):
@@ -102,6 +117,54 @@ def train_step(objective, optimizer, data, targets, hidden, args, rate_share=1.0
     return loss, hidden
 
 
+class Average:
+    """The plain mean of the weights after every step since it was made, in `params`.
+
+    Polyak and Juditsky 1992; section 3 of Merity et al. 2017 (1708.02182). The count stays on the
+    host, so that no step waits for the device.
+    """
+
+    def __init__(self, params):
+        self.params = deepcopy(params).requires_grad_(False)
+        self.params.zero_grad()  # the gradients were copied too
+        for module in self.params.modules():
+            if isinstance(module, nn.RNNBase):  # a copy's weights lie apart, which cuDNN warns of
+                module.flatten_parameters()
+        self.count = 0
+
+    def update(self, params):
+        """Takes the weights of `params` into the mean."""
+        mean, weights = list(self.params.parameters()), list(params.parameters())
+        with torch.no_grad():
+            get_swa_multi_avg_fn()(mean, weights, self.count)
+        self.count += 1
+
+    def state_dict(self):
+        return {"count": self.count, "params": self.params.state_dict()}
+
+    def load_state_dict(self, state):
+        self.count = state["count"]
+        self.params.load_state_dict(state["params"])
+
+
+def allow_tf32(allowed):
+    """Sets whether CUDA's float32 products may round their factors to TF32, of 10 bits."""
+    for setting in TF32_SETTINGS:
+        setattr(*setting, TF32_VALUES[bool(allowed)])
+
+
+@contextmanager
+def float32_products():
+    """While it is held products are float32's, as for every perplexity that is reported."""
+    before = [getattr(*setting) for setting in TF32_SETTINGS]
+    allow_tf32(False)
+    try:
+        yield
+    finally:
+        for setting, value in zip(TF32_SETTINGS, before):
+            setattr(*setting, value)
+
+
 class Losses:
     """The losses of a pass, read without making the host wait for the step that is running.
 
@@ -145,6 +208,7 @@ def loss_columns(loss, kind=""):
 
 
 @torch.no_grad()
+@float32_products()
 def evaluate(params, ids, batch_size, bptt, check=None):
     """Mean negative log-likelihood, in nats, of the N - 1 tokens of `ids` [N] that follow another.
 

@@ -5,7 +5,7 @@ from collections import Counter
 from data import EOS, Dictionary, InputError
 from flags import device, rnn_type, settle_device
 from model import NOTES
-from run import set_precision
+from run import set_up_device
 from utils import build, read_checkpoint, warn
 
 UNK = "<unk>"
@@ -29,7 +29,7 @@ def trained(path, args, both=False):
     """
     settle_device(args)
     args.precision = "fp32"
-    set_precision(args)
+    set_up_device(args)
     checkpoint = read_checkpoint(path, args.device)
     params = build(checkpoint, path).eval()
     found = params[0].rnn_type

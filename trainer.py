@@ -6,14 +6,14 @@ import sys
 import time
 from pathlib import Path
 
-from torch.optim.swa_utils import AveragedModel
+import torch
 from tqdm import tqdm
 
 import parallel
 import schedule
 from bidirectional import is_bilm, make_objective, score
 from data import InputError, batchify, get_batch
-from files import Saver, pack
+from files import Saver, is_out_of_memory, pack
 from hidden import copy_hidden, join_hidden, own_hidden, shapes
 from preemption import Preempted
 from resume import (
@@ -21,8 +21,8 @@ from resume import (
     how_to_resume, making_sense, read_state, set_generators,
 )
 from train import (
-    RATES, Losses, change_rates, loss_columns, make_optimizer, nonmonotone, perplexity,
-    random_seq_len, train_step,
+    LONGER, RATES, Average, Losses, change_rates, loss_columns, make_optimizer, nonmonotone,
+    perplexity, random_seq_len, train_step,
 )
 from utils import (
     FINETUNE_RECORDS, RECORDS, describe, log, log_parts, pack_checkpoint, read_checkpoint, warn,
@@ -48,7 +48,8 @@ class Trainer:
 
     `params` is nn.ModuleList([model, criterion]), `args` the flags of this phase of the run.
     `origin` is (the command's file name, its flags as plain data): what resumes the run. `check`
-    is called after each batch and may raise Preempted.
+    is called after each batch, with whether this rank wants to save: it returns whether any does,
+    and may raise Preempted.
     """
 
     # What the state holds of the trainer itself, plain data.
@@ -77,7 +78,7 @@ class Trainer:
             self.reversed = self.reversed[:, mine].to(args.device).contiguous()
         self.objective = parallel.replicate(make_objective(params, args))
         self.optimizer = make_optimizer(params, args)
-        self.averaged = AveragedModel(params) if finetuning else None
+        self.averaged = Average(params) if finetuning else None
         self.epoch, self.row, self.hidden, self.losses = 1, 0, None, Losses()
         self.logs, self.done, self.above, self.rollbacks = [], False, 0, 0
         self.ceiling = math.log(len(corpus.dictionary)) + 1
@@ -114,7 +115,7 @@ class Trainer:
             criterion.load_state_dict(state["criterion"])
             self.averaged = None
             if state["averaged"] is not None:
-                self.averaged = AveragedModel(self.params)
+                self.averaged = Average(self.params)
                 self.averaged.load_state_dict(state["averaged"])
             check_groups(state, self.optimizer, args.save)
             self.optimizer.load_state_dict(state["optimizer"])
@@ -161,12 +162,11 @@ class Trainer:
     def is_due(self, seconds=0.0):
         """Whether the state of `seconds` ago or more is to be replaced, and may be.
 
-        By the first rank's clock, on all of them.
+        Only on the first rank, whose clock counts.
         """
         since = time.perf_counter() - self.saved_at
         good = self.above == 0 or self.args.on_divergence == "continue"
-        due = good and since >= max(seconds, self.cost / COST)
-        return bool(parallel.agree(int(due and parallel.is_first())))
+        return parallel.is_first() and good and since >= max(seconds, self.cost / COST)
 
     def start_clock(self, seconds):
         self.before, self.started = seconds, time.perf_counter()
@@ -184,16 +184,27 @@ class Trainer:
         saving the state.
         """
         try:
+            if self.source.is_cuda and not self.is_over():
+                self.try_longest_window()
             while not self.is_over():
                 try:
                     if self.changed or not self.saved:
                         self.save_state()
                     self.train_epoch()
                     self.end_epoch()
-                    if self.is_due() or self.is_over():
+                    if parallel.first(self.is_due()) or self.is_over():
                         self.save_state()
                 except Diverged as error:
                     self.recover(error)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error) or (self.epoch, self.row) == (1, 0):
+                raise
+            again = how_to_resume(self.origin[0], self.args.save)
+            raise InputError(
+                f"device {self.args.device} is out of memory at {self.position()}; {again} --bptt "
+                f"{max(1, self.args.bptt * 3 // 4)} goes on from the last saved state in shorter "
+                "windows"
+            ) from None
         except Preempted as stop:
             log("-" * 89 + f"\nExiting from training early ({stop}) at {self.position()}")
             try:
@@ -207,6 +218,25 @@ class Trainer:
             elif self.saved:
                 warn(f"{again} goes on from the last state that was saved")
             raise
+
+    def try_longest_window(self):
+        """Trains on the longest window there can be, and forgets it.
+
+        So memory that does not suffice runs out now, not hours into the run. Neither weights nor
+        random numbers change.
+        """
+        args, source = self.args, self.source
+        self.params.train()
+        seq_len = min(args.bptt + LONGER, len(source) - 1)
+        data, targets = get_batch(source, 0, args, seq_len=seq_len)
+        hidden = self.params[0].init_hidden(source.size(1))
+        devices = [args.device] if source.is_cuda else []
+        with torch.random.fork_rng(devices):
+            total, *_ = self.objective(
+                data, targets, hidden, args.alpha, args.beta, **self.backward_batch(0, len(data))
+            )
+            total.backward()
+        self.optimizer.zero_grad()
 
     def is_over(self):
         return self.done or self.epoch > self.args.epochs
@@ -239,10 +269,10 @@ class Trainer:
                 now, share = schedule.at(self.progress(), args, self.params[0])
                 loss, self.hidden = train_step(
                     self.objective, self.optimizer, data, targets, self.hidden, now, share,
-                    **self.backward_batch(len(data)),
+                    **self.backward_batch(self.row, len(data)),
                 )
                 if self.averaged is not None:
-                    self.averaged.update_parameters(self.params)
+                    self.averaged.update(self.params)
                 losses.add(parallel.mean(loss), len(data) * args.batch_size)
                 batch += 1
                 self.row += len(data)
@@ -261,17 +291,16 @@ class Trainer:
                         f"| {loss_columns(losses.mean(last=args.log_interval))}"
                     )
                     timed, log_start = batch, clock
-                self.check()
-                if self.is_due(60 * args.checkpoint_minutes):
+                if self.check(self.is_due(60 * args.checkpoint_minutes)):
                     self.save_state()
         self.watch()
 
-    def backward_batch(self, seq_len):
-        """What a bidirectional objective takes beside the window at `self.row`."""
+    def backward_batch(self, row, seq_len):
+        """What a bidirectional objective takes beside the window of `seq_len` at `row`."""
         if self.reversed is None:
             return {}
-        window = get_batch(self.reversed, self.row, self.args, seq_len=seq_len)
-        return {"backward": window, "begins": self.row == 0}
+        window = get_batch(self.reversed, row, self.args, seq_len=seq_len)
+        return {"backward": window, "begins": row == 0}
 
     def watch(self, ahead=0):
         """Looks at the losses that have arrived; raises Diverged. See Losses.read for `ahead`."""
@@ -291,7 +320,7 @@ class Trainer:
         lr = self.optimizer.param_groups[0]["lr"]
         lr *= schedule.rate_share(args.schedule, self.progress())
         train_loss, train_seconds = self.losses.mean(), self.seconds()
-        evaluated = self.params if self.averaged is None else self.averaged.module
+        evaluated = self.params if self.averaged is None else self.averaged.params
         loss, parts = score(evaluated, self.corpus.valid, args, self.check)
         log(
             f"{'-' * 89}\n| end of epoch {self.epoch:3d} | time: {self.seconds():5.2f}s "
@@ -332,7 +361,7 @@ class Trainer:
                 self.done = True
             elif self.averaged is None and args.optimizer == "sgd":
                 log("Switching to averaged SGD (NT-ASGD)")
-                self.averaged = AveragedModel(self.params)
+                self.averaged = Average(self.params)
         self.logs.append(loss)
         self.epoch, self.row, self.hidden, self.losses = self.epoch + 1, 0, None, Losses()
         self.start_clock(0.0)

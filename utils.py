@@ -11,7 +11,7 @@ from tqdm import tqdm
 import parallel
 from bidirectional import make_model
 from data import Dictionary, InputError, batchify, get_batch
-from files import is_out_of_memory, pack, unpack
+from files import is_of_device, pack, unpack
 from hidden import repackage_hidden
 from model import NOTES, RATES
 from resume import STATE, read_state
@@ -162,7 +162,7 @@ def build(checkpoint, path="checkpoint", **settings):
         criterion = SplitCrossEntropyLoss(model.decoder.in_features, checkpoint["splits"])
         criterion.load_state_dict(checkpoint["criterion"])
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        if is_out_of_memory(error):
+        if is_of_device(error):
             raise
         raise InputError(f"{path}: its weights do not fit its architecture; train again") from None
     return nn.ModuleList([model, criterion]).to(checkpoint["model"]["encoder.weight"].device)

@@ -8,6 +8,8 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from gru import fast_gru, is_fast_gru
+
 
 def drop_weight(weight, dropout, variational=False):
     """A copy of `weight` with elements zeroed at rate `dropout`, the rest over (1 - dropout).
@@ -32,7 +34,9 @@ class WeightDrop(nn.Module):
 
     One mask a forward pass, the same at every time step. The raw parameters stay where they are,
     in `module`, under their own names: they are what is trained, averaged and saved. In
-    evaluation, or with `dropout` 0, `module` is called as it is.
+    evaluation, or with `dropout` 0, nothing is dropped.
+
+    An nn.LSTM or nn.GRU computes in the dtype of its input, whatever that of its parameters.
 
     `WeightDrop(nn.LSTM(10, 10), ["weight_hh_l0"], dropout=0.5)` is AWD-LSTM's layer.
     """
@@ -48,19 +52,48 @@ class WeightDrop(nn.Module):
         return f"weights={self.weights}, dropout={self.dropout}, variational={self.variational}"
 
     def forward(self, *args):
-        if not self.training or not self.dropout:
-            return self.module(*args)
-        dropped = {
-            name: drop_weight(getattr(self.module, name), self.dropout, self.variational)
-            for name in self.weights
-        }
-        try:
-            # The call sees the dropped weights as its parameters. nn.RNNBase notices the swap and
-            # re-reads the flat list that its kernel gets; assigning to the attribute of a version
-            # that does not would leave the kernel on the raw weights: no dropout, no error.
-            return functional_call(self.module, dropped, args)
-        finally:
-            # nn.RNNBase would keep the dropped weights, and their graph, alive in that list until
-            # its next call; assigning the parameters again puts them back into it.
+        weights = dict(self.module.named_parameters())
+        if self.training and self.dropout:
             for name in self.weights:
-                setattr(self.module, name, getattr(self.module, name))
+                weights[name] = drop_weight(weights[name], self.dropout, self.variational)
+        if isinstance(self.module, nn.LSTM | nn.GRU):
+            return call_recurrent(self.module, weights, *args)
+        return functional_call(self.module, weights, args)
+
+
+def call_recurrent(module, weights, x, state=None):
+    """What `module`, an nn.LSTM or nn.GRU, computes with `weights` for its parameters.
+
+    weights {name: tensor}, in the order of `module.named_parameters()`; x [T, B, I]; state as the
+    module's, zero where it is None. They are handed to the kernel itself: functional_call would
+    make nn.RNNBase move its own parameters to another piece of memory at each call on CUDA.
+    """
+    is_lstm = isinstance(module, nn.LSTM)
+    if state is None:
+        layers = module.num_layers * (1 + module.bidirectional)
+        state = x.new_zeros(layers, x.size(module.batch_first ^ 1), module.hidden_size)
+        state = (state, state) if is_lstm else state
+    replaced = any(weights[name] is not own for name, own in module.named_parameters())
+    if x.is_cuda and (replaced or any(w.dtype != x.dtype for w in weights.values())):
+        weights = in_one_piece(weights, x.dtype)
+    weights = [weight.to(x.dtype) for weight in weights.values()]
+    if is_fast_gru(module, x):
+        return fast_gru(x, state, *weights)
+    kernel = torch.lstm if is_lstm else torch.gru
+    output, *state = kernel(
+        x, state, weights, module.bias, module.num_layers, module.dropout, module.training,
+        module.bidirectional, module.batch_first,
+    )
+    return output, tuple(state) if is_lstm else state[0]
+
+
+def in_one_piece(weights, dtype):
+    """The weights {name: tensor} as views of one new tensor, the matrices before the biases.
+
+    That is cuDNN's own layout. Weights that lie otherwise it copies there itself, and warns.
+    """
+    names = sorted(weights, key=lambda name: "bias" in name)
+    flat = torch.cat([weights[name].flatten() for name in names]).to(dtype)
+    parts = flat.split([weights[name].numel() for name in names])
+    views = {name: part.view_as(weights[name]) for name, part in zip(names, parts)}
+    return {name: views[name] for name in weights}

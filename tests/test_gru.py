@@ -5,21 +5,23 @@ import torch
 from torch import nn
 
 import products
-from gru import GRU, product, product_of_transposed
-from weight_drop import WeightDrop, drop_weight
+from gru import product, product_of_transposed
+from weight_drop import WeightDrop, call_recurrent, drop_weight
 
 
 def twins(dtype, sizes=(5, 7)):
-    a, b = GRU(*sizes).to(dtype), nn.GRU(*sizes).to(dtype)
-    b.load_state_dict(a.state_dict())
+    """A layer as the model calls it, and one with the same weights as torch does."""
+    a, b = WeightDrop(nn.GRU(*sizes), []).to(dtype), nn.GRU(*sizes).to(dtype)
+    b.load_state_dict(a.module.state_dict())
     return a, b
 
 
 def everything(layer, steps, rows, dtype, with_state=True):
     """Outputs and all gradients of a random function of all outputs."""
     torch.manual_seed(1)
-    x = torch.randn(steps, rows, layer.input_size, dtype=dtype, requires_grad=True)
-    h = torch.randn(1, rows, layer.hidden_size, dtype=dtype, requires_grad=True)
+    inner = getattr(layer, "module", layer)
+    x = torch.randn(steps, rows, inner.input_size, dtype=dtype, requires_grad=True)
+    h = torch.randn(1, rows, inner.hidden_size, dtype=dtype, requires_grad=True)
     out, last = layer(x, h) if with_state else layer(x)
     loss = (out * torch.randn_like(out)).sum() + (last * torch.randn_like(last)).sum()
     loss.backward()
@@ -47,12 +49,12 @@ def test_at_a_size_where_kernels_block_and_thread():
 
 
 def test_gradients_are_the_derivatives():
-    layer = GRU(3, 4).double()
+    layer = nn.GRU(3, 4).double()
     x = torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True)
     names = [name for name, _ in layer.named_parameters()]
 
     def run(x, *weights):
-        return torch.func.functional_call(layer, dict(zip(names, weights)), (x,))
+        return call_recurrent(layer, dict(zip(names, weights)), x)
 
     assert torch.autograd.gradcheck(run, (x, *layer.parameters()))
 
@@ -67,7 +69,7 @@ def test_without_gradients_it_computes_the_same():
 
 def test_the_dropped_weights_are_what_is_computed_with():
     """Weight drop swaps the parameter for a call; the raw one gets the gradient."""
-    layer = WeightDrop(GRU(5, 7), ["weight_hh_l0"], dropout=0.5)
+    layer = WeightDrop(nn.GRU(5, 7), ["weight_hh_l0"], dropout=0.5)
     twin = nn.GRU(5, 7)
     twin.load_state_dict(layer.module.state_dict())
     x = torch.randn(4, 3, 5)
@@ -107,11 +109,20 @@ def test_without_onednn_it_is_the_same(monkeypatch):
         torch.testing.assert_close(f, e)
 
 
+@pytest.mark.parametrize("options", [
+    {"num_layers": 2}, {"bidirectional": True}, {"batch_first": True}, {"bias": False}
+])
+def test_other_layers_are_torchs_own(options):
+    layer = nn.GRU(5, 7, **options)
+    x = torch.randn(4, 3, 5)
+    for found, expected in zip(WeightDrop(layer, [])(x), layer(x)):
+        torch.testing.assert_close(found, expected)
+
+
 def test_elsewhere_it_is_torchs_own(monkeypatch):
     called = []
-    monkeypatch.setattr(nn.GRU, "forward", lambda self, *args: called.append(args) or "torch's")
+    gru = torch.gru
+    monkeypatch.setattr(torch, "gru", lambda *args: called.append(args) or gru(*args))
     with torch.device("meta"):
-        assert GRU(5, 7)(torch.empty(4, 3, 5)) == "torch's"
+        assert WeightDrop(nn.GRU(5, 7), [])(torch.empty(4, 3, 5))[0].shape == (4, 3, 7)
     assert len(called) == 1
-    with pytest.raises(ValueError, match="one direction"):
-        GRU(5, 7, bidirectional=True)

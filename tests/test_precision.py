@@ -3,8 +3,14 @@
 import pytest
 import torch
 
+import flags
 import main
+import splitcross
+import train
 from conftest import arguments, invoke, make_params
+from bidirectional import score
+from model import RNNModel
+from splitcross import SplitCrossEntropyLoss
 from train import Objective, evaluate, make_optimizer, train_step
 from utils import read_checkpoint
 
@@ -21,27 +27,56 @@ def both(pair, function):
     return [function(*params) for params in pair]
 
 
-@pytest.mark.parametrize("rnn_type", ["LSTM", "biLSTM"])
-def test_the_layers_run_in_bfloat16_and_all_around_them_in_float32(rnn_type):
-    pair = twins(rnn_type)
+@pytest.mark.parametrize("rnn_type", ["LSTM", "biLSTM", "GRU"])
+def test_in_training_the_layers_and_the_decoder_are_in_bfloat16_and_all_else_in_float32(
+    rnn_type, monkeypatch
+):
+    plain, bf16 = twins(rnn_type)
     words = torch.randint(50, (9, 4))
     seen = []
-    for module in pair[1][0].rnns:
-        module.module.register_forward_hook(lambda m, i, out: seen.append(out[0].dtype))
-    (plain, hidden, *_), (bf16, states, raw, out) = both(
-        pair, lambda model, _: model(words, model.init_hidden(4), return_h=True)
-    )
-    assert seen == [torch.bfloat16] * 2
-    assert {t.dtype for t in [bf16, *raw, *out, *sum(states, ())]} == {torch.float32}
-    assert not torch.equal(plain, bf16)
-    torch.testing.assert_close(plain, bf16, rtol=0, atol=0.02)
-    torch.testing.assert_close(sum(hidden, ()), sum(states, ()), rtol=0, atol=0.03)
+    for name in ("lstm", "gru"):
+        kernel = getattr(torch, name)
+
+        def spy(x, state, weights, *rest, kernel=kernel):
+            state = [state] if isinstance(state, torch.Tensor) else state
+            seen.extend(t.dtype for t in [x, *state, *weights])
+            return kernel(x, state if len(state) > 1 else state[0], weights, *rest)
+
+        monkeypatch.setattr(torch, name, spy)
+    hidden = plain[0].init_hidden(4)
+    expected, states, *_ = plain[0](words, hidden, return_h=True)
+    seen.clear()
+    output, new_states, raw, out = bf16[0](words, hidden, return_h=True)
+    assert seen and set(seen) == {torch.bfloat16} == {output.dtype}
+    flat = [sum(h, ()) if rnn_type != "GRU" else h for h in (states, new_states)]
+    assert {t.dtype for t in [*raw, *out, *flat[1]]} == {torch.float32}
+    assert not torch.equal(expected, output.float())
+    torch.testing.assert_close(expected, output.float(), rtol=0, atol=0.02)
+    torch.testing.assert_close(*flat, rtol=0, atol=0.03)
+    plain.eval(), bf16.eval()
+    assert torch.equal(plain[0](words, hidden)[0], bf16[0](words, hidden)[0])
 
 
-def test_gru_is_float32_on_a_cpu():
-    words = torch.randint(50, (9, 4))
-    plain, bf16 = both(twins("GRU"), lambda model, _: model(words, model.init_hidden(4))[0])
-    assert torch.equal(plain, bf16)
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("splits", [(), (20, 30)])
+def test_of_the_loss_only_the_products_are_in_bfloat16(chunked, splits, monkeypatch):
+    """The operands are rounded once, the logits and what comes back through the product too."""
+    monkeypatch.setattr(splitcross, "CHUNK_ABOVE", 0 if chunked else 2**26)
+    monkeypatch.setattr(splitcross, "CPU_CHUNK_LOGITS", 200)
+    criterion = SplitCrossEntropyLoss(8, splits)
+    weight, bias = torch.randn(50, 8, requires_grad=True), torch.randn(50, requires_grad=True)
+    hiddens, targets = torch.randn(30, 8, requires_grad=True), torch.randint(50, (30,))
+    found = criterion(weight, bias, hiddens.bfloat16(), targets)
+    assert found.dtype == torch.float32
+    gradients = torch.autograd.grad(found, (weight, bias, hiddens))
+    expected = criterion(weight.double(), bias.double(), hiddens.double(), targets)
+    assert found.item() != pytest.approx(expected.item(), rel=1e-6)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-2)
+    for gradient, reference in zip(
+        gradients, torch.autograd.grad(expected, (weight, bias, hiddens))
+    ):
+        assert gradient.dtype == torch.float32
+        assert (gradient - reference).norm() < 1e-2 * reference.norm()
 
 
 def test_a_step_updates_float32_weights_by_float32_gradients():
@@ -59,9 +94,9 @@ def test_a_step_updates_float32_weights_by_float32_gradients():
         error = (plain.grad - bf16.grad).norm() / plain.grad.norm()
         assert error < 0.05, name
     ids = torch.randint(50, (100,))
-    plain, bf16 = both(pair, lambda *params: evaluate(torch.nn.ModuleList(params), ids, 5, 7))
-    assert plain != bf16
-    assert bf16 == pytest.approx(plain, rel=0.01)
+    before = evaluate(pair[1], ids, 5, 7)
+    pair[1][0].bf16 = False
+    assert evaluate(pair[1], ids, 5, 7) == before
 
 
 @pytest.mark.parametrize("precision", [None, "fp32", "bf16"])
@@ -88,9 +123,54 @@ def test_the_flag_reaches_the_model_and_the_checkpoint(
     assert f"precision {precision or 'fp32'} -> {other}" in out
 
 
-def test_tf32_needs_cuda(corpus_dir):
+@pytest.mark.parametrize(("model", "precision"), [("LSTM", "tf32"), ("GRU", "bf16")])
+def test_what_the_device_lacks_is_refused(model, precision, corpus_dir):
     status, out, err = invoke(
-        main.main, "--data", corpus_dir, "--precision", "tf32", "--device", "cpu"
+        main.main, "--data", corpus_dir, "--precision", precision, "--device", "cpu",
+        "--model", model,
     )
     assert (status, out) == (2, "")
-    assert err == "main.py: error: --precision tf32: device cpu has none; leave it out\n"
+    assert err == (
+        f"main.py: error: --precision {precision}: device cpu has none for {model}; give "
+        "--precision fp32\n"
+    )
+
+
+@pytest.mark.parametrize("acceptable", [False, True])
+def test_bf16_on_cuda_wants_a_cudnn_that_has_it(acceptable, monkeypatch):
+    asked = []
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *n, device, dtype: zeros(*n, dtype=dtype))
+    monkeypatch.setattr(
+        torch, "cudnn_is_acceptable", lambda tensor: asked.append(tensor.dtype) or acceptable
+    )
+    assert flags.has_precision(torch.device("cuda"), "bf16", "GRU") is acceptable
+    assert asked == [torch.bfloat16]
+
+
+def settings():
+    return [getattr(*setting) for setting in train.TF32_SETTINGS]
+
+
+def test_perplexities_are_float32s_whatever_training_is_in(monkeypatch):
+    """TF32 is allowed in training alone: neither in evaluation, nor after an error in it."""
+    before = settings()
+    try:
+        train.allow_tf32(True)
+        training = settings()
+        seen = []
+
+        def fail(self, bsz):
+            seen.append(settings())
+            raise ArithmeticError
+
+        monkeypatch.setattr(RNNModel, "init_hidden", fail)
+        for rnn_type in ("LSTM", "biLM"):
+            with pytest.raises(ArithmeticError):
+                score(make_params(rnn_type), torch.randint(50, (60,)), arguments())
+        assert settings() == training
+        train.allow_tf32(False)
+        assert seen == [settings()] * 2 != [training] * 2
+    finally:
+        for setting, value in zip(train.TF32_SETTINGS, before):
+            setattr(*setting, value)

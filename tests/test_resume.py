@@ -98,8 +98,7 @@ def test_what_is_compared_would_differ_if_anything_did(corpus_dir, tmp_path):
 
     def run_on(change):
         run = make_trainer(
-            make_params(ntoken=len(corpus.dictionary), rate=0.3), corpus, args, lambda: None,
-            finetuning=True,
+            make_params(ntoken=len(corpus.dictionary), rate=0.3), corpus, args, finetuning=True,
         )
         state = copy.deepcopy(half)
         change(state)
@@ -120,7 +119,7 @@ def test_what_is_compared_would_differ_if_anything_did(corpus_dir, tmp_path):
     assert same(run_on(lambda state: None), reference)
 
     def forget_averages(state):
-        state["averaged"]["n_averaged"] += 1
+        state["averaged"]["count"] += 1
 
     def forget_generators(state):
         state["generators"] = get_generators(torch.device("cpu"))

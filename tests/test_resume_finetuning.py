@@ -108,7 +108,7 @@ def test_the_loss_of_another_objective_or_text_is_not_compared(
 
 def test_main_resumes_in_its_fine_tuning(corpus_dir, small, tmp_path):
     ends = {}
-    for name, points in (("whole", ()), ("parts", (150, 175))):
+    for name, points in (("whole", ()), ("parts", (115, 150))):
         folder = tmp_path / name
         folder.mkdir()
         path = folder / "m.pt"

@@ -199,20 +199,6 @@ def rewrite(path, version=VERSION, **changes):
     )
 
 
-def test_a_state_older_than_the_schedule_goes_on(corpus_dir, small, tmp_path):
-    path = tmp_path / "m.pt"
-    assert invoke(main.main, "--data", corpus_dir, *small, "--epochs", 1, "--save", path)[0] == 0
-    rewrite(path, version=1, schedule=..., regularization_ramp=..., recipe=...)
-    status, out, _ = invoke(main.main, "--resume", path, "--epochs", 2)
-    assert status == 0 and "It goes on bit-identical" in out
-    rewrite(path, version=1, schedule=..., regularization_ramp=..., recipe=...)
-    more = ["--schedule", "onecycle", "--regularization-ramp", 0.5, 1]
-    status, out, _ = invoke(main.main, "--resume", path, "--epochs", 3, *more)
-    assert status == 0
-    for change in ("schedule constant -> onecycle", "regularization_ramp None -> [0.5, 1.0]"):
-        assert change in out
-
-
 def test_a_later_version_of_the_state_is_refused(corpus_dir, small, tmp_path):
     path = tmp_path / "m.pt"
     assert invoke(main.main, "--data", corpus_dir, *small, "--epochs", 1, "--save", path)[0] == 0

@@ -9,15 +9,14 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
-from torch.optim.swa_utils import AveragedModel
 
 from conftest import arguments, make_params
 from data import batchify, get_batch
 from model import RNNModel
 from splitcross import SplitCrossEntropyLoss
 from train import (
-    OPTIMIZERS, Objective, activation_regularization, evaluate, loss_columns, make_optimizer,
-    perplexity, random_seq_len, train_step,
+    OPTIMIZERS, Average, Objective, activation_regularization, evaluate, loss_columns,
+    make_optimizer, perplexity, random_seq_len, train_step,
 )
 
 
@@ -120,6 +119,30 @@ def test_adam_takes_its_own_kind_of_step():
     torch.testing.assert_close(moved.max(), torch.tensor(1e-3), rtol=1e-2, atol=0)
 
 
+def test_the_average_is_the_mean_of_the_iterates():
+    params = make_params(splits=(20, 30))
+    params[0].encoder.weight.grad = torch.ones_like(params[0].encoder.weight)
+    average, iterates = Average(params), []
+    for _ in range(4):
+        for weight in params.parameters():
+            torch.nn.init.normal_(weight.data)
+        average.update(params)
+        iterates.append([weight.detach().double() for weight in params.parameters()])
+    for mean, *weights in zip(average.params.parameters(), *iterates):
+        torch.testing.assert_close(mean.double(), torch.stack(weights).mean(0), rtol=0, atol=1e-6)
+        assert mean.grad is None
+
+
+def test_the_averages_recurrent_weights_are_flattened(monkeypatch):
+    """Each in its own piece of memory cuDNN would copy, and warn of, at every call."""
+    params, flattened = make_params(), []
+    monkeypatch.setattr(
+        torch.nn.RNNBase, "flatten_parameters", lambda layer: flattened.append(layer)
+    )
+    average = Average(params)
+    assert flattened == [rnn.module for rnn in average.params[0].rnns]
+
+
 @pytest.mark.parametrize("rnn_type", ["LSTM", "GRU", "biLSTM"])
 def test_a_step_on_the_meta_device(rnn_type, monkeypatch):
     """Every tensor of a step is where the model is: nothing is left on the CPU by accident."""
@@ -130,12 +153,12 @@ def test_a_step_on_the_meta_device(rnn_type, monkeypatch):
     words, targets = get_batch(source, 0, args)
     assert words.device.type == targets.device.type == "meta"
     hidden = params[0].init_hidden(4)
-    averaged = AveragedModel(params)
+    averaged = Average(params)
     for kind in OPTIMIZERS:
         args.optimizer = kind
         optimizer = make_optimizer(params, args)
         loss, hidden = train_step(Objective(params), optimizer, words, targets, hidden, args)
-        averaged.update_parameters(params)
+        averaged.update(params)
         tensors = [loss, *hidden] if rnn_type == "GRU" else [loss, *(t for h in hidden for t in h)]
         tensors += list(params.parameters()) + [p.grad for p in params.parameters()]
         assert {t.device.type for t in tensors} == {"meta"}
