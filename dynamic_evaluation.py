@@ -7,6 +7,7 @@ brings recent words and topics closer, and a decay pulls the weights back to the
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 from data import batchify, get_batch
 from hidden import repackage_hidden
@@ -72,6 +73,16 @@ class Rule:
                     weight.grad = None
 
 
+def evaluate_with_gradients(params):
+    """Evaluation mode, but for the recurrent layers: cuDNN's have no backward pass in it.
+
+    They have no dropout of their own, so they compute the same in both modes.
+    """
+    for module in params.eval().modules():
+        if isinstance(module, nn.RNNBase):
+            module.train()
+
+
 def read_dynamically(params, ids, segment, rule):
     """Reads `ids` [N], segment by segment of `segment` words, the weights moving by `rule`.
 
@@ -79,7 +90,7 @@ def read_dynamically(params, ids, segment, rule):
     in nats [L], from weights that have seen none of them. All N - 1 words that follow another.
     """
     model, criterion = params
-    params.eval()
+    evaluate_with_gradients(params)
     device = model.encoder.weight.device
     ids = ids.to(device).unsqueeze(1)
     hidden = model.init_hidden(1)
@@ -104,7 +115,7 @@ def root_mean_square(params, ids, batches=None, batch_size=STATISTICS[0], bptt=S
     mode. At most `batches` of them.
     """
     model, criterion = params
-    params.eval()
+    evaluate_with_gradients(params)
     device = model.encoder.weight.device
     batch_size = min(batch_size, len(ids) // 2)
     source = batchify(ids, batch_size).to(device)

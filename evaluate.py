@@ -46,20 +46,25 @@ def score_lines(params, lines):
         words = torch.zeros(longest, len(chosen), dtype=torch.int64)
         for column, i in enumerate(chosen):
             words[: len(lines[i]), column] = torch.tensor(lines[i])
-        for i, value in zip(chosen, score_columns(params, words, lengths).tolist()):
+        # Summed on the host, in float64, which MPS has not.
+        sums = score_columns(params, words, lengths).cpu().double().sum(0)
+        for i, value in zip(chosen, sums.tolist()):
             result[i] = value
     return result
 
 
 def score_columns(params, words, lengths):
-    """words [T + 1, B], of which column b predicts 1 to lengths[b]; log-probabilities [B]."""
+    """The log-probabilities [T, B] of words [T + 1, B], of which column b predicts 1 to lengths[b].
+
+    0 past those.
+    """
     model, criterion = params
     device = model.encoder.weight.device
     words, lengths = words.to(device), lengths.to(device)
     layers = len(model.rnns)
     hidden = model.init_hidden(words.size(1))
     after = states_after(model, words, lengths, hidden[layers:]) if is_bilm(params) else None
-    total = torch.zeros(words.size(1), dtype=torch.float64, device=device)
+    result = []
     steps = len(words) - 1
     for start in range(0, steps, BPTT):
         window = slice(start, min(start + BPTT, steps))
@@ -70,8 +75,8 @@ def score_columns(params, words, lengths):
         weight, bias = model.decoder.weight, model.decoder.bias
         logprob = criterion.target_logprob(weight, bias, output, targets.flatten())
         predicted = torch.arange(window.start, window.stop, device=device)[:, None] < lengths
-        total += logprob.double().view_as(targets).where(predicted, 0.0).sum(0)
-    return total
+        result.append(logprob.view_as(targets).where(predicted, 0.0))
+    return torch.cat(result)
 
 
 def states_after(model, words, lengths, hidden):

@@ -25,58 +25,65 @@ def truncate(probability, top_k=0, top_p=1.0):
     """Keeps the `top_k` likeliest words (0: all), then the nucleus of `top_p`.
 
     The nucleus is the fewest likeliest words that have the probability `top_p` together (Holtzman
-    et al. 2019, 1904.09751). probability [V] -> [V], what is left scaled to a sum of 1.
+    et al. 2019, 1904.09751). probability [.., V] -> [.., V], what is left scaled to a sum of 1.
     """
     ranked, words = probability.sort(descending=True)
     if top_k:
-        ranked[top_k:] = 0
-    ranked /= ranked.sum()
-    before = ranked.cumsum(0) - ranked  # of the words that are likelier
-    ranked[before >= top_p] = 0  # never the likeliest
-    return torch.zeros_like(probability).scatter_(0, words, ranked / ranked.sum())
+        ranked[..., top_k:] = 0
+    ranked /= ranked.sum(-1, keepdim=True)
+    before = ranked.cumsum(-1) - ranked  # of the words that are likelier
+    ranked = ranked.masked_fill(before >= top_p, 0)  # never the likeliest
+    kept = ranked / ranked.sum(-1, keepdim=True)
+    return torch.zeros_like(probability).scatter_(-1, words, kept)
 
 
 class Generator:
     """Draws words from a model; `text` is a stream of ids that goes on and on.
 
     The next word's log-probabilities are divided by `temperature`, then truncated; `banned` is an
-    iterable of ids that are never drawn. Draws are made on the CPU, in float64.
+    iterable of ids that are never drawn. Draws are made on the model's device, in float64 where it
+    has that.
     """
 
     def __init__(self, params, seed, temperature=1.0, top_k=0, top_p=1.0, banned=()):
         self.params = params.eval()
         model, criterion = params
+        device = model.encoder.weight.device
+        self.layers = model.rnns
         with torch.no_grad():
-            self.cells = [Cell(rnn.module) for rnn in model.rnns]
+            if device.type == "cpu":
+                self.layers = [Cell(rnn.module) for rnn in model.rnns]
             self.logits = None if criterion.splits else Packed(model.decoder.weight, 1)
         self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
         self.banned = list(banned)
-        self.random = torch.Generator().manual_seed(seed)
+        self.random = torch.Generator(device).manual_seed(seed)
 
     @torch.inference_mode()
     def text(self, prompt):
         """Yields ids that follow those in `prompt`, of which there has to be one at least."""
         model, criterion = self.params
         weight, bias = model.decoder.weight, model.decoder.bias
-        hidden, words = model.init_hidden(1), torch.tensor(prompt)
+        hidden, words = model.init_hidden(1), torch.tensor(prompt, device=weight.device)
         while True:
-            words = words.to(weight.device).unsqueeze(1)
-            output, hidden = model.read(self.cells, words, hidden)
+            output, hidden = model.read(self.layers, words.unsqueeze(1), hidden)
             if self.logits is None:
                 logits = criterion.logprob(weight, bias, output[-1:])
             else:
                 logits = self.logits(output[-1:], bias)
-            words = self.draw(logits[0])
+            words = self.draw(logits)
             yield words.item()
 
     def draw(self, logits):
-        """One id [1] of log-probabilities [V], up to a constant."""
-        logits = logits.cpu().double()
-        logits[self.banned] = -torch.inf
-        probability = (logits / self.temperature).softmax(0)
+        """An id for each row: log-probabilities [.., V], up to a constant, -> [..]."""
+        logits = logits.to(torch.float32 if logits.is_mps else torch.float64, copy=True)
+        logits[..., self.banned] = -torch.inf
+        probability = (logits / self.temperature).softmax(-1)
         if self.top_k or self.top_p < 1:
             probability = truncate(probability, self.top_k, self.top_p)
-        return torch.multinomial(probability, 1, generator=self.random)
+        # The word whose waiting time at its rate is the shortest: never one of probability 0, which
+        # torch.multinomial has drawn on some devices.
+        times = torch.empty_like(probability).exponential_(generator=self.random)
+        return (probability / times.clamp_(min=torch.finfo(times.dtype).tiny)).argmax(-1)
 
 
 def write(ids, dictionary, out, begun=False, every=0, words=0):

@@ -175,7 +175,7 @@ def environment(device):
     """Beside the flags, what the bits of a result depend on."""
     return {
         "torch": str(torch.__version__),
-        "device": describe_device(device),
+        "hardware": describe_device(device),
         "ranks": parallel.size(),
         "threads": torch.get_num_threads(),
         "cpu": torch.backends.cpu.get_cpu_capability(),

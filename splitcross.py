@@ -131,7 +131,7 @@ class SplitCrossEntropyLoss(nn.Module):
     @torch.no_grad()
     def begin_at(self, frequencies, bias):
         """Sets `bias` [V] and the tails' so that `frequencies` [V] are what a state of 0 gives."""
-        bias.copy_(frequencies.log())
+        bias.copy_(frequencies.log().to(bias.dtype))  # on the host: MPS has no float64
         edges = [split for split in self.splits if split < len(bias)] + [len(bias)]
         for tail, (start, end) in enumerate(pairwise(edges)):
             self.tail_bias[tail] = frequencies[start:end].sum().log()

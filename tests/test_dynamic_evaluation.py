@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import weight_drop
 from conftest import make_params
 from dynamic_evaluation import Rule, read_dynamically, root_mean_square
 from train import evaluate
@@ -75,6 +76,27 @@ def test_no_rate_is_plain_evaluation(params):
     found = losses(read_dynamically(params, ids, 5, rule(params, "sgd", 0.0, 0.0)))
     assert found.mean().item() == pytest.approx(evaluate(params, ids, 1, 70))
     assert len(found) == 42
+
+
+def test_recurrent_layers_are_in_training_mode_where_they_have_a_backward_pass(params, monkeypatch):
+    """cuDNN's has none in evaluation; weight drop and dropout stay off all the same."""
+    real, modes = weight_drop.call_recurrent, []
+
+    def recorded(module, *args):
+        assert module.training or not torch.is_grad_enabled()
+        modes.append(module.training)
+        return real(module, *args)
+
+    monkeypatch.setattr(weight_drop, "call_recurrent", recorded)
+    for rnn in params[0].rnns:
+        rnn.dropout = 0.5
+    params[0].dropout = 0.5
+    ids = torch.randint(V, (43,))
+    statistics = root_mean_square(params, ids)
+    moving = Rule(params, "rms", 0.0, 0.0, root_mean_square=statistics)
+    found = losses(read_dynamically(params, ids, 5, moving))
+    assert modes and all(modes)
+    assert found.mean().item() == pytest.approx(evaluate(params, ids, 1, 70))
 
 
 def test_the_root_mean_square_of_the_gradients(params):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import generate
 from conftest import ROOT, invoke, make_params
@@ -58,6 +59,33 @@ def test_words_are_drawn_with_the_probability_of_the_softmax(temperature):
     assert found[4] == 0
     assert found[:4] == pytest.approx(weights / weights.sum(), abs=0.015)
     assert torch.equal(logprob, before)
+
+
+@pytest.mark.parametrize("settings", [{"top_k": 40}, {"top_p": 0.9}, {}])
+def test_what_has_no_probability_is_never_drawn(settings):
+    logits = torch.randn(50).log_softmax(0)
+    generator = Generator(make_params(), 1, banned=[3, 5], **settings)
+    probability = logits.double().exp()
+    probability[[3, 5]] = 0
+    left = truncate(probability / probability.sum(), **settings)
+    draws = [generator.draw(logits.expand(100_000, 50)) for _ in range(10)]
+    found = torch.cat(draws).bincount(minlength=50)
+    assert found[left == 0].sum() == 0
+    torch.testing.assert_close(found / 1e6, left.float(), rtol=0, atol=3e-3)
+
+
+class NoFloat64(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        assert getattr(result, "dtype", None) != torch.float64, function
+        return result
+
+
+def test_no_float64_where_the_device_has_none(monkeypatch):
+    generator = Generator(make_params(), 1, banned=[3], top_k=5)
+    monkeypatch.setattr(torch.Tensor, "is_mps", True)
+    with NoFloat64():
+        generator.draw(torch.randn(1, 50))
 
 
 def test_a_split_softmax_draws_from_its_tails():

@@ -12,11 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import main
 import parallel
-from conftest import ROOT, await_line, invoke
+import trainer
+from conftest import ROOT, arguments, await_line, invoke, make_params, make_trainer
+from data import Corpus, InputError
 from kill_loop import same
+from preemption import Preemption
 from resume import read_state
 from utils import read_checkpoint
 
@@ -142,6 +146,92 @@ def test_a_run_of_two_ranks_is_that_of_one(model, begin, corpus_dir, small, tmp_
     one, two = (read_checkpoint(tmp_path / name) for name in ("one.pt", "two.pt"))
     for name, weights in one["model"].items():
         torch.testing.assert_close(two["model"][name], weights, rtol=1e-2, atol=1e-4)
+
+
+def test_one_process_under_torchrun_takes_the_ranks_way(begin, corpus_dir, small, tmp_path):
+    """It has the process group and the replica that two would have, and the same results."""
+    (tmp_path / "one.py").write_text(ONE)
+    flags = [*small, "--data", corpus_dir, "--epochs", 2, "--nonmono", 0]
+    launch = [*LAUNCH[:-1], "--nproc_per_node=1"]
+    out, _ = finish(begin("one.py", *flags, "--save", "run.pt", launch=launch))
+    assert "backend gloo, objective DistributedDataParallel" in out
+    finish(begin(ROOT / "main.py", *flags, "--save", "plain.pt", launch=[sys.executable]))
+    assert same(
+        *(read_checkpoint(tmp_path / name)["model"] for name in ("run.pt", "plain.pt"))
+    )
+
+
+ONE = """
+import torch.distributed as dist
+import flags, main, trainer
+
+fit = trainer.Trainer.fit
+
+def announced(self):
+    print(f"backend {dist.get_backend()}, objective {type(self.objective).__name__}")
+    fit(self)
+
+trainer.Trainer.fit = announced
+flags.run(main.main)
+"""
+
+FAILS = """
+import sys
+import flags, main, parallel, trainer
+
+step, failing = trainer.train_step, int(sys.argv.pop())
+
+def fail(*args, **kwargs):
+    if parallel.rank() == failing:
+        raise ValueError("this rank has failed")
+    return step(*args, **kwargs)
+
+trainer.train_step = fail
+flags.run(main.main)
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_when_a_rank_fails_the_others_do_not_hang(rank, begin, corpus_dir, small, tmp_path):
+    (tmp_path / "fails.py").write_text(FAILS)
+    begun = time.monotonic()
+    process = begin("fails.py", *small, "--data", corpus_dir, "--epochs", 2, rank)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "ValueError: this rank has failed" in err
+    assert time.monotonic() - begun < 40
+
+
+def test_a_connection_that_fails_says_why(monkeypatch):
+    def fail(*args, **kwargs):
+        raise dist.DistBackendError("NCCL error:\nError while creating shared memory segment")
+
+    monkeypatch.setattr(dist, "rendezvous", lambda url: iter([(None, 0, 2)]))
+    monkeypatch.setattr(dist, "init_process_group", fail)
+    monkeypatch.setenv("RANK", "1")
+    message = "rank 1 cannot connect to the others: NCCL error: Error while creating shared memory"
+    with pytest.raises(InputError, match=message), parallel.group(torch.device("cpu"), None):
+        pass
+
+
+def test_a_batch_takes_one_exchange_between_the_hosts(corpus_dir, monkeypatch):
+    """That of the signals and of whether to save; the losses are exchanged by the devices."""
+    exchanged, made = [], []
+    monkeypatch.setattr(parallel, "is_distributed", lambda: True)
+    monkeypatch.setattr(parallel, "replicate", lambda module: module)
+    monkeypatch.setattr(parallel.group, "hosts", "hosts", raising=False)
+    monkeypatch.setattr(dist, "all_reduce", lambda t, op=None, group=None: exchanged.append(group))
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda *args: exchanged.append("hosts"))
+    monkeypatch.setattr(dist, "all_gather_object", lambda *args: exchanged.append("hosts"))
+    corpus, args = Corpus(corpus_dir), arguments(epochs=1)
+    run = make_trainer(
+        make_params(ntoken=len(corpus.dictionary)), corpus, args, Preemption().check
+    )
+    monkeypatch.setattr(trainer, "train_step", lambda *a: made.append(a) or (torch.ones(()), None))
+    run.hidden = []
+    run.train_epoch()
+    assert len(made) > 20
+    assert exchanged == [None, "hosts"] * len(made)
 
 
 def test_ended_together_and_resumed_it_is_the_same_run(begin, corpus_dir, small, tmp_path):

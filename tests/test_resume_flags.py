@@ -13,7 +13,7 @@ from conftest import Interrupting, invoke
 from files import pack
 from kill_loop import lines, same
 from preemption import Preempted
-from resume import KIND, VERSION, how_to_resume, read_state
+from resume import KIND, VERSION, changes, environment, how_to_resume, read_state
 from utils import read_checkpoint
 
 
@@ -323,6 +323,78 @@ def test_out_of_memory_is_not_called_damage(target, error, unfinished, monkeypat
     status, _, err = invoke(main.main, "--resume", unfinished[0])
     assert (status, err.count("\n")) == (2, 1)
     assert "out of memory" in err
+
+
+@pytest.mark.parametrize("target", ["torch.load", "torch.optim.SGD.load_state_dict"])
+@pytest.mark.parametrize(
+    "kind", [RuntimeError, getattr(torch, "AcceleratorError", RuntimeError)]
+)
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA", "cuda is out of memory;"),
+        ("CUDA error: no kernel image is available for execution on the device\nFor debugging",
+         "cuda: CUDA error: no kernel image is available for execution on the device; no file is"),
+        ("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED", "CUDNN_STATUS_NOT_INITIALIZED"),
+    ],
+)
+def test_an_error_of_the_device_is_not_called_damage(
+    target, kind, message, said, unfinished, monkeypatch
+):
+    error = kind(message)
+
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(target, fail)
+    status, _, err = invoke(main.main, "--resume", unfinished[0])
+    assert (status, err.count("\n")) == (2, 1)
+    assert said in err
+    assert "device" in err and "damaged" not in err
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_out_of_memory_in_the_middle_of_a_run_names_what_resumes_it(
+    epoch, corpus_dir, small, tmp_path, monkeypatch
+):
+    path, step, steps = tmp_path / "m.pt", trainer.train_step, []
+
+    def fail(*args, **kwargs):
+        steps.append(args)
+        if len(steps) == (1 if epoch == 1 else 50):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(trainer, "train_step", fail)
+    argv = ["--data", corpus_dir, *small, "--epochs", 2, "--save", path]
+    status, _, err = invoke(main.main, *argv)
+    assert (status, err.count("\n")) == (2, 1)
+    if epoch == 1:  # nothing to go on from
+        assert "out of memory; lower --batch_size" in err
+        return
+    assert "out of memory at epoch 2, batch " in err
+    command = re.search(r"python main.py (--resume .*? --bptt 7) goes on", err)[1]
+    status, out, err = invoke(main.main, *command.split())
+    assert (status, err) == (0, "")
+    assert "bptt 10 -> 7" in out and "| End of training |" in out
+
+
+def test_a_resume_on_another_card_names_the_change(unfinished, monkeypatch):
+    state, device = read_state(unfinished[0]), torch.device("cuda")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91300)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A")
+    state["environment"] = environment(device)
+    assert state["environment"]["hardware"] == "cuda (NVIDIA A, cuDNN 91300)"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA B")
+    change = "hardware cuda (NVIDIA A, cuDNN 91300) -> cuda (NVIDIA B, cuDNN 91300)"
+    assert change in changes(state, state["flags"], device)
+
+
+@pytest.mark.parametrize("bptt", [65_500, 10**9])
+def test_windows_longer_than_cudnn_takes_are_refused(bptt, corpus_dir, small):
+    status, out, err = invoke(main.main, "--data", corpus_dir, *small, "--bptt", bptt)
+    assert (status, out) == (2, "")
+    assert f"--bptt: must be a whole number in [1, 65500), not {bptt}" in err
 
 
 def test_the_shown_command_works_for_names_with_spaces_and_dashes():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import splitcross
 from products import has_onednn
@@ -127,6 +128,30 @@ def test_vocabulary_between_threshold_and_last_split():
     targets = torch.tensor([75_499, 2_799])
     loss = criterion(weight, bias, hiddens, targets)
     torch.testing.assert_close(loss, -logprob[[0, 1], targets].mean())
+
+
+class Largest(TorchDispatchMode):
+    """Notes the number of elements of the largest tensor that is made."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        for result in results if isinstance(results, tuple | list) else [results]:
+            self.numel = max(self.numel, getattr(result, "numel", int)())
+        return results
+
+
+def test_the_logits_of_a_long_window_never_exist_all_at_once():
+    """20,000 words of WikiText-2's vocabulary would be 2.7 GB of them."""
+    with torch.device("meta"):
+        weight, bias = nn.Parameter(torch.empty(33_278, 40)), torch.empty(33_278)
+        hiddens, targets = torch.empty(20_000, 40), torch.empty(20_000, dtype=torch.int64)
+    for grad in (False, True):
+        with Largest() as largest, torch.set_grad_enabled(grad):
+            loss = SplitCrossEntropyLoss(40)(weight, bias, hiddens, targets)
+        assert loss.requires_grad == grad
+        assert 0 < largest.numel <= splitcross.CHUNK_ABOVE
 
 
 @pytest.mark.parametrize("splits", [[0, 5], [5, 5], [7, 3]])

@@ -334,3 +334,27 @@ def test_a_gpu_is_not_waited_for_within_a_step():
     assert losses.read() == [2.5]
     assert losses.mean() == pytest.approx(2.25)
     assert losses.mean(last=1) == 2.5
+
+
+# ---------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("rnn_type", ["LSTM", "biLM"])
+def test_the_longest_window_is_tried_and_leaves_no_trace(rnn_type, monkeypatch):
+    losses, lengths = [], []
+    monkeypatch.setattr(
+        trainer, "get_batch", lambda *a, **k: lengths.append(k["seq_len"]) or get_batch(*a, **k)
+    )
+    for tried in (False, True):
+        torch.manual_seed(0)
+        np.random.seed(0)
+        params = make_params(rnn_type, rate=0.3)
+        run = make_trainer(params, stream(torch.arange(500) % 50), arguments(epochs=1))
+        lengths.clear()
+        if tried:
+            run.try_longest_window()
+            assert set(lengths) == {10 + 25}
+            assert all(p.grad is None for p in params.parameters())
+        run.train_epoch()
+        losses.append(run.losses.on_host)
+    assert losses[0] == losses[1]
