@@ -28,6 +28,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.autograd import DeviceType
 from torch.func import functional_call
 from torch.nn import functional as F
 
@@ -276,30 +277,55 @@ def measure(args):
 
 
 def profile(args):
-    """Prints which operations a step and an evaluation of ours spend their time in, in ms."""
+    """Prints which operations a step and an evaluation of ours spend their time in, in ms.
+
+    On CUDA these are kernels; and the share of the time, without the profiler, that the GPU idles.
+    """
     keep_freed_memory()
     set_up_device(args)
     step, evaluation = our_side(args)
+    on_gpu = args.device.type == "cuda"
     kinds = [torch.profiler.ProfilerActivity.CPU]
-    if args.device.type == "cuda":
+    if on_gpu:
         kinds.append(torch.profiler.ProfilerActivity.CUDA)
     for name, function in (("a step", step), ("an evaluation", evaluation)):
         for _ in range(WARM_UP):
             function()
         with torch.profiler.profile(activities=kinds) as profiled:
             function()
-        times = {
-            event.key: event.self_device_time_total if len(kinds) > 1 else event.self_cpu_time_total
-            for event in profiled.key_averages()
-        }
+        events, idle = profiled.key_averages(), {}
+        if on_gpu:
+            times = kernel_times(events)
+            whole = statistics.median(seconds(function, args.device) for _ in range(args.steps))
+            idle = {"whole_ms": 1e3 * whole, "idle": idle_share(sum(times.values()) / 1e6, whole)}
+        else:
+            times = {event.key: event.self_cpu_time_total for event in events}
         total = sum(times.values())
         if args.json:
             milliseconds = {key: time_taken / 1000 for key, time_taken in times.items()}
-            print(json.dumps({"of": name, "ms": total / 1000, "operations": milliseconds}))
+            print(json.dumps({"of": name, "ms": total / 1000, **idle, "operations": milliseconds}))
             continue
         print(f"{name}: {total / 1000:.0f} ms")
+        if idle:
+            print(f"{idle['idle']:6.1%} of {idle['whole_ms']:8.1f} ms the GPU idles (no profiler)")
         for key, microseconds in sorted(times.items(), key=lambda item: -item[1])[:12]:
-            print(f"{microseconds / total:6.1%} {microseconds / 1000:8.1f} ms  {key}")
+            print(f"{microseconds / total:6.1%} {microseconds / 1000:8.1f} ms  {key[:90]}")
+
+
+def kernel_times(events):
+    """{kernel: microseconds} of a profile on CUDA, copies included.
+
+    Its other events, operations and annotations, have the same time once more.
+    """
+    return {
+        event.key: event.self_device_time_total for event in events
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation
+    }
+
+
+def idle_share(busy, whole):
+    """The share of the time `whole` in which no kernel runs; `busy` is the sum of all kernels."""
+    return max(0.0, 1 - busy / whole)  # those that overlap come to more
 
 
 def peak(on):

@@ -9,6 +9,8 @@ the present one is likely to come again. Nothing is trained; nothing is written.
 """
 
 import math
+import time
+from contextlib import closing
 from itertools import product as grid
 
 import torch
@@ -182,13 +184,17 @@ class Reader:
 
     def __init__(self, params, corpus, args):
         self.params, self.args = params, args
+        self.words = 0  # how many the last reading came to
         self.statistics = None
         if args.dynamic == "rms":
             log("Measuring the gradients on the training split")
             self.statistics = root_mean_square(params, corpus.train, args.statistics)
 
-    def __call__(self, ids, lr=None, decay=None):
-        """Yields (states [L, E], words [L], log-probabilities [L]) of `ids` [N], in order."""
+    def __call__(self, ids, lr=None, decay=None, seconds=math.inf):
+        """Yields (states [L, E], words [L], log-probabilities [L]) of `ids` [N], in order.
+
+        Of as many words as `seconds` allow, and of the first ones in any case.
+        """
         args = self.args
         if args.dynamic:
             lr, decay = args.lr if lr is None else lr, args.decay if decay is None else decay
@@ -196,10 +202,15 @@ class Reader:
             pieces = read_dynamically(self.params, ids, args.segment, rule)
         else:
             pieces = read(self.params, ids, args.bptt)
-        with tqdm(total=len(ids) - 1, disable=None, leave=False, unit=" words") as bar:
+        self.words, end = 0, time.monotonic() + seconds
+        bar = tqdm(total=len(ids) - 1, disable=None, leave=False, unit=" words")
+        with bar, closing(pieces):  # which puts the weights back
             for piece in pieces:
+                self.words += len(piece[1])
                 yield piece
                 bar.update(len(piece[1]))
+                if time.monotonic() > end:
+                    break
 
 
 def mean_loss(pieces):
@@ -237,20 +248,24 @@ def tune(reader, ids, args):
 def report(reader, ids, split, args):
     """Logs the loss of one split by the model alone and in the ways that were asked for.
 
-    Returns the last of them.
+    Returns the columns of the last of them.
     """
-    if args.dynamic:
-        alone = mean_loss(read(reader.params, ids, args.bptt))
-        log(f"| model alone | {loss_columns(alone, f'{split} ')}")
     window = min(args.window, len(ids))  # the same, in less memory
-    loss, without = evaluate_cache(reader(ids), args.theta, args.lambdasm, window)
-    log(f"| {'dynamic' if args.dynamic else 'model alone'} | {loss_columns(without, f'{split} ')}")
+    pieces = reader(ids, seconds=args.seconds or math.inf)
+    loss, without = evaluate_cache(pieces, args.theta, args.lambdasm, window)
+    found = {"dynamic" if args.dynamic else "model alone": without}
+    if args.dynamic:
+        read_alone = read(reader.params, ids[: reader.words + 1], args.bptt)
+        found = {"model alone": mean_loss(read_alone), **found}
     if args.lambdasm:
-        name = "dynamic and cache" if args.dynamic else "with cache"
-        log(f"| {name} | {loss_columns(loss, f'{split} ')}")
+        found["dynamic and cache" if args.dynamic else "with cache"] = loss
+    part = f" | {reader.words:,} of {len(ids) - 1:,} tokens" if args.seconds else ""
+    for name, value in found.items():
+        columns = loss_columns(value, f"{split} ") + part
+        log(f"| {name} | {columns}")
     if args.dynamic and not without < math.log(len(reader.params[0].decoder.bias)) + 1:
         raise InputError(f"--lr {args.lr:g}: dynamic evaluation has diverged; lower it")
-    return loss
+    return columns
 
 
 def parse_args(argv=None):
@@ -282,6 +297,9 @@ def parse_args(argv=None):
              "(default: 20000)")
     add("--split", choices=["valid", "test"], nargs="+", default=["valid", "test"],
         help="what to evaluate (default: both)")
+    add("--seconds", type=number(float, 0, open_low=True), metavar="N",
+        help="stop reading a split after N seconds, and report on what was read (default: read "
+             "all; so does --tune)")
     add("--bptt", type=count, default=2000, help="words read at once (default: 2000)")
     add_flags(parser)
     args = parser.parse_args(argv)
@@ -305,9 +323,9 @@ def main(argv=None):
     if args.tune:
         tune(reader, corpus.valid, args)
     for split in args.split:
-        loss = report(reader, getattr(corpus, split), split, args)
+        columns = report(reader, getattr(corpus, split), split, args)
     rule = "=" * 89
-    log(f"{rule}\n| End of training | {loss_columns(loss, f'{split} ')}\n{rule}")
+    log(f"{rule}\n| End of training | {columns}\n{rule}")
     return 2 if log.failed else 0
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
 from torch import nn
 
 import flags
@@ -23,13 +22,6 @@ from preemption import Preempted
 from trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
-# For a property that is tried often, in one folder, the same cases each time. HYPOTHESIS=5000 tries
-# so many others.
-TRIES = int(os.environ.get("HYPOTHESIS", 0))
-repeated = settings(
-    max_examples=TRIES or 60, derandomize=not TRIES, deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
 DATA = Path(os.environ.get("AWD_LSTM_DATA", ROOT / "data"))
 
 

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 import bench
 import run
@@ -101,6 +102,23 @@ def test_the_profile_names_the_layers_kernel(capsys):
     assert "an evaluation: " in out
     shares = [float(line.split("%")[0]) for line in out.splitlines() if "%" in line]
     assert 50 < sum(shares) <= 200.5
+
+
+def test_on_cuda_kernels_are_counted_once_and_the_rest_of_a_step_is_idle():
+    def event(key, device_type, microseconds, annotation=False):
+        return bench.Namespace(
+            key=key, device_type=device_type, is_user_annotation=annotation,
+            self_device_time_total=microseconds,
+        )
+
+    times = bench.kernel_times([
+        event("aten::mm", DeviceType.CPU, 600), event("gemm", DeviceType.CUDA, 600),
+        event("Memcpy HtoD", DeviceType.CUDA, 150),
+        event("Optimizer.step", DeviceType.CUDA, 750, annotation=True),
+    ])
+    assert times == {"gemm": 600, "Memcpy HtoD": 150}
+    assert bench.idle_share(750, 1000) == 0.25
+    assert bench.idle_share(1100, 1000) == 0
 
 
 def test_reading_is_measured_on_a_corpus_of_the_size_asked_for():

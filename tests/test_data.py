@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import data
-from conftest import repeated
 from data import Corpus, InputError, batchify, batchify_exact, get_batch, unigram_loss
+from properties import repeated
 
 
 def write(folder, train=b"a b\nb c\n", valid=b"c d\n", test=b"a e\n"):

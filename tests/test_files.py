@@ -23,9 +23,10 @@ import finetune
 import main
 import resume
 import utils
-from conftest import ROOT, invoke, repeated
+from conftest import ROOT, invoke
 from data import InputError
 from files import exclusive, keep, pack, unpack, write_atomically
+from properties import repeated
 from utils import load
 
 # ---------------------------------------------------------------- writing

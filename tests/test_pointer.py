@@ -249,6 +249,34 @@ def test_dynamic_evaluation_is_tuned_first(trained, corpus_dir):
     assert "Best on valid: --theta" in out
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_reading_that_is_cut_short_reports_what_was_read(dynamic, trained, corpus_dir):
+    """After so little time it is one window, or one segment."""
+    argv = ["--data", str(corpus_dir), "--save", str(trained), "--bptt", "20", "--split", "test"]
+    argv += ["--dynamic", "sgd", "--segment", "15", "--tune", "--tune-words", "30"] * dynamic
+    status, out, err = invoke(lambda: pointer.main([*argv, "--seconds", "1e-9"]))
+    assert (status, err) == (0, "")
+    params, ids = build(read_checkpoint(trained)).eval(), Corpus(corpus_dir).test
+    words = 15 if dynamic else 20
+    assert out.count(f" | {words} of {len(ids) - 1:,} tokens\n") == 4 if dynamic else 3
+    assert not dynamic or "Best on 30 words" in out
+    alone = evaluate(params, ids[: words + 1], 1, 70)
+    assert ppl(out, "model alone", "test") == pytest.approx(math.exp(alone), abs=0.006)
+
+    _, whole, _ = invoke(lambda: pointer.main([*argv, "--seconds", "1000"]))
+    assert f" | {len(ids) - 1:,} of {len(ids) - 1:,} tokens\n" in whole
+
+
+def test_the_weights_are_put_back_where_reading_stops(trained, corpus_dir):
+    args = pointer.parse_args(["--save", str(trained), "--dynamic", "sgd", "--lr", "1"])
+    params = build(read_checkpoint(trained))
+    before = [weight.clone() for weight in params.parameters()]
+    corpus = Corpus(corpus_dir)
+    reader = pointer.Reader(params, corpus, args)
+    assert len(list(reader(corpus.test, seconds=1e-9))) == 1
+    assert all(map(torch.equal, params.parameters(), before))
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -259,6 +287,7 @@ def test_dynamic_evaluation_is_tuned_first(trained, corpus_dir):
         (["--data", "sample"], "--data sample: its vocabulary is not that of {trained}"),
         (["--lambdasm", "1.5"], "argument --lambdasm: must be a number in [0, 1), not 1.5"),
         (["--window", "0"], "argument --window: must be a whole number in [1, "),
+        (["--seconds", "0"], "argument --seconds: must be a number above 0, not 0"),
         (["--theta", "x"], "argument --theta: 'x' is not a number"),
         (["--lr", "0.1"], "--lr: belongs to --dynamic; give that too"),
         (["--tune", "--lambdasm", "0"], "--lambdasm 0: there is nothing to tune; leave it out"),

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 import bidirectional
 import main
 import trainer
-from conftest import TRIES, Interrupting, arguments, invoke, make_params, make_trainer, repeated
+from conftest import Interrupting, arguments, invoke, make_params, make_trainer
 from data import Corpus, InputError
 from kill_loop import lines, same
 from preemption import Preempted
+from properties import TRIES, repeated
 from resume import get_generators, read_state, set_generators
 from utils import read_checkpoint
 

@@ -1,0 +1,212 @@
+#!/usr/bin/env bash
+# What to measure on a machine with a GPU, in ten minutes an entry.
+#
+#     records/gpu/run.sh list
+#     records/gpu/run.sh ptb FOLDER
+#
+# It ends by itself within 560 seconds and needs no network. Into FOLDER go log.txt, as it comes (so
+# that what was found is there if the machine is taken away), table.md, which table.py makes of it,
+# and the JSON lines of each model. PYTHON names the interpreter (default: python3), COMMIT the
+# commit where there is no git. REHEARSE=1 runs an entry on a CPU, with tiny models.
+set -u
+
+root=$(cd "$(dirname "$0")/../.." && pwd)
+python=${PYTHON:-python3}
+
+# NAME, the corpus that it needs, what it does.
+entries="\
+check     none       the tests on a GPU, the benchmark in all precisions, the profile of a step
+ptb       penn       the published command for Penn Treebank
+ptb-80    penn       the same with batches of 80
+wt2-short wikitext-2 the short recipe on WikiText-2, for as many epochs as there is time for
+models    penn       LSTM, GRU, biLM and attention, for equal seconds"
+
+run_entry() {
+    local penn=(--dropouti 0.4 --dropouth 0.25 --seed 141 --epochs 500)
+    case $1 in
+        check) check ;;
+        ptb) train_and_evaluate ptb penn --batch_size 20 "${penn[@]}" ;;
+        ptb-80) train_and_evaluate ptb-80 penn --batch_size 80 "${penn[@]}" ;;
+        wt2-short) short_recipe wt2-short wikitext-2 --batch_size 100 --dropouth 0.2 --seed 1882 ;;
+        models)
+            shares 4
+            share train_and_cache lstm penn --batch_size 20 "${penn[@]}"
+            share train_and_cache gru penn --model GRU --batch_size 20 "${penn[@]}"
+            share train_and_cache bilm penn --model biLM --batch_size 20 "${penn[@]}"
+            share train_and_cache attention penn --attention single --batch_size 20 "${penn[@]}" ;;
+    esac
+}
+
+# Seconds after the start: when training stops, when all ends. And those that a command takes until
+# it trains or reads.
+stop=420 end=550 startup=15 parts=3 # of what is left: cache on two splits, dynamic evaluation
+precisions=(tf32 bf16 fp32)
+tiny=() tiny_bench=() on=() reading=
+if [ -n "${REHEARSE:-}" ]; then
+    stop=12 end=200 reading=2
+    precisions=(fp32 bf16)
+    on=(--device cpu --data sample)
+    tiny=("${on[@]}" --emsize 16 --nhid 24 --log-interval 20)
+    tiny_bench=(--device cpu --emsize 16 --nhid 24 --ntoken 200 --bptt 7 --steps 3)
+    export AWD_LSTM_DEVICE=cpu
+fi
+export PYTHONUNBUFFERED=1 # lines are in the log as they come
+
+# ------------------------------------------------------------ parts of an entry
+
+train() { # NAME CORPUS FLAGS...: until $stop; main.py then tests the best model
+    local name=$1 corpus=$2 grace=$(((end - stop) * 2 / 3)) # for the test
+    shift 2
+    logged "0 130" $((stop - SECONDS)) "$root/main.py" --data "data/$corpus" "$@" "${tiny[@]}" \
+        --save "$name.pt"
+    [ ! -e "$name.pt.jsonl" ] || cp "$name.pt.jsonl" "$folder/$name.jsonl"
+}
+
+train_and_cache() { # NAME CORPUS FLAGS...
+    train "$@"
+    point "$1" "$2" $(((end - SECONDS - startup) / parts)) # for each of two splits
+}
+
+train_and_evaluate() { # NAME CORPUS FLAGS...
+    train_and_cache "$@"
+    point "$1" "$2" $((end - SECONDS - 2 * startup)) --split test --dynamic --statistics 500
+}
+
+point() { # NAME CORPUS SECONDS FLAGS...: pointer.py, which reads a split for so long
+    local name=$1 corpus=$2 seconds=${reading:-$3}
+    shift 3
+    if [ -e "$name.pt" ] && ((seconds > 0)); then
+        logged 0 $((end - SECONDS)) "$root/pointer.py" --data "data/$corpus" "$@" \
+            --seconds "$seconds" "${on[@]}" --save "$name.pt"
+    else
+        note "failed: there is no model, or no time, for pointer.py of $name $*"
+    fi
+}
+
+short_recipe() { # NAME CORPUS FLAGS...: for as many epochs as a first one, timed, says
+    local name=$1 corpus=$2 seconds epochs
+    shift 2
+    local flags=(--recipe short --data "data/$corpus" "$@" "${tiny[@]}" --epochs)
+    begin "main.py ${flags[*]} 1 --save first.pt"
+    "$python" "$root/main.py" "${flags[@]}" 1 --save first.pt >>"$log" 2>&1 </dev/null &
+    while kill -0 $! 2>/dev/null && [ ! -e first.pt.jsonl ] && ((SECONDS < stop)); do
+        sleep 0.2
+    done
+    kill $! 2>/dev/null # its test would take time, and says nothing
+    wait $!
+    seconds=$(sed 's/.*"seconds": \([0-9.]*\).*/\1/' first.pt.jsonl 2>/dev/null)
+    [ -z "${REHEARSE:-}" ] || stop=$((SECONDS + startup + 2))
+    epochs=$(awk "BEGIN { print int(($stop - $SECONDS - $startup) / (1.07 * ${seconds:-1e9})) }")
+    epochs=$((epochs > 1 ? epochs : 1))
+    note "an epoch takes ${seconds:-too many} s: --epochs $epochs"
+    train_and_evaluate "$name" "$corpus" --recipe short "$@" --epochs "$epochs"
+}
+
+shares() { # N: divides the time up among N models, with 45 s for the evaluation of each
+    whole=$(((end - SECONDS) / $1)) end=$SECONDS parts=2
+    each=$((whole - 45))
+    [ -z "${REHEARSE:-}" ] || each=$whole tiny+=(--epochs 1)
+}
+
+share() { # COMMAND...: in the next of these shares
+    stop=$((SECONDS + each)) end=$((end + whole))
+    "$@"
+}
+
+check() {
+    if [ -e "$root/tests/test_cuda.py" ]; then
+        logged 0 120 -m pytest -q -p no:cacheprovider "$root/tests/test_cuda.py"
+    else
+        note "skipped: there is no tests/test_cuda.py"
+    fi
+    local sizes recipe batch model precision until=$((end - 45)) # the rest is the profile's
+    [ -z "${REHEARSE:-}" ] || until=$((SECONDS + 48))
+    # The published batch sizes first.
+    for sizes in ptb:20 wt2:80 ptb:20:GRU ptb:80 wt2:20 ptb:80:GRU; do
+        IFS=: read -r recipe batch model <<<"$sizes"
+        for precision in "${precisions[@]}"; do
+            set -- --recipe "$recipe" --batch_size "$batch" --model "${model:-LSTM}" \
+                --precision "$precision"
+            if ((SECONDS + 40 > until)); then
+                note "skipped, as there is no time: bench.py $*"
+            else
+                logged 0 $((until - SECONDS)) "$root/bench.py" "$@" --baseline --json \
+                    --evaluations 2 "${tiny_bench[@]}"
+            fi
+        done
+    done
+    logged 0 $((end - SECONDS)) "$root/bench.py" --recipe ptb --batch_size 20 --profile \
+        "${tiny_bench[@]}"
+}
+
+# ------------------------------------------------------------ the log
+
+logged() { # GOOD SECONDS ARGUMENTS...: python, for so long; GOOD are the exit codes of success
+    local good=$1 seconds=$(($2 > 0 ? $2 : 1)) code=0 # 0 would be for ever
+    shift 2
+    begin "${*//"$root/"/}"
+    # The first SIGINT has main.py test its best model; what goes on for too long is killed.
+    timeout --foreground --preserve-status -s INT -k "${grace:-5}" "$seconds" \
+        "$python" "$@" >>"$log" 2>&1 </dev/null || code=$?
+    case " $good " in
+        *" $code "*) note "exit code $code, $SECONDS s after the start" ;;
+        *) note "failed with exit code $code, $SECONDS s after the start: ${*//"$root/"/}" ;;
+    esac
+}
+
+begin() { # COMMAND
+    printf '\n$ python %s\n' "$1" >>"$log"
+    echo "$SECONDS s: python $1"
+}
+
+note() { # LINE: in the log, after which the table is made anew
+    echo "# $1" >>"$log"
+    [ "${1#failed}" = "$1" ] || status=1
+    "$python" "$root/records/gpu/table.py" "$log" >table.md && cp table.md "$folder/table.md"
+}
+
+header() { # NAME: fails where there is no GPU
+    echo "# command:  ${REHEARSE:+REHEARSE=1 }records/gpu/run.sh $1 FOLDER"
+    echo "# date:     $(date -u '+%Y-%m-%d %H:%M') UTC"
+    echo "# commit:   $(git -C "$root" describe --always --dirty --exclude '*' 2>/dev/null ||
+        echo "${COMMIT:-unknown}")"
+    "$python" - <<'END'
+import os, platform, re, sys, torch
+cuda = torch.cuda.is_available()
+gpu = torch.cuda.get_device_name() if cuda else "no GPU"
+cpu = re.search("model name.*: (.*)", open("/proc/cpuinfo").read())
+print(f"# machine:  {gpu}; {os.cpu_count()} cores, {cpu[1] if cpu else platform.machine()}")
+print(f"# versions: Python {platform.python_version()}, torch {torch.__version__}, "
+      f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}")
+sys.exit(not cuda and not os.environ.get("REHEARSE"))
+END
+}
+
+# ------------------------------------------------------------ the command line
+
+die() { echo "run.sh: error: $1" >&2; exit 2; }
+
+list() {
+    local name corpus what commit
+    while read -r name corpus what; do
+        commit=$(sed -n 's/^# commit: *//p' "$root/records/gpu/$name/log.txt" 2>/dev/null)
+        [ "$corpus" = none ] && corpus= || corpus=", data/$corpus"
+        echo "$name: $what (one GPU, 10 minutes$corpus; ${commit:+log of commit }${commit:-no log})"
+    done <<<"$entries"
+}
+
+[ "$*" != list ] || { list; exit; }
+corpus=$(awk -v name="${1:-}" '$1 == name { print $2 }' <<<"$entries")
+if [ $# != 2 ] || [ -z "$corpus" ]; then
+    die "usage: run.sh list | NAME FOLDER, NAME one of $(awk '{ printf "%s ", $1 }' <<<"$entries")"
+fi
+[ "$corpus" = none ] || [ -n "${REHEARSE:-}" ] || [ -e "$root/data/$corpus/train.txt" ] ||
+    die "data/$corpus is missing; ./getdata.sh fetches it"
+mkdir -p "$2" && folder=$(cd "$2" && pwd) || die "$2: no folder that can be written"
+log=$folder/log.txt status=0
+header "$1" >"$log" || die "this needs a GPU that torch finds, or REHEARSE=1"
+tmp=$(mktemp -d) && trap 'rm -rf "$tmp"' EXIT
+cd "$tmp" && ln -s "$root/data" data || exit 1
+run_entry "$1"
+cat table.md
+exit $status

@@ -1,0 +1,118 @@
+"""The table of a log that run.sh has written, finished or not.
+
+    python records/gpu/table.py records/gpu/ptb/log.txt
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+REPORT = Path(__file__).parent.parent / "report.json"
+REPORTS = "the report's LSTM"
+CURVES = {"data/penn": "ptb-lstm", "data/wikitext-2": "wt2-lstm"}
+
+
+def sections(log):
+    """(command, what it printed) of each command in the log."""
+    return [part.partition("\n")[::2] for part in log.split("\n$ python ")[1:]]
+
+
+def flag(command, name):
+    """The first value of a flag in a command, None if it is not there."""
+    found = re.search(rf"--{name} (\S+)", command)
+    return found and found[1]
+
+
+def table(columns, rows):
+    """A Markdown table, by lines; none without rows."""
+    lines = [columns, ["---"] * len(columns), *rows] if rows else []
+    return ["| " + " | ".join(map(str, line)) + " |" for line in lines] + [""] * bool(rows)
+
+
+def perplexities(output):
+    """{(way, split): perplexity as it was printed} of pointer.py, and the tokens of each split."""
+    found, tokens = {}, {}
+    line = r"\| ([a-z ]+) \| (valid|test) loss .* ppl +(\S+) \|.* ([\d,]+ of [\d,]+) tokens"
+    for way, split, ppl, read in re.findall(line, output):
+        found[way, split], tokens[split] = ppl, read
+    return found, tokens
+
+
+def models(log):
+    """A row for each model, and their validation curves beside the report's LSTM's."""
+    rows, curves = {}, {}
+    for command, output in sections(log):
+        name = (flag(command, "save") or "").removesuffix(".pt")
+        if command.startswith("main.py") and name != "first":
+            epochs = re.findall(r"end of epoch +\d+ \| time: +(\S+)s .* valid ppl +(\S+)", output)
+            test = re.search(r"End of training \| .* test ppl +(\S+)", output)
+            curves[name] = [float(ppl) for _, ppl in epochs]
+            mean = sum(float(seconds) for seconds, _ in epochs) / max(1, len(epochs))
+            best = min((ppl for _, ppl in epochs), key=float, default="")
+            test = test[1] if test else ""
+            rows[name] = [name, len(epochs), f"{mean:.1f}", best, test, *[""] * 6]
+            if (theirs := CURVES.get(flag(command, "data"))) and epochs:
+                curves[REPORTS] = json.loads(REPORT.read_text())[theirs]["valid_ppl"]
+        elif command.startswith("pointer.py"):
+            found, tokens = perplexities(output)
+            if "--dynamic" in command:
+                ways = ("model alone", "dynamic", "dynamic and cache")
+                rows[name][7:] = [
+                    tokens.get("test", ""), *(found.get((way, "test"), "") for way in ways)
+                ]
+            else:
+                rows[name][5:7] = [
+                    found.get(("with cache", split), "")
+                    + cut(tokens.get(split)) for split in ("valid", "test")
+                ]
+    columns = ["", "epochs", "s an epoch", "best valid ppl", "test ppl", "cache: valid", "test",
+               "tokens of test", "alone", "dynamic", "and cache"]
+    return table(columns, rows.values()) + curve_table(curves)
+
+
+def cut(tokens):
+    """What is to be said about a split of which "N of M" tokens were read."""
+    return "" if not tokens or len(set(tokens.split(" of "))) == 1 else f" (of {tokens} tokens)"
+
+
+def curve_table(curves):
+    """Validation perplexities after some epochs, and after the last of ours."""
+    ours = {name: curve for name, curve in curves.items() if name != REPORTS}
+    last = max(map(len, ours.values()), default=0)
+    epochs = [n for n in range(1, last + 1) if n in (1, 2, 5, last) or n % 10 == 0]
+    columns = {**ours, REPORTS: curves.get(REPORTS, [])}
+    rows = [
+        [n, *(f"{curve[n - 1]:.2f}" if n <= len(curve) else "" for curve in columns.values())]
+        for n in epochs
+    ]
+    return table(["valid ppl after epoch", *columns], rows)
+
+
+def benchmarks(log):
+    """A row for each benchmark, and the lines of the profile on the GPU's idling."""
+    rows, lines = [], []
+    for command, output in sections(log):
+        if command.startswith("bench.py") and (found := re.search(r"^\{.*\}$", output, re.M)):
+            r = json.loads(found[0])
+            rows.append([
+                r["model"], r["recipe"], flag(command, "batch_size"), r["precision"],
+                f"{r['ms_per_step']:.1f}", f"{r['tokens_per_s']:,.0f}", f"{r['ratio']:.2f}",
+                f"{r['peak_mib']:.0f} ({r['memory_ratio']:.2f})", f"{r['utilization']:.2f}",
+                f"{r['eval_ratio']:.2f}",
+            ])
+        lines += re.findall(r"^an? (?:step|evaluation): .*|.*the GPU idles.*", output, re.M)
+    columns = ["", "recipe", "batch", "precision", "ms a step", "tokens/s", "times plain's speed",
+               "peak MiB (of plain's)", "utilization", "evaluation, times plain's speed"]
+    return table(columns, rows) + lines
+
+
+def main():
+    log = Path(sys.argv[1]).read_text()
+    tests = re.findall(r"^\d+ (?:passed|failed|skipped|error).* in [\d.]+s.*", log, re.M)
+    notes = re.findall(r"^# ((?:failed|skipped).*)", log, re.M)
+    print("\n".join([*tests, *models(log), *benchmarks(log), *notes]).strip())
+
+
+if __name__ == "__main__":
+    main()
