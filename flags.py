@@ -19,6 +19,7 @@ from data import InputError
 from files import is_of_device, is_out_of_memory
 from model import check_architecture
 from preemption import Preempted
+from train import LONGER, LONGEST
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's share of it, the file
 ARCHITECTURE = {
@@ -87,7 +88,7 @@ def number(kind, low, high=float("inf"), open_low=False):
 
 
 count = number(int, 1, 2**31)
-steps = number(int, 1, 65_500)  # cuDNN takes no more than 65,535, and a window can be longer
+steps = number(int, 1, LONGEST - LONGER)
 rate = number(float, 0, 1)
 coefficient = number(float, 0, 1e30)  # float32 ends at 3.4e38
 

@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from data import Corpus, InputError
 from dynamic_evaluation import RULES, Rule, read_dynamically, root_mean_square
-from flags import Parser, coefficient, count, number, rate, run
+from flags import Parser, coefficient, count, number, rate, run, steps
 from run import check_vocabulary
-from train import loss_columns
+from train import LONGEST, loss_columns
 from trained import add_flags, trained
 from utils import log
 
@@ -98,7 +98,7 @@ def read(params, ids, bptt):
     model, criterion = params
     params.eval()
     device = model.encoder.weight.device
-    hidden = model.init_hidden(1)
+    hidden, bptt = model.init_hidden(1), min(bptt, LONGEST)
     for start in range(0, len(ids) - 1, bptt):
         words = ids[start : start + bptt + 1].to(device)
         output, hidden = model(words[:-1].unsqueeze(1), hidden)
@@ -285,7 +285,7 @@ def parse_args(argv=None):
     add("--decay", type=rate, help="its decay (default: 0.002 with rms, 0.001 with sgd)")
     add("--epsilon", type=number(float, 0, open_low=True), default=2e-5,
         help="what rms adds to the root mean square of a gradient (default: 2e-5)")
-    add("--segment", type=count, default=5, help="words between its steps (default: 5)")
+    add("--segment", type=steps, default=5, help="words between its steps (default: 5)")
     add("--statistics", type=count, metavar="N",
         help="windows of training text, 100 times 5 words, on which rms measures gradients "
              "(default: all)")

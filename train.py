@@ -17,6 +17,7 @@ from hidden import repackage_hidden
 
 EVAL_BATCH_SIZE, TEST_BATCH_SIZE = 10, 1  # as in the reference
 EVAL_TOKENS = 2000  # of an evaluation's window: long ones keep a GPU busy
+LONGEST = 65_535  # the steps of a window that cuDNN takes
 LONGER = 25  # than bptt a window can be: five standard deviations, one draw in 3.5 million
 OPTIMIZERS = {
     "sgd": (torch.optim.SGD, {}),

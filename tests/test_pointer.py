@@ -154,6 +154,15 @@ def test_everything_is_on_the_models_device():
         assert cache_distribution(weights, cached, V).shape == (len(words), V)
 
 
+def test_windows_longer_than_cudnn_takes_are_split(params, monkeypatch):
+    monkeypatch.setattr(pointer, "LONGEST", 7)
+    ids = torch.randint(V, (31,))
+    pieces = list(read(params, ids, 1000))
+    assert [len(words) for _, words, _ in pieces] == [7, 7, 7, 7, 2]
+    loss = -torch.cat([logprob for _, _, logprob in pieces]).mean().item()
+    assert loss == pytest.approx(evaluate(params, ids, 1, 70), rel=1e-9)
+
+
 def test_the_best_lambda():
     p_model, p_cache = torch.rand(2, 500, dtype=torch.float64)
     grid = torch.linspace(0, 0.999, 1000, dtype=torch.float64)[:, None]

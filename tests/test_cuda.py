@@ -1,0 +1,429 @@
+"""What only a GPU shows: skipped where there is none.
+
+With AWD_LSTM_DEVICE=cpu all but what CUDA alone has runs on the CPU.
+"""
+
+import copy
+import functools
+import gc
+import itertools
+import os
+import subprocess
+import sys
+import warnings
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import main
+import schedule
+import weight_drop
+from bidirectional import make_model, make_objective, score
+from conftest import ROOT, Interrupting, arguments, invoke, make_trainer
+from data import Corpus, get_batch
+from dynamic_evaluation import Rule, read_dynamically, root_mean_square
+from files import pack
+from flags import has_precision
+from generate import Generator
+from pointer import evaluate_cache, read
+from preemption import Preempted
+from resume import describe_device, read_state
+from splitcross import SplitCrossEntropyLoss
+from train import (
+    Average, Losses, allow_tf32, evaluate, make_optimizer, random_seq_len, train_step,
+)
+from utils import build, read_checkpoint
+from weight_drop import WeightDrop, drop_weight
+
+NAME = os.environ.get("AWD_LSTM_DEVICE", "cuda")
+cuda_alone = pytest.mark.skipif(NAME == "cpu", reason="AWD_LSTM_DEVICE=cpu: CUDA alone has this")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def device():
+    """The device under test, with products in float32."""
+    device = torch.device(NAME)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device; AWD_LSTM_DEVICE=cpu runs this on the CPU")
+    allow_tf32(False)
+    yield device
+    allow_tf32(False)
+
+
+def build_params(rnn_type, nhid, emsize=400, ntoken=1000, rate=0.0, attention="none", splits=()):
+    """nn.ModuleList([model, criterion]) on the CPU, of two layers."""
+    model = make_model(
+        rnn_type, ntoken, emsize, nhid, 2, rate, rate, rate, rate, rate, tie_weights=True,
+        attention=attention, attention_window=13,
+    )
+    return nn.ModuleList([model, SplitCrossEntropyLoss(emsize, splits)])
+
+
+class Words(list):
+    """A vocabulary of so many words, of which a run needs the number alone."""
+
+    @property
+    def idx2word(self):
+        return list(self)
+
+
+def stream(length=4000, ntoken=1000):
+    """A corpus whose splits are one text in which words follow one another by a rule."""
+    generator = torch.Generator().manual_seed(1)
+    ids = (torch.arange(length) * 7 + torch.randint(3, (length,), generator=generator)) % ntoken
+    return Namespace(
+        train=ids, valid=ids[:500], test=ids[:500], name="stream", digest="0",
+        dictionary=Words(map(str, range(ntoken))),
+    )
+
+
+# ------------------------------------------------------------ a step
+
+# Relative error of the whole gradient, at least and at most: each excludes the other precisions.
+ERRORS = {"fp32": (0, 1e-5), "tf32": (1e-5, 2.3e-3), "bf16": (2.3e-3, 3e-2)}
+MODELS = {
+    "LSTM": ("LSTM", "none"), "GRU": ("GRU", "none"), "biLSTM": ("biLSTM", "none"),
+    "biLM": ("biLM", "none"), "attention single": ("LSTM", "single"),
+    "attention combined": ("LSTM", "combined"),
+}
+
+
+def take_step(params, steps, on, dtype, precision="fp32"):
+    """The loss and all gradients of one objective, as float64 on the CPU."""
+    params = copy.deepcopy(params).to(on, dtype)
+    params[0].bf16 = precision == "bf16"
+    generator = torch.Generator().manual_seed(2)
+    words, targets, backward, after = (
+        torch.randint(1000, (steps, 20), generator=generator).to(on) for _ in range(4)
+    )
+    more = {"backward": (backward, after.flatten()), "begins": True}
+    objective = make_objective(params, arguments(objective="both"))
+    allow_tf32(precision == "tf32")
+    total, loss, _ = objective(
+        words, targets.flatten(), params[0].init_hidden(20), 2.0, 1.0,
+        **more if params[0].rnn_type == "biLM" else {},
+    )
+    total.backward()
+    allow_tf32(False)
+    return loss.cpu().double(), [p.grad.cpu().double() for p in params.parameters()]
+
+
+@functools.lru_cache
+def reference(name, nhid, emsize, steps):
+    """Parameters, and the step in float64 on the CPU."""
+    torch.manual_seed(0)
+    rnn_type, attention = MODELS[name]
+    params = build_params(rnn_type, nhid, emsize, attention=attention)
+    if attention != "none":
+        params[0].attention.join.reset_parameters()
+    return params, take_step(params, steps, CPU, torch.float64)
+
+
+def check_step(name, nhid, emsize, steps, precision, device):
+    if not has_precision(device, precision, MODELS[name][0]):
+        pytest.skip(f"{describe_device(device)} has no {precision} for {name}")
+    params, (loss, gradients) = reference(name, nhid, emsize, steps)
+    found, found_gradients = take_step(params, steps, device, torch.float32, precision)
+    low, high = ERRORS[precision]
+    assert abs(found - loss) <= high * loss
+    whole, expected = (torch.cat([g.flatten() for g in gs]) for gs in (found_gradients, gradients))
+    error = ((whole - expected).norm() / expected.norm()).item()
+    assert low <= error <= high
+    slack = 1e-4 * high * expected.norm()  # combined attention's W_q: all but nothing is left of it
+    for gradient, expected in zip(found_gradients, gradients):
+        assert (gradient - expected).norm() <= 3 * high * expected.norm() + slack
+
+
+@pytest.mark.parametrize("precision", ERRORS)
+@pytest.mark.parametrize("nhid", [256, 1150])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_is_float64s_on_the_cpu(name, nhid, precision, device):
+    """At sizes that take the kernel of the published ones, not that of small layers."""
+    check_step(name, nhid, 400, 35, precision, device)
+
+
+@pytest.mark.parametrize("steps", [70, 5])
+@pytest.mark.parametrize("nhid", [100, 150])
+def test_a_step_at_sizes_where_kernels_have_been_wrong(nhid, steps, device):
+    """pytorch#150700: wrong gradients of an LSTM on an H100."""
+    check_step("LSTM", nhid, nhid, steps, "fp32", device)
+
+
+def test_a_gru_whose_width_is_no_multiple_of_four(device):
+    """pytorch#54307: TAR slices the last layer's output."""
+    check_step("GRU", 256, 402, 35, "fp32", device)
+
+
+# ------------------------------------------------------------ weight drop
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_weight_drop_is_what_the_kernel_computes_with(kind, device, monkeypatch):
+    dropped = []
+    monkeypatch.setattr(
+        weight_drop, "drop_weight", lambda *a: dropped.append(drop_weight(*a)) or dropped[-1]
+    )
+    layer = WeightDrop(kind(64, 256), ["weight_hh_l0"], dropout=0.5).to(device)
+    twin = copy.deepcopy(layer.module)
+    x = torch.randn(5, 20, 64, device=device)
+    with torch.no_grad():
+        plain = twin(x)[0]
+        addresses = [p.data_ptr() for p in layer.parameters()]
+        found = layer(x)[0]
+        assert [p.data_ptr() for p in layer.parameters()] == addresses
+        torch.testing.assert_close(found[0], plain[0], rtol=1e-5, atol=1e-6)
+        assert (found[1] - plain[1]).abs().mean() > 1e-3
+        zeros = (dropped[0] == 0).double().mean().item()
+        assert zeros == pytest.approx(0.5, abs=0.01)
+        twin.weight_hh_l0.copy_(dropped[0])
+        torch.testing.assert_close(found, twin(x)[0], rtol=1e-5, atol=1e-5)
+        layer.eval()
+        torch.testing.assert_close(layer(x)[0], plain, rtol=1e-5, atol=1e-5)
+    assert len(dropped) == 1
+
+
+# ------------------------------------------------------------ a run
+
+
+def prepared(device, rate=0.3, **flags):
+    """(params, one training step as a function) on windows of random length, every dropout on."""
+    args = arguments(device=device, bptt=20, lr=1.0, epochs=1, **flags)
+    params = build_params("LSTM", 256, rate=rate).to(device)
+    objective, optimizer = make_objective(params, args), make_optimizer(params, args)
+    source = stream().train.view(20, -1).t().contiguous().to(device)
+    hidden, losses = params[0].init_hidden(20), Losses()
+
+    def step(seq_len=None):
+        nonlocal hidden
+        data, targets = get_batch(source, 0, args, seq_len=seq_len or random_seq_len(args.bptt))
+        now, share = schedule.at(0.3, args, params[0])
+        loss, hidden = train_step(objective, optimizer, data, targets, hidden, now, share)
+        losses.add(loss, len(data))
+
+    return params, step
+
+
+@cuda_alone
+@pytest.mark.parametrize("averaging", [False, True])
+@pytest.mark.parametrize(
+    "flags",
+    [{}, {"schedule": "onecycle", "regularization_ramp": [0.3, 0.9]}, {"optimizer": "adamw"}],
+)
+def test_a_step_does_not_wait_for_the_device(flags, averaging, device):
+    params, step = prepared(device, **flags)
+    average = Average(params)
+    step()
+    average.update(params)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+        if averaging:
+            average.update(params)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_no_step_and_no_evaluation_warns(device):
+    params, step = prepared(device)
+    average = Average(params)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            step()
+            average.update(params)
+        evaluate(average.params, stream().valid, 10, 200)
+        evaluate(params, stream().valid, 1, 200)
+
+
+@cuda_alone
+def test_fifty_steps_leave_memory_where_it_was(device):
+    _, step = prepared(device)
+    for _ in range(3):
+        step(20)
+    gc.collect()
+    before = torch.cuda.memory_allocated(device)
+    for _ in range(50):
+        step()
+    step(20)
+    gc.collect()
+    assert torch.cuda.memory_allocated(device) - before < 2**20
+
+
+@cuda_alone
+def test_the_longest_window_takes_the_memory_of_all_lengths(device):
+    _, step = prepared(device)
+    step(45)
+    before = torch.cuda.memory_reserved(device)
+    for _ in range(200):
+        step()
+    assert torch.cuda.memory_reserved(device) <= 1.1 * before + 2**25
+
+
+def make_run(device, save, params=None, check=None, **flags):
+    """A Trainer of a small run with dropout, averaging from its first step."""
+    torch.manual_seed(0)
+    np.random.seed(0)
+    params = params or build_params("LSTM", 256, rate=0.3)
+    args = arguments(
+        device=device, batch_size=20, bptt=20, lr=1.0, epochs=2, save=str(save), **flags
+    )
+    check = {} if check is None else {"check": check}
+    return make_trainer(params.to(device), stream(), args, finetuning=True, **check)
+
+
+def test_state_and_checkpoint_are_as_large_as_their_parameters(device, tmp_path):
+    run = make_run(device, tmp_path / "m.pt")
+    run.fit()
+    size = 4 * sum(p.numel() for p in run.params.parameters())
+    assert (tmp_path / "m.pt").stat().st_size == pytest.approx(size, rel=0.05)
+    state = len(pack("training state", 0, run.state_dict()))
+    assert state == pytest.approx(2 * size, rel=0.05)  # weights and their mean
+
+
+def test_interrupted_and_resumed_it_is_the_same_run(device, tmp_path):
+    whole = make_run(device, tmp_path / "whole.pt")
+    whole.fit()
+    with pytest.raises(Preempted):
+        make_run(device, tmp_path / "m.pt", check=Interrupting(7)).fit()
+    resumed = make_run(device, tmp_path / "m.pt", build_params("LSTM", 256, rate=0.3))
+    resumed.resume(read_state(tmp_path / "m.pt"), str(tmp_path / "m.pt"))
+    assert len(resumed.losses.on_host) == 7
+    resumed.fit()
+    assert resumed.logs == pytest.approx(whole.logs, rel=1e-4)
+    generators = [read_state(run.args.save)["generators"] for run in (whole, resumed)]
+    for name in {"torch", device.type} & set(generators[0]):
+        assert torch.equal(*(state[name] for state in generators)), name
+
+
+@pytest.fixture
+def trained(device, tmp_path):
+    """The path of a checkpoint that was trained on the device, and its run."""
+    run = make_run(device, tmp_path / "m.pt")
+    run.fit()
+    return tmp_path / "m.pt", run
+
+
+def test_a_checkpoint_is_scored_alike_on_every_device(device, trained):
+    path, run = trained
+    ids, args = run.corpus.test, arguments(bptt=20)
+    allow_tf32(True)  # as training does: evaluation does not
+    found = [score(build(read_checkpoint(path, on)), ids, args)[0] for on in (device, CPU)]
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    assert run.best == pytest.approx(score(build(read_checkpoint(path)), run.corpus.valid, args)[0],
+                                     rel=1e-5)
+    on_cpu = make_run(CPU, path.with_name("cpu.pt"))
+    on_cpu.fit()
+    there = build(read_checkpoint(path.with_name("cpu.pt"), device))
+    assert score(there, run.corpus.valid, args)[0] == pytest.approx(on_cpu.best, rel=1e-5)
+
+
+def test_evaluation_of_every_model_is_the_cpus(device):
+    for rnn_type, attention in MODELS.values():
+        params = build_params(rnn_type, 256, attention=attention, splits=(200, 600))
+        ids, args = stream().valid, arguments(bptt=20, objective="both")
+        expected, parts = score(params, ids, args)
+        found, found_parts = score(params.to(device), ids, args)
+        assert found == pytest.approx(expected, rel=1e-5)
+        assert found_parts == pytest.approx(parts, rel=1e-5)
+
+
+def test_cache_and_dynamic_evaluation_are_the_cpus(device, trained):
+    path, run = trained
+    ids = run.corpus.test
+    found = []
+    for on in (device, CPU):
+        params = build(read_checkpoint(path, on))
+        cache = evaluate_cache(read(params, ids, 100), 0.7, 0.2, 50)
+        statistics = root_mean_square(params, run.corpus.train, 3)
+        rule = Rule(params, "rms", 5e-5, 2e-3, root_mean_square=statistics)
+        dynamic = evaluate_cache(read_dynamically(params, ids, 5, rule), 0.7, 0.2, 50)
+        found.append([*cache, *dynamic])
+    assert found[0][:2] == pytest.approx(found[1][:2], rel=1e-5)
+    assert found[0][2:] == pytest.approx(found[1][2:], rel=1e-4)
+    assert abs(found[0][3] - found[0][1]) > 5e-4 * found[0][1]  # the weights have moved
+
+
+def test_generation_is_the_cpus_where_nothing_is_left_to_chance(device, trained):
+    texts = [
+        list(itertools.islice(
+            Generator(build(read_checkpoint(trained[0], on)), 1, top_k=1).text([3, 7]), 40
+        ))
+        for on in (device, CPU)
+    ]
+    assert texts[0] == texts[1]
+
+
+def test_a_million_draws_and_none_that_is_banned(device):
+    """pytorch#48841: some devices have drawn words of probability zero."""
+    params = build_params("LSTM", 256).to(device)
+    generator = Generator(params, 1, top_k=20, banned=[3, 5])
+    logits = torch.randn(100, device=device)
+    logits[[3, 5]] = 9
+    allowed = logits.cpu().topk(22).indices.tolist()[2:]
+    draws = torch.cat([generator.draw(logits.expand(100_000, -1)) for _ in range(10)])
+    assert set(draws.unique().tolist()) == set(allowed)
+
+
+# ------------------------------------------------------------ the commands
+
+
+def test_main_trains_tests_and_names_the_device(device, corpus_dir, small, tmp_path):
+    path = tmp_path / "m.pt"
+    status, out, err = invoke(
+        main.main, "--data", corpus_dir, *small, "--epochs", 2, "--nonmono", 0, "--finetune", 1,
+        "--save", path, "--device", NAME,
+    )
+    assert (status, err) == (0, "")
+    assert f"device {describe_device(device)}, " in out
+    assert "test ppl" in out
+    assert len(Corpus(corpus_dir).dictionary) == len(read_checkpoint(path)["vocabulary"])
+
+
+@cuda_alone
+def test_out_of_memory_is_one_line(device, corpus_dir, small, tmp_path):
+    torch.cuda.empty_cache()
+    whole = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(2**27 / whole, device)
+    try:
+        status, _, err = invoke(
+            main.main, "--data", corpus_dir, *small, "--nhid", 4000, "--epochs", 1,
+            "--save", tmp_path / "m.pt",
+        )
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "device cuda" in err and "is out of memory; lower --batch_size" in err
+
+
+UNDER_TORCHRUN = """
+import torch.distributed as dist
+import flags, main, trainer
+
+fit = trainer.Trainer.fit
+
+def announced(self):
+    print(f"backend {dist.get_backend()}, objective {type(self.objective).__name__}", flush=True)
+    fit(self)
+
+trainer.Trainer.fit = announced
+flags.run(main.main)
+"""
+
+
+def test_one_process_under_torchrun_trains(device, corpus_dir, small, tmp_path):
+    (tmp_path / "start.py").write_text(UNDER_TORCHRUN)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1",
+         "start.py", "--data", corpus_dir, *small, "--epochs", "1", "--save", "m.pt",
+         "--device", NAME],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    assert f"backend {backend}, objective DistributedDataParallel" in done.stdout
+    assert "| End of training | test loss" in done.stdout
