@@ -10,7 +10,7 @@ demo: $(VENV)/ready
 
 test: $(VENV)/ready
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto
 
 $(VENV)/ready: requirements.txt requirements-plot.txt requirements-dev.txt constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'

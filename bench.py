@@ -34,12 +34,13 @@ from torch.nn import functional as F
 
 from allocator import keep_freed_memory
 from attention import KINDS
+from bidirectional import score
 from data import Corpus, InputError, batchify, batchify_exact, get_batch
 from flags import LSTM, Parser, count, device, make_parser, number, run
 from hidden import repackage_hidden
 from run import new_params, set_up_device
 from train import (
-    EVAL_BATCH_SIZE, Objective, activation_regularization, evaluate, float32_products,
+    EVAL_BATCH_SIZE, EVAL_TOKENS, Objective, activation_regularization, float32_products,
     make_optimizer, train_step,
 )
 
@@ -50,7 +51,7 @@ RECIPES = {
 }
 SIZES = ("batch_size", "bptt", "emsize", "nhid", "nlayers", "ntoken")
 WARM_UP = 3
-EVALUATED = EVAL_BATCH_SIZE * 70 * 6  # tokens
+EVALUATED = 3 * EVAL_TOKENS
 
 
 class Plain(nn.Module):
@@ -135,7 +136,7 @@ def our_side(args):
         params.train()
         _, hidden = train_step(objective, optimizer, data, targets, hidden, args)
 
-    return step, lambda: evaluate(params, ids, EVAL_BATCH_SIZE, args.bptt)
+    return step, lambda: score(params, ids, args)[0]
 
 
 def baseline_side(args):
@@ -220,8 +221,9 @@ def serve(args):
     if (args.child == "ours" or args.attention != "none") and args.device.type == "cpu":
         keep_freed_memory()  # as every command of ours does
     step, evaluation = SIDES[args.child](args)
-    a = torch.randn(args.bptt * args.batch_size, args.nhid, device=args.device)
-    b = torch.randn(args.nhid, 4 * args.nhid, device=args.device)
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    a = torch.randn(args.bptt * args.batch_size, args.nhid, device=args.device, dtype=dtype)
+    b = torch.randn(args.nhid, 4 * args.nhid, device=args.device, dtype=dtype)
     tasks = {"step": step, "evaluation": evaluation, "mm": lambda: a @ b}
     for line in sys.stdin:
         print(

@@ -121,7 +121,7 @@ def is_out_of_memory(error):
     """Whether that is what an exception says; torch has several types for it, or none."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError)
-        and any(text in str(error) for text in ("allocate memory", "out of memory"))
+        and any(text in str(error) for text in ("allocate memory", "out of memory", "ALLOC_FAILED"))
     )
 
 

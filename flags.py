@@ -200,8 +200,12 @@ def has_precision(device, precision, model):
     """Whether a device computes the recurrent layers of `model` in that precision."""
     if precision == "tf32":
         return device.type == "cuda"
-    if precision == "bf16" and device.type == "cuda":  # with cuDNN 9.13 and later
-        return torch.cudnn_is_acceptable(torch.zeros(1, dtype=torch.bfloat16, device=device))
+    if precision == "bf16" and device.type == "cuda":  # else torch's slow layers take its place
+        return (
+            torch.cudnn_is_acceptable(torch.zeros(1, dtype=torch.bfloat16, device=device))
+            and torch.backends.cudnn.version() >= 91300
+            and torch.cuda.get_device_capability(device) >= (8, 0)
+        )
     if precision == "bf16":
         return device.type == "cpu" and model != "GRU"  # which has a slow form only
     return True
@@ -289,9 +293,7 @@ def take_architecture(given, checkpoint, path):
 def of_device(error):
     """The line that reports an error of the device."""
     device = "cpu"
-    if torch.cuda.is_initialized():
-        device = f"cuda:{torch.cuda.current_device()}"
-    elif "CUDA" in str(error):
+    if torch.cuda.is_initialized() or any(text in str(error) for text in ("CUDA", "cuDNN")):
         device = "cuda"
     if is_out_of_memory(error):
         return (

@@ -122,7 +122,7 @@ def group(device, again):
         lost = isinstance(error, dist.DistError) or any(
             word in str(error) for word in ("gloo", "NCCL", "Connection closed", "Connection reset")
         )
-        if not lost:
+        if not lost or size() == 1:
             raise
         raise RankLost(
             f"rank {rank()}: another process of this run is gone; the last state that was saved "

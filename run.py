@@ -20,7 +20,7 @@ from model import NOTES, RATES
 from preemption import Preempted
 from resume import STATE, describe_device, how_to_resume, is_finished, read_state
 from splitcross import SplitCrossEntropyLoss, default_splits
-from train import TEST_BATCH_SIZE, allow_tf32, loss_columns, perplexity
+from train import TEST_BATCH_SIZE, loss_columns, perplexity, set_products
 from utils import build, check_writable, log, log_parts, read_checkpoint
 
 
@@ -103,7 +103,7 @@ def set_up_device(args):
         if args.device.index is not None:
             torch.cuda.set_device(args.device)
         use_expandable_segments()
-    allow_tf32(args.precision == "tf32")
+    set_products(args.precision)
 
 
 def new_params(corpus, args):

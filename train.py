@@ -26,16 +26,15 @@ OPTIMIZERS = {
 }
 RATES = ("lr", "bias_lr", "wdecay")  # the flags that an optimizer holds
 
+# How CUDA makes float32 products in torch.matmul and in cuDNN's recurrent layers.
 if hasattr(torch.backends.cudnn, "rnn"):  # torch 2.9 and later
-    TF32_SETTINGS = [
+    PRODUCTS = [
         (torch.backends.cuda.matmul, "fp32_precision"), (torch.backends.cudnn.rnn, "fp32_precision")
     ]
-    TF32_VALUES = ("ieee", "tf32")
+    FLOAT32, TF32 = "ieee", "tf32"
 else:
-    TF32_SETTINGS = [
-        (torch.backends.cuda.matmul, "allow_tf32"), (torch.backends.cudnn, "allow_tf32")
-    ]
-    TF32_VALUES = (False, True)
+    PRODUCTS = [(torch.backends.cuda.matmul, "allow_tf32"), (torch.backends.cudnn, "allow_tf32")]
+    FLOAT32, TF32 = False, True
 
 
 def perplexity(loss):
@@ -148,21 +147,25 @@ class Average:
         self.params.load_state_dict(state["params"])
 
 
-def allow_tf32(allowed):
-    """Sets whether CUDA's float32 products may round their factors to TF32, of 10 bits."""
-    for setting in TF32_SETTINGS:
-        setattr(*setting, TF32_VALUES[bool(allowed)])
+def set_products(precision):
+    """Has CUDA make products as `precision` says: "fp32", "tf32" (factors of 10 bits) or "bf16".
+
+    With bf16 those of float32 are float32's; cuDNN, which then has none, must not be held to them:
+    it would leave out the tensor cores.
+    """
+    for setting, lower in zip(PRODUCTS, [("tf32",), ("tf32", "bf16")]):
+        setattr(*setting, TF32 if precision in lower else FLOAT32)
 
 
 @contextmanager
 def float32_products():
     """While it is held products are float32's, as for every perplexity that is reported."""
-    before = [getattr(*setting) for setting in TF32_SETTINGS]
-    allow_tf32(False)
+    before = [getattr(*setting) for setting in PRODUCTS]
+    set_products("fp32")
     try:
         yield
     finally:
-        for setting, value in zip(TF32_SETTINGS, before):
+        for setting, value in zip(PRODUCTS, before):
             setattr(*setting, value)
 
 

@@ -220,9 +220,9 @@ class Trainer:
             raise
 
     def try_longest_window(self):
-        """Trains on the longest window there can be, and forgets it.
+        """Computes the gradients of the longest window there can be, and forgets them.
 
-        So memory that does not suffice runs out now, not hours into the run. Neither weights nor
+        So what windows need of memory runs out now, not hours into the run. Neither weights nor
         random numbers change.
         """
         args, source = self.args, self.source

@@ -144,19 +144,41 @@ def test_bf16_on_cuda_wants_a_cudnn_that_has_it(acceptable, monkeypatch):
     monkeypatch.setattr(
         torch, "cudnn_is_acceptable", lambda tensor: asked.append(tensor.dtype) or acceptable
     )
-    assert flags.has_precision(torch.device("cuda"), "bf16", "GRU") is acceptable
-    assert asked == [torch.bfloat16]
+    for version, capability, has in ((91300, (8, 0), True), (90800, (9, 0), False),
+                                     (91300, (7, 5), False)):
+        monkeypatch.setattr(torch.backends.cudnn, "version", lambda version=version: version)
+        monkeypatch.setattr(
+            torch.cuda, "get_device_capability", lambda device, capability=capability: capability
+        )
+        found = flags.has_precision(torch.device("cuda"), "bf16", "GRU")
+        assert found is (acceptable and has)
+    assert asked == [torch.bfloat16] * 3
+
+
+def test_cudnn_is_not_held_to_float32_where_its_layers_are_in_bfloat16():
+    before = settings()
+    try:
+        found = {}
+        for precision in ("fp32", "tf32", "bf16"):
+            train.set_products(precision)
+            found[precision] = settings()
+    finally:
+        for setting, value in zip(train.PRODUCTS, before):
+            setattr(*setting, value)
+    matmul, rnn = zip(*found.values())
+    assert matmul[0] == matmul[2] != matmul[1]
+    assert rnn[0] != rnn[1] == rnn[2]
 
 
 def settings():
-    return [getattr(*setting) for setting in train.TF32_SETTINGS]
+    return [getattr(*setting) for setting in train.PRODUCTS]
 
 
 def test_perplexities_are_float32s_whatever_training_is_in(monkeypatch):
     """TF32 is allowed in training alone: neither in evaluation, nor after an error in it."""
     before = settings()
     try:
-        train.allow_tf32(True)
+        train.set_products("tf32")
         training = settings()
         seen = []
 
@@ -169,8 +191,8 @@ def test_perplexities_are_float32s_whatever_training_is_in(monkeypatch):
             with pytest.raises(ArithmeticError):
                 score(make_params(rnn_type), torch.randint(50, (60,)), arguments())
         assert settings() == training
-        train.allow_tf32(False)
+        train.set_products("fp32")
         assert seen == [settings()] * 2 != [training] * 2
     finally:
-        for setting, value in zip(train.TF32_SETTINGS, before):
+        for setting, value in zip(train.PRODUCTS, before):
             setattr(*setting, value)

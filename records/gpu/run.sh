@@ -114,11 +114,9 @@ share() { # COMMAND...: in the next of these shares
 }
 
 check() {
-    if [ -e "$root/tests/test_cuda.py" ]; then
-        logged 0 120 -m pytest -q -p no:cacheprovider "$root/tests/test_cuda.py"
-    else
-        note "skipped: there is no tests/test_cuda.py"
-    fi
+    cd "$root" # so that pytest prints paths from there
+    logged 0 180 -m pytest -q -p no:cacheprovider tests/test_cuda.py
+    cd "$tmp"
     local sizes recipe batch model precision until=$((end - 45)) # the rest is the profile's
     [ -z "${REHEARSE:-}" ] || until=$((SECONDS + 48))
     # The published batch sizes first.
@@ -162,7 +160,8 @@ begin() { # COMMAND
 note() { # LINE: in the log, after which the table is made anew
     echo "# $1" >>"$log"
     [ "${1#failed}" = "$1" ] || status=1
-    "$python" "$root/records/gpu/table.py" "$log" >table.md && cp table.md "$folder/table.md"
+    "$python" "$root/records/gpu/table.py" "$log" >"$tmp/table.md" &&
+        cp "$tmp/table.md" "$folder/table.md"
 }
 
 header() { # NAME: fails where there is no GPU
