@@ -32,7 +32,7 @@ from torch.autograd import DeviceType
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from allocator import keep_freed_memory
+from cpu_kernels import keep_freed_memory
 from attention import KINDS
 from bidirectional import score
 from data import Corpus, InputError, batchify, batchify_exact, get_batch

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import parallel
-from allocator import keep_freed_memory
+from cpu_kernels import keep_freed_memory
 from attention import KINDS
 from bidirectional import OBJECTIVES
 from data import InputError

@@ -13,10 +13,9 @@ from pathlib import Path
 
 import torch
 
-from cells import Cell
+from cpu_kernels import Cell, Packed
 from data import EOS, InputError
 from flags import Parser, count, number, run
-from products import Packed
 from trained import UNK, add_flags, begin_of_text, encode, trained, warn_of_unknown
 from utils import warn
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import parallel
-from allocator import use_expandable_segments
+from cpu_kernels import use_expandable_segments
 from bidirectional import make_model, score
 from data import SPLITS, Corpus, InputError, unigram_loss
 from files import exclusive, keep, write_atomically

@@ -10,7 +10,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from products import Packed, has_onednn
+from cpu_kernels import Packed, has_onednn
 
 # Above this many logits (256 MiB of float32) they are made and used chunk by chunk; below it one
 # product is faster. On a CPU small chunks, which stay in its cache, are always the fastest.

@@ -8,7 +8,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from gru import fast_gru, is_fast_gru
+from cpu_kernels import fast_gru, has_fast_gru
 
 
 def drop_weight(weight, dropout, variational=False):
@@ -77,7 +77,7 @@ def call_recurrent(module, weights, x, state=None):
     if x.is_cuda and (replaced or any(w.dtype != x.dtype for w in weights.values())):
         weights = in_one_piece(weights, x.dtype)
     weights = [weight.to(x.dtype) for weight in weights.values()]
-    if is_fast_gru(module, x):
+    if has_fast_gru(module, x):
         return fast_gru(x, state, *weights)
     kernel = torch.lstm if is_lstm else torch.gru
     output, *state = kernel(

@@ -22,7 +22,7 @@ import main
 import schedule
 import splitcross
 import weight_drop
-from allocator import use_expandable_segments
+from cpu_kernels import use_expandable_segments
 from bidirectional import make_model, make_objective, score
 from conftest import ROOT, Interrupting, arguments, invoke, make_trainer
 from data import Corpus, get_batch

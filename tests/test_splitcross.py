@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import splitcross
-from products import has_onednn
+from cpu_kernels import has_onednn
 from splitcross import SplitCrossEntropyLoss, default_splits
 
 

@@ -14,7 +14,7 @@ from statistics import median
 import torch
 from torch import nn
 
-from allocator import keep_freed_memory
+from cpu_kernels import keep_freed_memory
 from data import Corpus
 from generate import Generator
 from model import RNNModel

@@ -1,12 +1,17 @@
-"""The fast GRU against torch's own, in float64 by definition and in float32 as it runs."""
+"""What is fast on a CPU computes what torch's own layers do."""
+
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import nn
 
-import products
-from gru import product, product_of_transposed
-from weight_drop import WeightDrop, call_recurrent, drop_weight
+import cpu_kernels
+from conftest import ROOT
+from cpu_kernels import Cell, product, product_of_transposed
+from weight_drop import WeightDrop, call_recurrent
 
 
 def twins(dtype, sizes=(5, 7)):
@@ -67,34 +72,6 @@ def test_without_gradients_it_computes_the_same():
             torch.testing.assert_close(a(x)[0], b(x)[0])
 
 
-def test_the_dropped_weights_are_what_is_computed_with():
-    """Weight drop swaps the parameter for a call; the raw one gets the gradient."""
-    layer = WeightDrop(nn.GRU(5, 7), ["weight_hh_l0"], dropout=0.5)
-    twin = nn.GRU(5, 7)
-    twin.load_state_dict(layer.module.state_dict())
-    x = torch.randn(4, 3, 5)
-    torch.manual_seed(3)
-    out = layer(x)[0]
-    torch.manual_seed(3)
-    dropped = drop_weight(layer.module.weight_hh_l0, 0.5).detach()
-    with torch.no_grad():
-        twin.weight_hh_l0.copy_(dropped)
-    torch.testing.assert_close(out, twin(x)[0])
-    out.sum().backward()
-    gradient = layer.module.weight_hh_l0.grad
-    assert torch.equal(gradient == 0, dropped == 0)
-
-
-def test_a_second_backward_gives_the_same_gradients():
-    a, b = twins(torch.float32)
-    for layer in (a, b):
-        out = layer(torch.ones(4, 3, 5))[0].sum()
-        out.backward(retain_graph=True)
-        out.backward()
-    for p, q in zip(a.parameters(), b.parameters()):
-        torch.testing.assert_close(p.grad, q.grad)
-
-
 def test_products_are_plain_products():
     x, w, bias = torch.randn(11, 30), torch.randn(13, 30), torch.randn(13)
     torch.testing.assert_close(product(x, w), x @ w.t())
@@ -104,7 +81,7 @@ def test_products_are_plain_products():
 
 def test_without_onednn_it_is_the_same(monkeypatch):
     a, b = twins(torch.float32)
-    monkeypatch.setattr(products, "has_onednn", lambda tensor: False)
+    monkeypatch.setattr(cpu_kernels, "has_onednn", lambda tensor: False)
     for f, e in zip(everything(a, 5, 3, torch.float32), everything(b, 5, 3, torch.float32)):
         torch.testing.assert_close(f, e)
 
@@ -126,3 +103,66 @@ def test_elsewhere_it_is_torchs_own(monkeypatch):
     with torch.device("meta"):
         assert WeightDrop(nn.GRU(5, 7), [])(torch.empty(4, 3, 5))[0].shape == (4, 3, 7)
     assert len(called) == 1
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_cell_is_its_layer(kind, dtype):
+    layer = kind(5, 7).to(dtype)
+    x = torch.randn(9, 1, 5, dtype=dtype)
+    state = torch.randn(1, 1, 7, dtype=dtype)
+    state = (state, torch.randn_like(state)) if kind is nn.LSTM else state
+    with torch.no_grad():
+        expected = layer(x, state)
+        cell = Cell(layer)
+        torch.testing.assert_close(cell(x, state), expected)
+        outputs = []
+        for x_t in x:
+            output, state = cell(x_t.unsqueeze(0), state)
+            outputs.append(output)
+        torch.testing.assert_close((torch.cat(outputs), state), expected)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_a_cell_is_on_its_layers_device(kind):
+    layer = kind(5, 7).to("meta")
+    state = torch.zeros(1, 1, 7, device="meta")
+    state = (state, state) if kind is nn.LSTM else state
+    with torch.no_grad():
+        assert Cell(layer)(torch.zeros(2, 1, 5, device="meta"), state)[0].is_meta
+
+
+@pytest.mark.parametrize("options", [{"num_layers": 2}, {"bidirectional": True}])
+def test_other_layers_are_refused(options):
+    with pytest.raises(ValueError, match="one layer"):
+        Cell(nn.LSTM(5, 7, **options))
+
+
+FAULTS = """
+import resource, sys
+import torch
+from cpu_kernels import keep_freed_memory
+if sys.argv[1] == "keep":
+    assert keep_freed_memory()
+for _ in range(3):  # 200 MB in ten pieces, made, used and freed
+    pieces = [torch.zeros(5_000_000) for _ in range(10)]
+    del pieces
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+pieces = [torch.zeros(5_000_000) for _ in range(10)]
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_memory_that_is_kept_is_not_asked_for_again():
+    faults = {}
+    for how in ("keep", "leave"):
+        done = subprocess.run(
+            [sys.executable, "-c", FAULTS, how], cwd=ROOT, capture_output=True, text=True,
+            check=True,
+        )
+        faults[how] = int(done.stdout)
+    if faults["leave"] == 0:
+        pytest.skip("this system does not count page faults")
+    assert faults["keep"] < 10_000  # pages of 4 KiB; 200 MB have 50,000
+    assert faults["leave"] > 3 * faults["keep"]
