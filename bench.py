@@ -34,15 +34,14 @@ from torch.nn import functional as F
 
 from cpu_kernels import keep_freed_memory
 from attention import KINDS
-from bidirectional import score
+from checkpoint import new_params
 from data import Corpus, InputError, batchify, batchify_exact, get_batch
-from flags import LSTM, Parser, count, device, make_parser, number, run
-from hidden import repackage_hidden
-from run import new_params, set_up_device
+from flags import Parser, count, device, make_parser, number, run
+from model import activation_regularization
 from train import (
-    EVAL_BATCH_SIZE, EVAL_TOKENS, Objective, activation_regularization, float32_products,
-    make_optimizer, train_step,
+    EVAL_BATCH_SIZE, EVAL_TOKENS, Objective, make_optimizer, score, train_step,
 )
+from utils import float32_products, repackage_hidden, set_up_device
 
 # The published commands, and the size of their corpora's vocabularies.
 RECIPES = {
@@ -445,7 +444,7 @@ def parse_args(argv=None):
         help="read corpora of so many million tokens instead")
     add("--child", choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    recipe = {**make_parser("").defaults, **LSTM, **RECIPES[args.recipe]}
+    recipe = {**make_parser("").defaults, **RECIPES[args.recipe]}
     given = {name: value for name, value in vars(args).items() if value is not None}
     args = Namespace(**{"child": None, "read": None, **recipe, **given, "optimizer": "sgd"})
     args.lr = args.bias_lr = 1.0  # random words: nothing to learn

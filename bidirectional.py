@@ -9,13 +9,10 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-import parallel
-from data import batchify_exact
-from model import RNNModel
-from train import (
-    EVAL_BATCH_SIZE, EVAL_TOKENS, Losses, Objective, activation_regularization, evaluate,
-    float32_products,
-)
+import distributed
+from data import exact_windows
+from model import RNNModel, activation_regularization
+from utils import Losses, float32_products
 
 CONTEXT = 10  # a window's word is scored in training with so many words of the window after it
 # What is minimized, a sum, and reported, their mean.
@@ -65,7 +62,7 @@ class BiLM(RNNModel):
         return self.as_operand(self.combiner(torch.cat([before, after], -1)).tanh())
 
 
-class BiObjective(Objective):
+class BiObjective(nn.Module):
     """What a step of BiLM minimizes: the sum of the losses that `objective` names.
 
     The backward language model reads a stream of its own, the text from its end, with a state of
@@ -77,13 +74,15 @@ class BiObjective(Objective):
     """
 
     def __init__(self, params, objective):
-        super().__init__(params)
+        super().__init__()
+        self.params = params
         self.objective = objective
 
     def groups(self):
-        combiner = list(self.params[0].combiner.parameters())
+        """Lists of the parameters that learn together, whose gradient is clipped as one."""
         if "cloze" in OBJECTIVES[self.objective]:
-            return super().groups()
+            return [list(self.parameters())]
+        combiner = list(self.params[0].combiner.parameters())
         apart = {id(parameter) for parameter in combiner}
         return [[p for p in self.parameters() if id(p) not in apart], combiner]
 
@@ -152,22 +151,14 @@ def evaluate_directions(params, ids, batch_size, bptt, check=None):
     params.eval()
     weight, bias = model.decoder.weight, model.decoder.bias
     layers = len(model.rnns)
-    ids, places = ids.to(weight.device), torch.arange(len(ids))
+    ids = ids.to(weight.device)
+    places = torch.arange(len(ids), device=ids.device)
 
-    def windows(places):
-        """Of this rank's columns: (window of places [T, B], how many of them predict a word)."""
-        columns, _, n = batchify_exact(places, batch_size)
-        mine = parallel.columns(batch_size)
-        columns = columns[:, mine].to(weight.device)
-        width = columns.size(1)
-        rows, rest = divmod(n, batch_size)  # as in train.evaluate
-        n = rows * width + min(max(rest - mine.start, 0), width)
-        for i in range(0, len(columns), bptt):
-            yield columns[i : i + bptt], min(n - i * width, columns[i : i + bptt].numel())
+    mine = distributed.columns(batch_size)
 
     def run(places, read, hidden, step, losses, use):
-        for window, count in windows(places):
-            if count > 0:
+        for window, _, count in exact_windows(places, batch_size, bptt, mine):
+            if count:
                 output, hidden = read(ids[window], hidden)
                 at = window.flatten()[:count]
                 targets = ids[at + step]
@@ -177,7 +168,6 @@ def evaluate_directions(params, ids, batch_size, bptt, check=None):
                 check()
 
     forward, backward, cloze = Losses(), Losses(), Losses()
-    mine = parallel.columns(batch_size)
     states = model.init_hidden(mine.stop - mine.start)
     # The state after reading each place of the text from its end; past the end, where nothing has
     # been read, zero.
@@ -191,14 +181,10 @@ def evaluate_directions(params, ids, batch_size, bptt, check=None):
         cloze.add(criterion(weight, bias, combined, targets), len(at))
 
     run(places.flip(0), model.read_backward, states[layers:], -1, backward, keep)
-    after = parallel.total(after)
+    after = distributed.total(after)
     run(places, model, states[:layers], 1, forward, combine)
-    result = {}
-    for name, losses in (("forward", forward), ("backward", backward), ("cloze", cloze)):
-        losses.read()
-        losses.on_host = [pair for pairs in parallel.everyones(losses.on_host) for pair in pairs]
-        result[name] = losses.mean()
-    return result
+    parts = {"forward": forward, "backward": backward, "cloze": cloze}
+    return {name: losses.mean_of_all_ranks() for name, losses in parts.items()}
 
 
 def make_model(rnn_type, *args, **kwargs):
@@ -206,25 +192,5 @@ def make_model(rnn_type, *args, **kwargs):
     return (BiLM if rnn_type == "biLM" else RNNModel)(rnn_type, *args, **kwargs)
 
 
-def make_objective(params, args):
-    """The Objective of the model in `params`."""
-    return BiObjective(params, args.objective) if is_bilm(params) else Objective(params)
-
-
 def is_bilm(params):
     return isinstance(params[0], BiLM)
-
-
-def score(params, ids, args, check=None, batch_size=EVAL_BATCH_SIZE):
-    """The loss in nats of `ids` [N] that training minimizes, and {name: loss} of its parts, if any.
-
-    See train.evaluate. In long windows, but for biLSTM, whose result depends on them.
-    """
-    window = args.bptt
-    if params[0].rnn_type != "biLSTM":
-        window = max(window, EVAL_TOKENS // batch_size)
-    if not is_bilm(params):
-        return evaluate(params, ids, batch_size, window, check), {}
-    parts = evaluate_directions(params, ids, batch_size, window, check)
-    chosen = OBJECTIVES[args.objective]
-    return sum(parts[name] for name in chosen) / len(chosen), parts

@@ -3,7 +3,9 @@
 import codecs
 import hashlib
 import platform
+import re
 from array import array
+from collections import Counter
 from itertools import islice
 from pathlib import Path
 
@@ -51,10 +53,8 @@ class Corpus:
         self.name = str(path)
         self._hash = hashlib.sha256()
         if self.name == "sample":
-            from sample_corpus import build  # imported on use: it loads Python's documentation
-
             self.name = f"sample (documentation of Python {platform.python_version()})"
-            for split, lines in build().items():
+            for split, lines in build_sample().items():
                 setattr(self, split, self._encode(lines, f"sample {split}"))
         else:
             for split in SPLITS:
@@ -159,6 +159,23 @@ def get_batch(source, i, args, seq_len=None, evaluation=False):
     return source[i : i + seq_len], source[i + 1 : i + 1 + seq_len].reshape(-1)
 
 
+def exact_windows(ids, batch_size, bptt, columns):
+    """Yields windows in which each of the N - 1 ids that follow another is predicted exactly once.
+
+    `ids` [N] is laid out in `batch_size` columns, of which `columns`, a slice, are read; each window
+    is (inputs [T, B], targets [T, B], count), T <= bptt: all but the first `count` of the flattened
+    targets are padding.
+    """
+    inputs, targets, n = batchify_exact(ids, batch_size)
+    inputs, targets = inputs[:, columns], targets[:, columns]
+    rows, rest = divmod(n, batch_size)  # the first `rest` columns have one prediction more
+    width = inputs.size(1)
+    n = rows * width + min(max(rest - columns.start, 0), width)
+    for i in range(0, len(inputs), bptt):
+        window = inputs[i : i + bptt]
+        yield window, targets[i : i + bptt], max(0, min(window.numel(), n - i * width))
+
+
 def batchify_exact(ids, bsz):
     """Lays out N ids so that each of the N - 1 that follow another is predicted exactly once.
 
@@ -174,3 +191,59 @@ def batchify_exact(ids, bsz):
     steps = torch.arange(length + (longer > 0)).unsqueeze(1)
     index = (starts + steps).clamp(max=n - 1)
     return ids[index], ids[index + 1], n
+
+
+# ------------------------------------------------------------ the sample corpus
+
+# A first try should need no network: `pydoc_data.topics`, inside Python itself, holds its language
+# reference as plain text. Its prose is kept and its code dropped. The text changes a little from
+# one Python version to the next.
+SAMPLE_MIN_COUNT = 3  # rarer words in the training split become <unk>
+TOKEN = re.compile(r"<unk>|[a-z]+(?:'[a-z]+)?|\d+(?:\.\d+)*|[.,;:?!()]")
+PROSE = re.compile(r"[A-Z(\"].*[a-z]{2}.*[.:]$")  # starts as a sentence does, ends as one does
+NOT_PROSE = re.compile(r"::=|>>>|==|--|\|| = .* = |   ")  # grammar, sessions, tables, code
+
+
+def sample_paragraphs():
+    """The distinct paragraphs of prose in the language reference, in order of topic."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        raise InputError(
+            "--data sample: this Python lacks the module pydoc_data; install the full standard "
+            "library, or name a folder with train.txt, valid.txt and test.txt"
+        ) from None
+    seen = {}  # topics repeat one another: a paragraph in two splits would give the answers away
+    for _, text in sorted(topics.items()):
+        for block in re.split(r"\n\s*\n", text):
+            block = re.sub(r"^[*\s]+|\n\s*", " ", block).strip()
+            if PROSE.match(block) and not NOT_PROSE.search(block):
+                seen.setdefault(block)
+    return list(seen)
+
+
+def tokenize_sample(paragraph):
+    """Lower-case words, numbers as N, and punctuation; one list of tokens a sentence."""
+    for sentence in re.split(r"(?<=[.:?!])\s+(?=[A-Z\"(])", paragraph):
+        tokens = ["N" if t[0].isdigit() else t for t in TOKEN.findall(sentence.lower())]
+        if len(tokens) > 2:
+            yield tokens
+
+
+def build_sample():
+    """Returns {"train": lines, "valid": lines, "test": lines}, each line UTF-8 bytes.
+
+    Of every ten paragraphs eight go to training, one to validation, one to test.
+    """
+    splits = {"train": [], "valid": [], "test": []}
+    for number, paragraph in enumerate(sample_paragraphs()):
+        split = {8: "valid", 9: "test"}.get(number % 10, "train")
+        splits[split] += tokenize_sample(paragraph)
+    counts = Counter(token for sentence in splits["train"] for token in sentence)
+    return {
+        split: [
+            (" ".join(t if counts[t] >= SAMPLE_MIN_COUNT else "<unk>" for t in sentence) + "\n").encode()
+            for sentence in sentences
+        ]
+        for split, sentences in splits.items()
+    }

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from data import batchify, get_batch
-from hidden import repackage_hidden
+from utils import repackage_hidden
 
 RULES = ("sgd", "rms")
 STATISTICS = 100, 5  # columns and length of the windows of which the gradients are measured

@@ -14,12 +14,12 @@ from itertools import islice
 
 import torch
 
-from bidirectional import is_bilm, score
+from bidirectional import is_bilm
 from data import InputError, words_of_lines
 from flags import Parser, count, run
-from train import loss_columns, perplexity
+from train import score
 from trained import add_flags, begin_of_text, encode, some, trained, warn_of_unknown
-from utils import log, log_parts
+from utils import log, log_parts, loss_columns, perplexity
 
 TOKENS = 2**15  # in a batch of lines, padding included, unless a single one has more
 BPTT = 2000  # words read at once

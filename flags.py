@@ -1,4 +1,4 @@
-"""The flags that main.py and finetune.py share, their defaults, and their checks."""
+"""The flags of main.py and finetune.py: defaults, presets (--recipe), checks; how a command ends."""
 
 import argparse
 import errno
@@ -7,40 +7,44 @@ import re
 import signal
 import sys
 import time
-from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
-import parallel
-from cpu_kernels import keep_freed_memory
+import distributed
 from attention import KINDS
-from bidirectional import OBJECTIVES
+from cpu_kernels import keep_freed_memory
 from data import InputError
-from files import is_of_device, is_out_of_memory
-from model import check_architecture
-from preemption import Preempted
-from train import LONGER, LONGEST
+from model import RNN_TYPES, check_architecture
+from utils import Preempted, is_device_error, is_out_of_memory
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's share of it, the file
-ARCHITECTURE = {
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, a quota, the largest file
+ARCHITECTURE = {  # flag: RNNModel's argument
     "model": "rnn_type", "emsize": "ninp", "nhid": "nhid", "nlayers": "nlayers",
     "attention": "attention", "attention_window": "attention_window",
 }
-
-
-# What is not given of these. With a rate of 30 GRU diverges, as the report's did, and so do the
-# layers that join states (biLM's combiner, attention); it is their biases that do. AR and TAR are
-# mean squares, and a GRU's states, which no output gate halves, are larger: see records/gru. GRU
-# with SGD and --lr trains as published.
-LSTM = {
-    "lr": 30.0, "bias_lr": 1.0, "decoder_bias": "zeros", "alpha": 2.0, "beta": 1.0,
-    "wdecay": 1.2e-6,
+# What defaults to something else with another optimizer than SGD.
+OPTIMIZER_DEFAULTS = {
+    "sgd": {}, "adam": {"lr": 1e-3}, "adamw": {"lr": 5e-3, "wdecay": 0.02}
 }
-GRU_PENALTIES = {"alpha": 0.5, "beta": 0.25}
-GRU = {**LSTM, "lr": 10.0, "bias_lr": 0.02, "decoder_bias": "unigram", **GRU_PENALTIES}
-JOINED = {**LSTM, "bias_lr": 0.01, "decoder_bias": "unigram"}
-ADAM = {**LSTM, "lr": 1e-3}
-ADAMW = {**LSTM, "lr": 5e-3, "wdecay": 0.02}  # whose decay is not a part of the gradient
+# A recipe sets flags; one that is given overrides just itself. At a rate of 30 GRU's biases diverge,
+# as the report's did, and so do those of the layers that join states (biLM's combiner, attention).
+# AR and TAR are mean squares, and GRU's states, without an output gate, are larger: records/gru.
+RECIPES = {
+    "published": {},
+    "gru": {"lr": 10.0, "bias_lr": 0.02, "decoder_bias": "unigram", "alpha": 0.5, "beta": 0.25},
+    "slow-biases": {"bias_lr": 0.01, "decoder_bias": "unigram"},
+    "short": {
+        "optimizer": "adamw", "lr": 8e-3, "wdecay": 0.1, "schedule": "onecycle",
+        "decoder_bias": "unigram", "batch_size": 20, "regularization_ramp": [0.3, 12.0],
+    },
+}
+RECIPES["short-gru"] = {**RECIPES["short"], "alpha": 0.5, "beta": 0.25}
+# What cannot change in the middle of a run: the position in the text, the optimizer's state or the
+# random numbers would lose their meaning.
+FIXED_FLAGS = (
+    "batch_size", "optimizer", "seed", "decoder_bias", "objective", *ARCHITECTURE
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -52,8 +56,6 @@ class Parser(argparse.ArgumentParser):
         self.defaults = {}  # flag's name in the namespace -> default
 
     def error(self, message):
-        if not parallel.speaks():
-            parallel.let_another_speak()
         self.exit(2, f"{self.prog}: error: {message}\n")
 
     def add(self, name, default, help, **kwargs):
@@ -88,18 +90,9 @@ def number(kind, low, high=float("inf"), open_low=False):
 
 
 count = number(int, 1, 2**31)
-steps = number(int, 1, LONGEST - LONGER)
+steps = number(int, 1, 65_500)  # of a window: cuDNN takes 65,535, and windows can be longer
 rate = number(float, 0, 1)
 coefficient = number(float, 0, 1e30)  # float32 ends at 3.4e38
-
-
-def rnn_type(text):
-    """An argparse type: the name of a recurrent layer that model.py builds."""
-    try:
-        check_architecture(text, 2, 2)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return text
 
 
 def device(text):
@@ -107,25 +100,30 @@ def device(text):
     if not re.fullmatch(r"cpu|mps|cuda(:\d{1,3})?", text):
         raise argparse.ArgumentTypeError(f"must be cpu, cuda, cuda:N or mps, not {text!r}")
     found = torch.device(text)
-    lacking = {
-        "cpu": False,
-        "cuda": not torch.cuda.is_available() or (found.index or 0) >= torch.cuda.device_count(),
-        "mps": not torch.backends.mps.is_available(),
+    exists = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available() and (found.index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
     }
-    if lacking[found.type]:
+    if not exists[found.type]:
         raise argparse.ArgumentTypeError(f"this machine has no device {text}; try --device cpu")
     return found
 
 
-def checkpoint_path(text):
-    """An argparse type: a path; of a symbolic link its target, so that one run has one name."""
-    return os.path.realpath(text) if os.path.islink(text) else text
+def rnn_type(text):
+    """An argparse type: the name of a recurrent layer that the model is built of."""
+    if text not in RNN_TYPES:
+        what = "not supported yet" if text == "QRNN" else "unknown"
+        raise argparse.ArgumentTypeError(
+            f"model {text} is {what}; choose from {', '.join(RNN_TYPES)}"
+        )
+    return text
 
 
 def make_parser(description, inherited=()):
-    """A parser for the flags of AWD-LSTM, with the reference's names and defaults.
+    """A parser for the flags that main.py and finetune.py share, with the reference's defaults.
 
-    Those named in `inherited` are, when not given, as a checkpoint's model was trained.
+    Those named in `inherited` default to how a checkpoint's model was trained.
     """
     parser = Parser(inherited, description=description)
     add = parser.add
@@ -139,12 +137,13 @@ def make_parser(description, inherited=()):
         "scored alone) or combined (scored with the current one)", choices=KINDS)
     add("--attention-window", 70, "how many earlier states are attended", type=count, metavar="N")
     add("--objective", "lm", "what biLM is trained for: lm, to predict each word from one side, "
-        "cloze, from both sides, or both", choices=OBJECTIVES)
-    add("--lr", None, "learning rate (default: 30 with sgd, 10 for GRU; 0.001 with adam; 0.005 "
-        "with adamw)", type=number(float, 0, 1e30, open_low=True))
-    add("--bias-lr", None, "learning rate of the biases below the decoder, as a share of --lr "
-        "(default: 1; with sgd 0.01 for biLM and with attention, 0.02 for GRU where --lr is not "
-        "given)",
+        "cloze, from both sides, or both", choices=["lm", "cloze", "both"])
+    add("--recipe", None, "preset of flags: published, gru, slow-biases, short (for runs of few "
+        "--epochs) or short-gru; a flag that is given overrides just itself (default: gru for "
+        "GRU, slow-biases for biLM and with attention, else published)", choices=list(RECIPES))
+    add("--lr", 30.0, "learning rate (default: 30; 0.001 with adam, 0.005 with adamw)",
+        type=number(float, 0, 1e30, open_low=True))
+    add("--bias-lr", 1.0, "learning rate of the biases below the decoder, as a share of --lr",
         type=number(float, 0, 1000), metavar="SHARE")
     add("--clip", 0.25, "largest gradient norm, 0 for no clipping", type=coefficient)
     add("--epochs", 8000, "upper epoch limit", type=count)
@@ -155,17 +154,16 @@ def make_parser(description, inherited=()):
     add("--dropouti", 0.65, "dropout of the embedded input", type=rate)
     add("--dropoute", 0.1, "dropout of whole words from the embedding", type=rate)
     add("--wdrop", 0.5, "dropout of the hidden-to-hidden weights", type=rate)
-    add("--alpha", None, "coefficient of activation regularization (AR) (default: 2; for GRU 0.5 "
-        "with adamw, and with sgd where --lr is not given)", type=coefficient)
-    add("--beta", None, "coefficient of temporal activation regularization (TAR) (default: 1; for "
-        "GRU 0.25 with adamw, and with sgd where --lr is not given)", type=coefficient)
-    add("--wdecay", None, "weight decay (default: 1.2e-06; 0.02 with adamw)", type=coefficient)
+    add("--alpha", 2.0, "coefficient of activation regularization (AR)", type=coefficient)
+    add("--beta", 1.0, "coefficient of temporal activation regularization (TAR)", type=coefficient)
+    add("--wdecay", 1.2e-6, "weight decay (default: 1.2e-06; 0.02 with adamw)", type=coefficient)
     add("--nonmono", 5, "non-monotone interval of the trigger, in epochs", type=number(int, 0))
     add("--seed", 1111, "random seed", type=number(int, 0, 2**32))
     add("--save", None, "path of the best model (default: a name made from the time)",
-        type=checkpoint_path)
+        type=lambda path: os.path.realpath(path) if os.path.islink(path) else path)
     add("--resume", "", "go on with the run that saves to this checkpoint; without its training "
-        "state, start from its weights", metavar="CHECKPOINT", type=checkpoint_path)
+        "state, start from its weights", metavar="CHECKPOINT",
+        type=lambda path: os.path.realpath(path) if os.path.islink(path) else path)
     add("--checkpoint-minutes", 10.0, "minutes between saves of the training state",
         type=number(float, 0, open_low=True), metavar="N")
     add("--on-divergence", "stop", "what to do when training diverges: stop, rollback (to the "
@@ -186,14 +184,90 @@ def make_parser(description, inherited=()):
     return parser
 
 
-def settle_device(args):
-    """Sets `args.device`, where it is None, to CUDA or the CPU. Raises InputError for --cuda."""
+def resolve_flags(given, defaults, saved=None):
+    """The flags of a run, a Namespace: defaults < recipe < a saved run's or model's < given.
+
+    `given` is a Namespace, `defaults` and `saved` {name: value}. Raises InputError.
+    """
+    given, saved = vars(given), saved or {}
+    chosen = {**defaults, **saved, **given}
+    recipe = given.get("recipe") or saved.get("recipe") or default_recipe(chosen)
+    preset = {flag: value for flag, value in RECIPES[recipe].items() if flag in defaults}
+    optimizer = {"optimizer": "sgd", **preset, **saved, **given}["optimizer"]
+    if optimizer != preset.get("optimizer", "sgd"):  # whose rates these are
+        preset = {f: value for f, value in preset.items() if f not in ("lr", "bias_lr", "wdecay")}
+    args = argparse.Namespace(**{
+        **defaults, **OPTIMIZER_DEFAULTS[optimizer], **preset, **saved, **given, "recipe": recipe
+    })
+    resolve_device(args)
+    resolve_precision(args, "precision" in given)
+    if args.save is None:
+        args.save = f"{time.time():.6f}".replace(".", "") + ".pt"
+    if args.resume and os.path.realpath(args.resume) == os.path.realpath(args.save):
+        args.resume = args.save  # two spellings of one file
+    check_flags(args)
+    return args
+
+
+def default_recipe(flags):
+    """The name of the recipe that a model needs when none is given."""
+    if flags.get("optimizer", "sgd") != "sgd":
+        return "published"
+    if flags["model"] == "GRU":
+        return "gru"
+    joined = flags["model"] == "biLM" or flags["attention"] != "none"
+    return "slow-biases" if joined else "published"
+
+
+def sgd_rates(args):
+    """{flag: value} of the rates with which SGD trains a model, as when none are given."""
+    rates = {"lr": 30.0, "bias_lr": 1.0, "wdecay": 1.2e-6}
+    recipe = RECIPES[default_recipe({**vars(args), "optimizer": "sgd"})]
+    return rates | {flag: recipe[flag] for flag in rates if flag in recipe}
+
+
+def model_flags(checkpoint):
+    """The flags of a checkpoint's architecture and objective."""
+    found = checkpoint["architecture"]
+    flags = {flag: found[key] for flag, key in ARCHITECTURE.items() if key in found}
+    return {**flags, "objective": checkpoint["flags"].get("objective", "lm")}
+
+
+def describe_recipe(args, given):
+    """A log line of the flags that the recipe has set; "" if none."""
+    flags = RECIPES[args.recipe].items()
+    found = [format_flag(f, v) for f, v in flags if getattr(args, f, None) == v and f not in given]
+    return f"Recipe {args.recipe}: {' '.join(found)}" if found else ""
+
+
+def resolve_device(args):
+    """Sets `args.device`, where it is None, and each rank's own. Raises InputError."""
     if args.cuda and not torch.cuda.is_available():
         raise InputError("--cuda: torch finds no CUDA device here; leave the flag out")
     if args.cuda and args.device is not None and args.device.type != "cuda":
         raise InputError(f"--cuda contradicts --device {args.device}; give one of them")
     if args.device is None:
         args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if distributed.is_distributed() and args.device.type == "cuda":
+        number = int(os.environ["LOCAL_RANK"])
+        if number >= torch.cuda.device_count():
+            raise InputError(
+                f"--nproc_per_node: this machine has {torch.cuda.device_count()} CUDA devices"
+            )
+        args.device = torch.device("cuda", number)
+
+
+def resolve_precision(args, is_given):
+    """Sets `args.precision`, where it is None. Raises InputError where the device lacks it."""
+    if args.precision is None:
+        args.precision = "tf32" if args.device.type == "cuda" else "fp32"
+    if args.precision == "tf32" and args.device.type != "cuda" and not is_given:
+        args.precision = "fp32"  # begun on CUDA, resumed elsewhere
+    if not has_precision(args.device, args.precision, args.model):
+        raise InputError(
+            f"--precision {args.precision}: device {args.device} has none for {args.model}; give "
+            "--precision fp32"
+        )
 
 
 def has_precision(device, precision, model):
@@ -211,102 +285,55 @@ def has_precision(device, precision, model):
     return True
 
 
-def settle_rates(args):
-    """Sets what is None of learning rates, the decoder's bias, and AR's and TAR's strength."""
-    optimizer = getattr(args, "optimizer", "sgd")
-    if optimizer == "adam":
-        rates = ADAM
-    elif optimizer == "adamw":
-        rates = ADAMW | GRU_PENALTIES if args.model == "GRU" else ADAMW
-    elif args.model == "GRU" and args.lr is None:
-        rates = GRU
-    elif args.model == "biLM" or args.attention != "none":
-        rates = JOINED
-    else:
-        rates = LSTM
-    for flag, value in rates.items():
-        if getattr(args, flag, value) is None:
-            setattr(args, flag, value)
-
-
-def spelled(flag, value):
-    """A flag as it is given in the shell."""
-    name = flag if flag == "batch_size" else flag.replace("_", "-")
-    values = value if isinstance(value, list) else [value]
-    return " ".join([f"--{name}", *(f"{v:g}" if isinstance(v, float) else str(v) for v in values)])
-
-
-def complete(given, defaults):
-    """The flags of a run: what was `given`, else the default.
-
-    Settles the device, the learning rate and the name of the checkpoint. Raises InputError.
-    """
-    args = argparse.Namespace(**{**defaults, **vars(given)})
-    settle_device(args)
-    args.device = parallel.own_device(args.device, hasattr(given, "device"))
-    if args.batch_size % parallel.size():
+def check_flags(args):
+    """Raises InputError for flags that contradict one another."""
+    if args.batch_size % distributed.size():
         raise InputError(
-            f"--batch_size {args.batch_size}: does not divide over {parallel.size()} processes; "
+            f"--batch_size {args.batch_size}: does not divide over {distributed.size()} processes; "
             "name a multiple, or another number of processes"
         )
-    if args.precision is None:
-        args.precision = "tf32" if args.device.type == "cuda" else "fp32"
-    if args.precision == "tf32" and args.device.type != "cuda" and not hasattr(given, "precision"):
-        args.precision = "fp32"  # begun on CUDA, resumed elsewhere
-    if not has_precision(args.device, args.precision, args.model):
-        raise InputError(
-            f"--precision {args.precision}: device {args.device} has none for {args.model}; give "
-            "--precision fp32"
-        )
-    settle_rates(args)
-    if args.save is None:
-        args.save = f"{time.time():.6f}".replace(".", "") + ".pt"
-    if args.resume and Path(args.resume).resolve() == Path(args.save).resolve():
-        args.resume = args.save  # two spellings of one file
     if args.objective != "lm" and args.model != "biLM":
         raise InputError(f"--objective {args.objective}: for --model biLM only")
     try:
         check_architecture(args.model, args.emsize, args.nhid, args.attention)
     except ValueError as error:
         raise InputError(f"--{error}") from None
-    return args
-
-
-def plain(args):
-    """The flags as plain data (strings, numbers, lists), for logs and checkpoints."""
-    return {name: str(v) if isinstance(v, torch.device) else v for name, v in vars(args).items()}
-
-
-def take_architecture(given, checkpoint, path):
-    """The checkpoint's architecture as flags; InputError when a flag that was given differs."""
-    found = checkpoint["architecture"]
-    flags = {flag: found[key] for flag, key in ARCHITECTURE.items() if key in found}
-    for flag, value in flags.items():
-        if getattr(given, flag, value) != value:
-            raise InputError(
-                f"{spelled(flag, getattr(given, flag))}: {path} has a model with "
-                f"{spelled(flag, value)}; leave the flag out"
-            )
-    return flags
-
-
-def of_device(error):
-    """The line that reports an error of the device."""
-    device = "cpu"
-    if torch.cuda.is_initialized() or any(text in str(error) for text in ("CUDA", "cuDNN")):
-        device = "cuda"
-    if is_out_of_memory(error):
-        return (
-            f"device {device} is out of memory; lower --batch_size, --bptt, --nhid, --emsize, "
-            "--window or --attention-window"
+    if getattr(args, "optimizer", "sgd") == "adamw" and args.lr * args.wdecay >= 1:
+        raise InputError(
+            f"{format_flag('wdecay', args.wdecay)}: with {format_flag('lr', args.lr)} a step would "
+            "take all of a weight away, or more; lower one of them"
         )
-    reason = str(error).partition("\n")[0]
-    return f"device {device}: {reason}; no file is to blame, --device names another"
+    share, epochs = getattr(args, "regularization_ramp", None) or (1, 1)
+    if not (0 <= share <= 1 and 0 < epochs < 1e30):  # neither where one is NaN
+        raise InputError(
+            f"{format_flag('regularization_ramp', args.regularization_ramp)}: SHARE must be a "
+            "number in [0, 1], and EPOCHS one above 0"
+        )
+
+
+def check_unchanged(given, saved, path):
+    """Raises InputError where a flag that is `given` cannot be changed in the run at `path`."""
+    for flag in FIXED_FLAGS:
+        if flag in saved and getattr(given, flag, saved[flag]) != saved[flag]:
+            raise InputError(
+                f"{format_flag(flag, getattr(given, flag))}: {path} has "
+                f"{format_flag(flag, saved[flag])}; leave the flag out, or copy {path} elsewhere to "
+                "start from its weights alone"
+            )
+
+
+def format_flag(flag, value):
+    """A flag as it is given in the shell."""
+    name = flag if flag == "batch_size" else flag.replace("_", "-")
+    values = value if isinstance(value, list) else [value]
+    return " ".join([f"--{name}", *(f"{v:g}" if isinstance(v, float) else str(v) for v in values)])
+
+
+# ------------------------------------------------------------ how a command ends
 
 
 def run(main):
     """Calls `main()` and exits with its status: one line and 2 for bad input, 128 + a signal's."""
-    prog = sys.argv[0].rpartition("/")[2]
     keep_freed_memory()
     if sys.stdout is None:  # closed
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - to the end
@@ -316,29 +343,40 @@ def run(main):
         status = main()
     except BrokenPipeError:  # who read the output has seen enough, as `head` does
         os._exit(141)  # 128 + SIGPIPE
-    except (InputError, OSError) as error:
-        if getattr(error, "errno", None) in FULL and error.filename is None:
-            error = f"the output cannot be written ({error.strerror}); make room and run it again"
-        if not parallel.speaks(error):
-            parallel.let_another_speak()
-        print(f"{prog}: error: {error}", file=sys.stderr)
+    except (InputError, OSError, MemoryError, RuntimeError) as error:
         status = 2
-    except parallel.RankLost as error:
-        print(f"{prog}: error: {error}", file=sys.stderr, flush=True)
-        os._exit(1)  # the connections to the dead rank are left as they are
-    except (MemoryError, RuntimeError) as error:
-        if not is_of_device(error):
+        message = explain(error)
+        if message is None:
             raise
-        print(f"{prog}: error: {of_device(error)}", file=sys.stderr)
-        status = 2
+        print(f"{sys.argv[0].rpartition('/')[2]}: error: {message}", file=sys.stderr)
     except (KeyboardInterrupt, Preempted) as stop:
-        if parallel.speaks():
-            print(f"{prog}: interrupted", file=sys.stderr)
+        print(f"{sys.argv[0].rpartition('/')[2]}: interrupted", file=sys.stderr)
         status = 128 + getattr(stop, "number", signal.SIGINT)
     try:
         sys.stdout.flush()
     except OSError:  # reported when it began, see utils.log; Python would say it once more
         os._exit(status)
-    if parallel.size() > 1:  # in Python's own end torch can abort: gloo's threads may hold a tensor
-        os._exit(status or 0)
     sys.exit(status)
+
+
+def explain(error):
+    """The line that reports an error to the user; None for one that is a fault of the program."""
+    if isinstance(error, InputError):
+        return str(error)
+    if isinstance(error, OSError):
+        if error.errno in FULL_DISK and error.filename is None:
+            return f"the output cannot be written ({error.strerror}); make room and run it again"
+        return str(error)
+    if isinstance(error, dist.DistError):
+        return f"the processes cannot communicate: {' '.join(str(error).split())}"
+    if not is_device_error(error):
+        return None
+    on_cuda = torch.cuda.is_initialized() or any(t in str(error) for t in ("CUDA", "cuDNN"))
+    device = "cuda" if on_cuda else "cpu"
+    if is_out_of_memory(error):
+        return (
+            f"device {device} is out of memory; lower --batch_size, --bptt, --nhid, --emsize, "
+            "--window or --attention-window"
+        )
+    reason = str(error).partition("\n")[0]
+    return f"device {device}: {reason}; no file is to blame, --device names another"

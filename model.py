@@ -6,10 +6,11 @@ from torch import nn
 from attention import Attention
 from embed_regularize import embedded_dropout
 from locked_dropout import LockedDropout
+from utils import map_hidden
 from weight_drop import WeightDrop
 
 RNN_TYPES = ("LSTM", "GRU", "biLSTM", "biLM")
-RATES = ("dropout", "dropouth", "dropouti", "dropoute", "wdrop")  # of dropout, see RNNModel
+DROPOUTS = ("dropout", "dropouth", "dropouti", "dropoute", "wdrop")  # rates, see RNNModel
 # What the log and the checkpoint of a model say of its perplexity.
 NOTES = {
     "biLSTM": "biLSTM has read the word that it predicts: its backward direction reads from the "
@@ -140,9 +141,10 @@ class RNNModel(nn.Module):
         new_hidden, raw_outputs, outputs = [], [], []
         dtype = torch.bfloat16 if self.in_bf16() else x.dtype
         for layer, rnn in enumerate(rnns):
-            output, state = rnn(x.to(dtype), cast(hidden[layer], dtype))  # [T, B, H]
-            x, state = output.to(x.dtype), cast(state, x.dtype)
-            new_hidden.append(state)
+            state = map_hidden(lambda h: h.to(dtype), hidden[layer])
+            output, state = rnn(x.to(dtype), state)  # [T, B, H]
+            new_hidden.append(map_hidden(lambda h: h.to(embedded.dtype), state))
+            x = output.to(embedded.dtype)
             raw_outputs.append(x)
             if self.attention is not None and layer == len(rnns) - 1:
                 x, memory = self.attention(x, hidden[-1])
@@ -180,6 +182,16 @@ class RNNModel(nn.Module):
         return states
 
 
-def cast(state, dtype):
-    """A layer's state, a tensor or a tuple of them, in `dtype`."""
-    return state.to(dtype) if isinstance(state, torch.Tensor) else tuple(s.to(dtype) for s in state)
+def activation_regularization(raw_output, output, alpha, beta):
+    """AR + TAR of the last layer (Merity et al. 2017, 1708.01009), each a mean of squares.
+
+    AR is alpha * mean(output^2), over the output after dropout; TAR is beta * mean((h_t+1 -
+    h_t)^2), over the output before dropout. Both [T, B, H]; TAR is 0 where T is 1. The papers
+    print norms; the published results were made with means of squares.
+    """
+    penalty = 0.0
+    if alpha:
+        penalty = penalty + alpha * output.pow(2).mean()
+    if beta and len(raw_output) > 1:
+        penalty = penalty + beta * (raw_output[1:] - raw_output[:-1]).pow(2).mean()
+    return penalty

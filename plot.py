@@ -12,9 +12,9 @@ import warnings
 from pathlib import Path
 
 from data import InputError
-from files import write_atomically
+from checkpoint import write_atomically
 from flags import Parser, number, run
-from utils import FINETUNE_RECORDS, RECORDS
+from checkpoint import FINETUNE_RECORDS, RECORDS
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers; yellow is too pale for lines.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"]

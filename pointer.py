@@ -19,11 +19,12 @@ from tqdm import tqdm
 from data import Corpus, InputError
 from dynamic_evaluation import RULES, Rule, read_dynamically, root_mean_square
 from flags import Parser, coefficient, count, number, rate, run, steps
-from run import check_vocabulary
-from train import LONGEST, loss_columns
+from checkpoint import check_vocabulary
+from utils import loss_columns
 from trained import add_flags, trained
 from utils import log
 
+LONGEST = 65_535  # the steps of a window that cuDNN takes
 CHUNK = 256  # words whose attention over the cache is computed at once
 THETAS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0)
 WINDOWS = (50, 100, 200, 500, 1000, 2000, 3785)

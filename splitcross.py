@@ -129,7 +129,7 @@ class SplitCrossEntropyLoss(nn.Module):
         return head_weight, head_bias, tails
 
     @torch.no_grad()
-    def begin_at(self, frequencies, bias):
+    def init_bias(self, frequencies, bias):
         """Sets `bias` [V] and the tails' so that `frequencies` [V] are what a state of 0 gives."""
         bias.copy_(frequencies.log().to(bias.dtype))  # on the host: MPS has no float64
         edges = [split for split in self.splits if split < len(bias)] + [len(bias)]

@@ -1,8 +1,11 @@
-"""The mathematics of training: one step, the windows it reads, one evaluation, the trigger."""
+"""Training: one step, one evaluation, schedules, and NT-ASGD over the epochs of a run."""
 
+import json
 import math
-from collections import deque
-from contextlib import contextmanager
+import signal
+import sys
+import time
+from argparse import Namespace
 from copy import deepcopy
 
 import numpy as np
@@ -10,39 +13,40 @@ import torch
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import get_swa_multi_avg_fn
+from tqdm import tqdm
 
-import parallel
-from data import batchify_exact
-from hidden import repackage_hidden
+import distributed
+from bidirectional import OBJECTIVES, BiObjective, evaluate_directions, is_bilm
+from data import InputError, batchify, exact_windows, get_batch, unigram_loss
+from model import DROPOUTS, NOTES, activation_regularization
+from utils import (
+    Losses, Preempted, environment, float32_products, get_generators, is_out_of_memory, log,
+    log_parts, loss_columns, map_hidden, perplexity, repackage_hidden, set_generators, warn,
+)
+from weight_drop import WeightDrop
 
 EVAL_BATCH_SIZE, TEST_BATCH_SIZE = 10, 1  # as in the reference
-EVAL_TOKENS = 2000  # of an evaluation's window: long ones keep a GPU busy
-LONGEST = 65_535  # the steps of a window that cuDNN takes
+EVAL_TOKENS = 2000  # in a window of an evaluation: long windows keep a GPU busy
 LONGER = 25  # than bptt a window can be: five standard deviations, one draw in 3.5 million
+REGULARIZERS = (*DROPOUTS, "alpha", "beta")
+UP = 0.1  # the share of a run over which one cycle's rate rises
+FIRST, LAST = 1 / 25, 1 / 250_000  # one cycle's first and last rate, as shares of its highest
 OPTIMIZERS = {
     "sgd": (torch.optim.SGD, {}),
     "adam": (torch.optim.Adam, {}),
-    "adamw": (torch.optim.AdamW, {"betas": (0.8, 0.99)}),
+    "adamw": (torch.optim.AdamW, {"betas": (0.8, 0.99)}),  # they forget sooner than by default
 }
-RATES = ("lr", "bias_lr", "wdecay")  # the flags that an optimizer holds
-
-# How CUDA makes float32 products in torch.matmul and in cuDNN's recurrent layers.
-if hasattr(torch.backends.cudnn, "rnn"):  # torch 2.9 and later
-    PRODUCTS = [
-        (torch.backends.cuda.matmul, "fp32_precision"), (torch.backends.cudnn.rnn, "fp32_precision")
-    ]
-    FLOAT32, TF32 = "ieee", "tf32"
-else:
-    PRODUCTS = [(torch.backends.cuda.matmul, "allow_tf32"), (torch.backends.cudnn, "allow_tf32")]
-    FLOAT32, TF32 = False, True
+OPTIMIZER_FLAGS = ("lr", "bias_lr", "wdecay")
+HIGH_LOSSES = 20  # batches in a row with a loss above ln(vocabulary) + 1: the run has diverged
+ROLLBACKS = 3
+SAVING_SHARE = 0.01  # of the time that saving the state may take
 
 
-def perplexity(loss):
-    """exp of a loss in nats; inf where that overflows."""
-    try:
-        return math.exp(loss)
-    except OverflowError:
-        return math.inf
+class Diverged(Exception):
+    """Training has left the region where it can learn; the message says where and how."""
+
+
+# ------------------------------------------------------------ one step
 
 
 def random_seq_len(bptt):
@@ -55,23 +59,8 @@ def random_seq_len(bptt):
     return min(max(5, int(np.random.normal(mean, 5))), bptt + LONGER)
 
 
-def activation_regularization(raw_output, output, alpha, beta):
-    """AR + TAR of the last layer (Merity et al. 2017, 1708.01009), each a mean of squares.
-
-    AR is alpha * mean(output^2), over the output after dropout; TAR is beta * mean((h_t+1 -
-    h_t)^2), over the output before dropout. Both [T, B, H]; TAR is 0 where T is 1. The papers
-    print norms; the published results were made with means of squares.
-    """
-    penalty = 0.0
-    if alpha:
-        penalty = penalty + alpha * output.pow(2).mean()
-    if beta and len(raw_output) > 1:
-        penalty = penalty + beta * (raw_output[1:] - raw_output[:-1]).pow(2).mean()
-    return penalty
-
-
 class Objective(nn.Module):
-    """What a step minimizes, as one module: so it can be replicated, the criterion included.
+    """What a step minimizes, as one module that can be replicated, criterion included.
 
     `params` is nn.ModuleList([model, criterion]).
     """
@@ -93,13 +82,18 @@ class Objective(nn.Module):
         return loss + penalty, loss.detach(), hidden
 
 
+def make_objective(params, args):
+    """The objective of the model in `params`."""
+    return BiObjective(params, args.objective) if is_bilm(params) else Objective(params)
+
+
 def train_step(objective, optimizer, data, targets, hidden, args, rate_share=1.0, **more):
     """One step of truncated BPTT on `data` [L, B] and `targets` [L*B].
 
-    `objective` is an Objective, or its replica; it gets `more` as well. The learning rate of this
-    step is the optimizer's times `rate_share`, what a schedule leaves of it, and times L / bptt, so
-    that short windows do not weigh as much as long ones. Returns the loss in nats without AR and
-    TAR, a tensor that stays on its device, and the new hidden state.
+    The learning rate of this step is the optimizer's times `rate_share`, what a schedule leaves of
+    it, times L / bptt, so that short windows do not weigh as much as long ones. The objective gets
+    `more` as well. Returns the loss in nats without AR and TAR, a tensor that stays on its device,
+    and the new hidden state.
     """
     hidden = repackage_hidden(hidden)
     optimizer.zero_grad()
@@ -115,6 +109,23 @@ def train_step(objective, optimizer, data, targets, hidden, args, rate_share=1.0
     for group, rate in zip(optimizer.param_groups, rates):
         group["lr"] = rate
     return loss, hidden
+
+
+def make_optimizer(params, args):
+    """SGD, Adam or AdamW over the parameters of model and criterion alike.
+
+    The last of its two groups is the biases below the decoder (of recurrent layers, attention and
+    combiner), whose rate is `args.bias_lr` times `args.lr`.
+    """
+    kind, settings = OPTIMIZERS[args.optimizer]
+    biases = [
+        p for name, p in params[0].named_parameters() if "bias" in name and name != "decoder.bias"
+    ]
+    known = set(biases)
+    others = [p for p in params.parameters() if p not in known]
+    groups = [{"params": others}, {"params": biases, "lr": args.lr * args.bias_lr}]
+    fused = others[0].device.type in ("cpu", "cuda")  # one pass over weights and gradients
+    return kind(groups, lr=args.lr, weight_decay=args.wdecay, fused=fused, **settings)
 
 
 class Average:
@@ -147,68 +158,16 @@ class Average:
         self.params.load_state_dict(state["params"])
 
 
-def set_products(precision):
-    """Has CUDA make products as `precision` says: "fp32", "tf32" (factors of 10 bits) or "bf16".
+def is_nonmonotone(valid_losses, loss, nonmono):
+    """The trigger of NT-ASGD: is `loss` worse than the best of `valid_losses` but the last n?
 
-    With bf16 those of float32 are float32's; cuDNN, which then has none, must not be held to them:
-    it would leave out the tensor cores.
+    `valid_losses` are the earlier epochs'. The paper's Algorithm 1 misprints the range; this is the
+    published code's, which its authors confirmed.
     """
-    for setting, lower in zip(PRODUCTS, [("tf32",), ("tf32", "bf16")]):
-        setattr(*setting, TF32 if precision in lower else FLOAT32)
+    return len(valid_losses) > nonmono and loss > min(valid_losses[: len(valid_losses) - nonmono])
 
 
-@contextmanager
-def float32_products():
-    """While it is held products are float32's, as for every perplexity that is reported."""
-    before = [getattr(*setting) for setting in PRODUCTS]
-    set_products("fp32")
-    try:
-        yield
-    finally:
-        for setting, value in zip(PRODUCTS, before):
-            setattr(*setting, value)
-
-
-class Losses:
-    """The losses of a pass, read without making the host wait for the step that is running.
-
-    Each begins its way to the host as soon as it is added; `read` takes those that have arrived,
-    and waits for the others, but for the newest `ahead`.
-    """
-
-    def __init__(self):
-        self.on_the_way = deque()
-        self.on_host = []  # (loss, tokens) pairs
-
-    def add(self, loss, tokens):
-        arrived = None
-        if loss.is_cuda:  # .item() would wait for all that has been queued since
-            loss = loss.to("cpu", non_blocking=True)
-            arrived = torch.cuda.current_stream(loss.device).record_event()
-        self.on_the_way.append((loss, arrived, tokens))
-
-    def read(self, ahead=0):
-        """Returns the losses, floats in nats, that no earlier call has returned."""
-        known = len(self.on_host)
-        while len(self.on_the_way) > ahead:
-            loss, arrived, tokens = self.on_the_way.popleft()
-            if arrived is not None:
-                arrived.synchronize()
-            self.on_host.append((loss.item(), tokens))
-        return [loss for loss, _ in self.on_host[known:]]
-
-    def mean(self, last=0):
-        """The mean loss per token of the `last` batches read, or of all."""
-        chosen = self.on_host[-last:]
-        return math.fsum(loss * n for loss, n in chosen) / sum(n for _, n in chosen)
-
-
-def loss_columns(loss, kind=""):
-    """The columns of a log line: loss in nats, perplexity, bits per token."""
-    return (
-        f"{kind}loss {loss:5.2f} | {kind}ppl {perplexity(loss):8.2f} "
-        f"| {kind}bpc {loss / math.log(2):8.3f}"
-    )
+# ------------------------------------------------------------ one evaluation
 
 
 @torch.no_grad()
@@ -216,77 +175,514 @@ def loss_columns(loss, kind=""):
 def evaluate(params, ids, batch_size, bptt, check=None):
     """Mean negative log-likelihood, in nats, of the N - 1 tokens of `ids` [N] that follow another.
 
-    Each is predicted exactly once. Read in `batch_size` columns, whose first state is zero, in
-    windows of `bptt` that carry the state along: the window does not change the result (but for
-    biLSTM's, whose backward direction reads no further than its window). The columns are divided
-    over the ranks, see parallel.py. `check`, a function, is called after each window: what it
-    raises ends the evaluation.
+    Each is predicted exactly once, by float32 products. Read in `batch_size` columns, whose first
+    state is zero, in windows of `bptt` that carry the state along; the window changes the result of
+    biLSTM alone. The ranks share the columns. `check` is called after each window.
     """
     model, criterion = params
     params.eval()
-    device = model.encoder.weight.device
-    inputs, targets, n = batchify_exact(ids, batch_size)
-    mine = parallel.columns(batch_size)
-    inputs, targets = inputs[:, mine].to(device), targets[:, mine].to(device)
-    rows, rest = divmod(n, batch_size)  # the first `rest` columns have a prediction more
-    width = inputs.size(1)
-    n = rows * width + min(max(rest - mine.start, 0), width)
-    hidden = model.init_hidden(width)
+    weight, bias = model.decoder.weight, model.decoder.bias
+    mine = distributed.columns(batch_size)
+    hidden = model.init_hidden(mine.stop - mine.start)
     losses = Losses()
-    for i in range(0, len(inputs), bptt):
-        if i * width < n:
-            output, hidden = model(inputs[i : i + bptt], hidden)
-            # All but the end of the last window is predicted; what follows n is padding.
-            count = min(len(output), n - i * width)
-            weight, bias = model.decoder.weight, model.decoder.bias
-            window = targets[i : i + bptt].flatten()
-            losses.add(criterion(weight, bias, output[:count], window[:count]), count)
+    for data, targets, count in exact_windows(ids.to(weight.device), batch_size, bptt, mine):
+        if count:
+            output, hidden = model(data, hidden)
+            losses.add(criterion(weight, bias, output[:count], targets.flatten()[:count]), count)
         if check is not None:
             check()
-    losses.read()
-    losses.on_host = [pair for pairs in parallel.everyones(losses.on_host) for pair in pairs]
-    return losses.mean()
+    return losses.mean_of_all_ranks()
 
 
-def nonmonotone(logs, loss, nonmono):
-    """The trigger of NT-ASGD: is `loss` worse than the best of `logs`, its last n left out?
+def score(params, ids, args, check=None, batch_size=EVAL_BATCH_SIZE):
+    """The loss in nats of `ids` [N] that training minimizes, and {name: loss} of its parts, if any.
 
-    `logs` holds the validation losses of the earlier epochs. The paper's Algorithm 1 misprints
-    the range; this is the published code's, which its authors confirmed.
+    See `evaluate`. In long windows, but for biLSTM.
     """
-    return len(logs) > nonmono and loss > min(logs[: len(logs) - nonmono])
+    window = args.bptt
+    if params[0].rnn_type != "biLSTM":
+        window = max(window, EVAL_TOKENS // batch_size)
+    if not is_bilm(params):
+        return evaluate(params, ids, batch_size, window, check), {}
+    parts = evaluate_directions(params, ids, batch_size, window, check)
+    chosen = OBJECTIVES[args.objective]
+    return sum(parts[name] for name in chosen) / len(chosen), parts
 
 
-def make_optimizer(params, args):
-    """SGD, Adam or AdamW over the parameters of model and criterion alike.
+# ------------------------------------------------------------ schedules
 
-    AdamW (Loshchilov and Hutter 2017, 1711.05101) with betas of 0.8 and 0.99, the short recipe's:
-    the means of the gradients and of their squares forget sooner than by default.
 
-    The last of its two groups is the biases below the decoder (of recurrent layers, attention and
-    combiner), whose rate is `args.bias_lr` times `args.lr`.
+def rate_share(schedule, progress):
+    """The learning rate at `progress`, in [0, 1], as a share of the highest, which is --lr.
+
+    onecycle (Smith and Topin 2017, 1708.07120): half a cosine wave from FIRST up to 1 over UP of
+    the run, and another from there down to LAST. torch's OneCycleLR with pct_start=UP has the same
+    waves, but counts steps, whose number random windows do not tell beforehand.
     """
-    kind, settings = OPTIMIZERS[args.optimizer]
-    below = [(name, p) for name, p in params[0].named_parameters() if name != "decoder.bias"]
-    biases = [parameter for name, parameter in below if "bias" in name]
-    known = set(biases)
-    others = [parameter for parameter in params.parameters() if parameter not in known]
-    groups = [{"params": others}, {"params": biases, "lr": args.lr * args.bias_lr}]
-    # One pass over weights and gradients instead of several; torch has none for `meta`.
-    fused = others[0].device.type in ("cpu", "cuda")
-    return kind(groups, lr=args.lr, weight_decay=args.wdecay, fused=fused, **settings)
+    if schedule == "constant":
+        return 1.0
+    if progress < UP:
+        return half_cosine(FIRST, 1.0, progress / UP)
+    return half_cosine(1.0, LAST, min(1.0, (progress - UP) / (1 - UP)))
 
 
-def change_rates(optimizer, args, changed):
-    """Gives an optimizer of `make_optimizer`'s those RATES of `args` that are `changed`.
+def half_cosine(first, last, share):
+    """Half a cosine wave from `first` to `last`."""
+    return last + (first - last) * (1 + math.cos(math.pi * share)) / 2
 
-    The others stay as they are, which may be another way than in `args`.
+
+def regularizers_at(epochs, args):
+    """{flag: value} of dropouts, weight drop, AR and TAR after so many `epochs`, of a ramp.
+
+    Their strength rises linearly from SHARE to 1 over the ramp's EPOCHS.
     """
-    others, biases = optimizer.param_groups
-    if "wdecay" in changed:
-        others["weight_decay"] = biases["weight_decay"] = args.wdecay
-    share = args.bias_lr if "bias_lr" in changed else biases["lr"] / others["lr"]
-    if "lr" in changed:
-        others["lr"] = args.lr
-    if changed & {"lr", "bias_lr"}:
-        biases["lr"] = others["lr"] * share
+    share, whole_after = args.regularization_ramp
+    strength = min(1.0, share + (1 - share) * epochs / whole_after)
+    return {name: strength * getattr(args, name) for name in REGULARIZERS}
+
+
+def settings_at(epochs, args, model):
+    """The flags of a step after so many `epochs`, and its share of the learning rate.
+
+    With a ramp the dropout rates of `model`, an RNNModel, are set too.
+    """
+    share = rate_share(args.schedule, epochs / args.epochs)
+    if not args.regularization_ramp:
+        return args, share
+    settings = regularizers_at(epochs, args)
+    for name in DROPOUTS:
+        setattr(model, name, settings[name])
+    for module in model.modules():
+        if isinstance(module, WeightDrop):
+            module.dropout = settings["wdrop"]
+    return Namespace(**{**vars(args), **settings}), share
+
+
+# ------------------------------------------------------------ a run
+
+
+class Trainer:
+    """A run of NT-ASGD that can end at any batch and go on as if it had not.
+
+    SGD runs until the validation loss meets the trigger; from then on the plain mean of the weights
+    since is what is evaluated and saved, while SGD goes on from its own. With `finetuning` the mean
+    is kept from the first step, and the trigger ends the run. Only a model with a validation loss
+    below `best` is saved; beside it the training state, at the start, after an epoch and every
+    `args.checkpoint_minutes`.
+
+    `params` is nn.ModuleList([model, criterion]); `run` the checkpoint.Run that writes the files
+    and knows of signals.
+    """
+
+    # What the training state holds of the trainer itself, as plain data.
+    PROGRESS = (
+        "finetuning", "epoch", "row", "valid_losses", "best", "records", "done",
+        "high_loss_streak", "rollbacks",
+    )
+
+    def __init__(self, params, corpus, args, run, finetuning=False, best=math.inf, records=""):
+        self.params, self.corpus, self.args, self.run = params, corpus, args, run
+        self.finetuning = finetuning
+        self.source = self.columns_of(corpus.train)  # [rows, columns]
+        # biLM reads the text from its end as well.
+        self.reversed = self.columns_of(corpus.train.flip(0)) if is_bilm(params) else None
+        self.objective = distributed.replicate(make_objective(params, args))
+        self.optimizer = make_optimizer(params, args)
+        self.average = Average(params) if finetuning else None
+        self.epoch, self.row = 1, 0  # the epoch that is running; where its next window starts
+        self.hidden, self.losses = None, Losses()
+        self.valid_losses, self.best, self.records = [], best, records
+        self.done = False  # whether the trigger has ended fine-tuning
+        self.high_loss_streak, self.rollbacks = 0, 0
+        self.too_high = math.log(len(corpus.dictionary)) + 1
+        self.saved = False  # whether the state on disk is one to go back to, with these flags
+        self.saved_at, self.saving_seconds = time.perf_counter(), 0.0
+        self.start_clock(0.0)
+
+    def columns_of(self, ids):
+        """This rank's columns of a text, on its device."""
+        mine = distributed.columns(self.args.batch_size)
+        return batchify(ids, self.args.batch_size)[:, mine].to(self.args.device).contiguous()
+
+    def start_clock(self, seconds):
+        self.seconds_before, self.started = seconds, time.perf_counter()
+
+    def seconds(self):
+        """The time spent in this epoch, that before an interruption included."""
+        return self.seconds_before + time.perf_counter() - self.started
+
+    def is_over(self):
+        return self.done or self.epoch > self.args.epochs
+
+    def epochs_read(self):
+        """How often the text has been read, a number with a fraction."""
+        return self.epoch - 1 + self.row / (len(self.source) - 1)
+
+    def position(self):
+        """Where the run is, in words."""
+        phase = " of fine-tuning" if self.finetuning else ""
+        return f"epoch {self.epoch}{phase}, batch {len(self.losses.on_host)}"
+
+    # -------------------------------------------------------- the loop
+
+    def fit(self):
+        """Trains until `args.epochs` epochs are done, or fine-tuning has met the trigger.
+
+        Raises InputError when training diverges for good or memory runs out, and Preempted after a
+        signal, when the state is saved.
+        """
+        try:
+            if self.source.is_cuda and not self.is_over():
+                self.try_longest_window()
+            while not self.is_over():
+                try:
+                    if not self.saved:
+                        self.save_state()
+                    self.train_epoch()
+                    self.end_epoch()
+                    if distributed.broadcast(self.is_due()) or self.is_over():
+                        self.save_state()
+                except Diverged as error:
+                    self.recover(error)
+        except Preempted as stop:
+            self.save_at_exit(stop)
+            raise
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error) or (self.epoch, self.row) == (1, 0):
+                raise
+            raise InputError(
+                f"device {self.args.device} is out of memory at {self.position()}; "
+                f"{self.run.resume_command()} --bptt {max(1, self.args.bptt * 3 // 4)} goes on from "
+                "the last saved state in shorter windows"
+            ) from None
+
+    def train_epoch(self):
+        """What is left of a pass over the text. Raises Diverged, or Preempted."""
+        args, source = self.args, self.source
+        self.params.train()
+        if self.hidden is None:
+            self.hidden = self.params[0].init_hidden(source.size(1))
+        with EpochLog(self) as epoch_log:
+            while self.row < len(source) - 1:
+                settings, share = settings_at(self.epochs_read(), args, self.params[0])
+                data, targets, more = self.window(self.row, random_seq_len(args.bptt))
+                loss, self.hidden = train_step(
+                    self.objective, self.optimizer, data, targets, self.hidden, settings, share,
+                    **more,
+                )
+                if self.average is not None:
+                    self.average.update(self.params)
+                self.row += len(data)
+                self.losses.add(distributed.mean(loss), len(data) * args.batch_size)
+                epoch_log.after_batch(len(data), share)
+                if self.run.check(self.is_due(60 * args.checkpoint_minutes)):
+                    self.save_state()
+        self.check_losses()
+
+    def end_epoch(self):
+        """Evaluates, saves the model where it is the best, pulls the trigger, begins an epoch."""
+        args, train_loss, train_seconds = self.args, self.losses.mean(), self.seconds()
+        lr = self.optimizer.param_groups[0]["lr"]
+        evaluated = self.params if self.average is None else self.average.params
+        loss, parts = score(evaluated, self.corpus.valid, args, self.run.check)
+        log(
+            f"{'-' * 89}\n| end of epoch {self.epoch:3d} | time: {self.seconds():5.2f}s "
+            f"| {loss_columns(loss, 'valid ')}"
+        )
+        log_parts(parts)
+        log("-" * 89)
+        if not math.isfinite(loss):
+            raise Diverged(f"the validation loss is {loss}")
+        self.save_model(evaluated, loss)
+        self.add_record(
+            epoch=self.epoch, seconds=round(self.seconds(), 2),
+            train_loss=train_loss, train_ppl=perplexity(train_loss),
+            valid_loss=loss, valid_ppl=perplexity(loss),
+            **{f"{name}_ppl": perplexity(part) for name, part in parts.items()},
+            lr=lr * rate_share(args.schedule, self.epochs_read() / args.epochs),
+            averaging=self.average is not None,
+            tokens_per_s=round(sum(n for _, n in self.losses.on_host) / train_seconds, 1),
+        )
+        if is_nonmonotone(self.valid_losses, loss, args.nonmono):
+            self.trigger()
+        self.valid_losses.append(loss)
+        self.epoch, self.row, self.hidden, self.losses = self.epoch + 1, 0, None, Losses()
+        self.start_clock(0.0)
+
+    def trigger(self):
+        """Validation has stopped improving: averaging begins; in fine-tuning, the run ends."""
+        if self.finetuning:
+            log("Done: validation has stopped improving")
+            self.done = True
+        elif self.average is None and self.args.optimizer == "sgd":
+            log("Switching to averaged SGD (NT-ASGD)")
+            self.average = Average(self.params)
+
+    def window(self, row, seq_len):
+        """Words [L, B] and targets [L*B] from `row` on, and what else the objective takes."""
+        data, targets = get_batch(self.source, row, self.args, seq_len=seq_len)
+        if self.reversed is None:
+            return data, targets, {}
+        backward = get_batch(self.reversed, row, self.args, seq_len=seq_len)
+        return data, targets, {"backward": backward, "begins": row == 0}
+
+    def try_longest_window(self):
+        """Computes the gradients of the longest window there can be, and forgets them.
+
+        So what windows need of memory runs out now, not hours into the run. Neither weights nor
+        random numbers change.
+        """
+        args, source = self.args, self.source
+        self.params.train()
+        data, targets, more = self.window(0, min(args.bptt + LONGER, len(source) - 1))
+        with torch.random.fork_rng([args.device] if source.is_cuda else []):
+            hidden = self.params[0].init_hidden(source.size(1))
+            total, *_ = self.objective(data, targets, hidden, args.alpha, args.beta, **more)
+            total.backward()
+        self.optimizer.zero_grad()
+
+    # -------------------------------------------------------- files
+
+    def save_model(self, params, loss):
+        """Saves `params` where `loss` is the lowest yet, and after the epochs of --when."""
+        path, paths = self.args.save, []
+        if loss < self.best:
+            self.best, paths = loss, [path]
+            what = "model" if self.average is None else "averaged weights"
+            log(f"Saving {what} (new best validation)")
+        if self.epoch in self.args.when:
+            paths.append(f"{path}.e{self.epoch}")
+            log(f"Saving model to {paths[-1]}; dividing the learning rate by 10")
+            for group in self.optimizer.param_groups:
+                group["lr"] /= 10
+        if paths:
+            self.run.save_model(
+                paths, params, self.corpus, epoch=self.epoch, valid_loss=loss,
+                averaged=self.average is not None, finetuned=self.finetuning,
+            )
+
+    def add_record(self, **record):
+        """Adds one epoch's JSON line to the file beside the checkpoint."""
+        # JSON has no infinity: a perplexity past the largest float becomes null.
+        record = {k: None if v == math.inf else v for k, v in record.items()}
+        self.records += json.dumps(record) + "\n"
+        self.run.save_records(self.records, self.finetuning)
+
+    def state_dict(self):
+        """All that `load_state_dict` needs to go on from here: tensors and plain data."""
+        hidden = distributed.all_gather(map_hidden(lambda h: h.detach().cpu(), self.hidden))
+        return {
+            **{name: getattr(self, name) for name in self.PROGRESS},
+            "environment": environment(self.args.device),
+            "losses": self.losses.on_host,
+            "seconds": self.seconds(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "hidden": map_hidden(lambda *parts: torch.cat(parts, 1), *hidden),
+            "generators": get_generators(self.args.device),
+        }
+
+    def load_state_dict(self, state):
+        """Goes back to `state`, but for the flags that have changed since.
+
+        Raises errors of many types for a state whose parts do not fit together.
+        """
+        args, model = self.args, self.params[0]
+        model.load_state_dict(state["model"])
+        self.params[1].load_state_dict(state["criterion"])
+        self.average = None
+        if state["average"] is not None:
+            self.average = Average(self.params)
+            self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        changed = {f for f in OPTIMIZER_FLAGS if getattr(args, f) != state["flags"][f]}
+        self.change_rates(changed)
+        for name in self.PROGRESS:
+            setattr(self, name, state[name])
+        self.losses = Losses(state["losses"])
+        self.start_clock(state["seconds"])
+        set_generators(state["generators"], args.device)
+        whole = model.init_hidden(args.batch_size) if self.row else None
+        shapes = [map_hidden(lambda h: h.shape, h) for h in (state["hidden"], whole)]
+        if not (
+            self.epoch > 0 and 0 <= self.row < len(self.source) and shapes[0] == shapes[1]
+            and bool(self.row) == bool(self.losses.on_host)
+        ):
+            raise ValueError("no position in an epoch")
+        mine = distributed.columns(args.batch_size)
+        self.hidden = map_hidden(
+            lambda h: h[:, mine].to(args.device, copy=True).contiguous(), state["hidden"]
+        )
+
+    def change_rates(self, changed):
+        """Gives the optimizer the flags of OPTIMIZER_FLAGS that are `changed`; others stay."""
+        args, (others, biases) = self.args, self.optimizer.param_groups
+        if "wdecay" in changed:
+            others["weight_decay"] = biases["weight_decay"] = args.wdecay
+        share = args.bias_lr if "bias_lr" in changed else biases["lr"] / others["lr"]
+        if "lr" in changed:
+            others["lr"] = args.lr
+        if changed & {"lr", "bias_lr"}:
+            biases["lr"] = others["lr"] * share
+
+    def save_state(self):
+        """Writes the state; returns whether that, and all that waited to be written, succeeded.
+
+        Never one whose losses and weights are not all finite: raises Diverged instead.
+        """
+        start = time.perf_counter()
+        self.check_losses()
+        if not all(p.isfinite().all() for p in self.params.parameters()):
+            raise Diverged("a weight is no longer finite")
+        succeeded = self.run.save_state(self.params, self.corpus, self.state_dict())
+        self.saved = self.saved or succeeded
+        self.saved_at = time.perf_counter()
+        self.saving_seconds = self.saved_at - start
+        return succeeded
+
+    def is_due(self, seconds=0.0):
+        """Whether the state of `seconds` ago or more is to be replaced; by the first rank's clock."""
+        since = time.perf_counter() - self.saved_at
+        good = self.high_loss_streak == 0 or self.args.on_divergence == "continue"
+        due = good and since >= max(seconds, self.saving_seconds / SAVING_SHARE)
+        return due and distributed.is_first()
+
+    def save_at_exit(self, stop):
+        """Saves the state when a signal ends the run, and says what goes on from there."""
+        log("-" * 89 + f"\nExiting from training early ({stop}) at {self.position()}")
+        try:
+            succeeded = self.save_state()
+        except Diverged as error:
+            warn(f"Warning: {error}; this state is not saved")
+            succeeded = False
+        if succeeded:
+            log(f"The state is saved; {self.run.resume_command()} goes on from here")
+        elif self.saved:
+            warn(f"{self.run.resume_command()} goes on from the last state that was saved")
+
+    # -------------------------------------------------------- divergence
+
+    def check_losses(self, ahead=0):
+        """Looks at the losses that have arrived; raises Diverged. See Losses.read for `ahead`."""
+        for loss in self.losses.read(ahead):
+            if not math.isfinite(loss):
+                raise Diverged(f"the loss is {loss} at batch {len(self.losses.on_host)}")
+            self.high_loss_streak = self.high_loss_streak + 1 if loss > self.too_high else 0
+        if self.high_loss_streak >= HIGH_LOSSES and self.args.on_divergence != "continue":
+            raise Diverged(
+                f"the loss was above ln(vocabulary) + 1 = {self.too_high:.2f} in "
+                f"{self.high_loss_streak} batches in a row, up to batch "
+                f"{len(self.losses.on_host)}"
+            )
+
+    def recover(self, error):
+        """After a divergence: back to the state on disk with half the rate, or InputError."""
+        args, lr = self.args, self.optimizer.param_groups[0]["lr"]
+        what = f"epoch {self.epoch}, lr {lr:g}: {error}"
+        state = self.run.read_state() if self.saved else None
+        if args.on_divergence == "rollback" and state and self.rollbacks < ROLLBACKS:
+            best, rollbacks = self.best, self.rollbacks + 1
+            self.load_state_dict(state)
+            for group in self.optimizer.param_groups:
+                group["lr"] /= 2 ** (rollbacks - self.rollbacks)
+            self.best, self.rollbacks = best, rollbacks
+            log(
+                f"Divergence: {what}\nGoing back to {self.position()} with learning rate "
+                f"{self.optimizer.param_groups[0]['lr']:g} ({rollbacks} of {ROLLBACKS} times)"
+            )
+            return
+        kept = f"{args.save} keeps the best model so far" if self.best < math.inf else (
+            "no model was saved"
+        )
+        again = "no state was saved to go on from"
+        if state:
+            again = (
+                f"{self.run.resume_command()} --lr {lr / 2:g} goes on from the last good state "
+                f"(epoch {state['epoch']}, batch {len(state['losses'])})"
+            )
+        advice = "try a lower --lr" + ("" if args.clip else " or --clip 0.25")
+        raise InputError(f"{what}; {advice}; {kept}; {again}")
+
+
+def train_and_test(trainer):
+    """Trains to the end, or until a signal, and tests the best model; returns the exit status.
+
+    Raises InputError when, at last, a file could not be written.
+    """
+    run, status, check = trainer.run, 0, trainer.run.check
+    try:
+        trainer.fit()
+    except Preempted as stop:
+        status = 128 + stop.number
+        if stop.number != signal.SIGINT:
+            return status
+        check = None  # the next signal ends it at once
+    run.saver.retry()
+    if trainer.best < math.inf:
+        report_test(trainer, check)
+    else:
+        log("No epoch was finished, so there is no model to test")
+    run.saver.retry()
+    if lost := ", ".join(run.saver.pending):
+        raise InputError(f"{lost}: could not be written until the end; make room and train again")
+    return status
+
+
+def report_test(trainer, check):
+    """Logs the test loss of the best model, from its file, beside the unigram model's."""
+    corpus, args = trainer.corpus, trainer.args
+    params = trainer.run.best_model(corpus, args)
+    loss, parts = score(params, corpus.test, args, check, TEST_BATCH_SIZE)
+    rule = "=" * 89
+    log(f"{rule}\n| End of training | {loss_columns(loss, 'test ')}")
+    log_parts(parts)
+    log(rule)
+    if args.model in NOTES:
+        log(f"Note: {NOTES[args.model]}")
+    unigram = perplexity(unigram_loss(corpus.train, corpus.test, len(corpus.dictionary)))
+    log(f"For comparison: word frequencies alone (a unigram model) give test ppl {unigram:.2f}")
+
+
+class EpochLog:
+    """The progress bar of an epoch and its log line every --log-interval batches."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+        args, source = trainer.args, trainer.source
+        # On a CPU a loss is there at once. Elsewhere the newest stays on its way, so that the host
+        # can queue the next step while this one runs.
+        self.ahead = 0 if source.device.type == "cpu" else 1
+        self.batches = self.logged = len(trainer.losses.on_host)
+        self.since = time.perf_counter()
+        self.bar = tqdm(
+            desc=f"epoch {trainer.epoch}", total=(len(source) - 1) * args.batch_size,
+            initial=trainer.row * args.batch_size, unit=" tokens", unit_scale=True, leave=False,
+            file=sys.stderr, disable=not (sys.stderr.isatty() and distributed.is_first()),
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.bar.close()
+
+    def after_batch(self, rows, share):
+        """Reads the losses that have arrived, and reports them. Raises Diverged."""
+        trainer, args = self.trainer, self.trainer.args
+        self.batches += 1
+        is_time = self.batches % args.log_interval == 0
+        trainer.check_losses(0 if is_time else self.ahead)
+        if not self.bar.disable and trainer.losses.on_host:
+            recent = trainer.losses.mean(last=(self.batches - 1) % args.log_interval + 1)
+            self.bar.set_postfix(ppl=f"{perplexity(recent):.2f}", refresh=False)
+            self.bar.update(rows * args.batch_size)
+        if is_time:
+            now = time.perf_counter()
+            log(
+                f"| epoch {trainer.epoch:3d} | {self.batches:5d}/"
+                f"{len(trainer.source) // args.bptt:5d} batches "
+                f"| lr {trainer.optimizer.param_groups[0]['lr'] * share:05.5f} "
+                f"| ms/batch {(now - self.since) * 1000 / (self.batches - self.logged):5.2f} "
+                f"| {loss_columns(trainer.losses.mean(last=args.log_interval))}"
+            )
+            self.logged, self.since = self.batches, now

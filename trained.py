@@ -3,10 +3,10 @@
 from collections import Counter
 
 from data import EOS, Dictionary, InputError
-from flags import device, rnn_type, settle_device
+from flags import device, resolve_device, rnn_type
 from model import NOTES
-from run import set_up_device
-from utils import build, read_checkpoint, warn
+from checkpoint import build_params, read_checkpoint
+from utils import set_up_device, warn
 
 UNK = "<unk>"
 
@@ -27,11 +27,11 @@ def trained(path, args, both=False):
     for `both`. Raises InputError for a flag that cannot be met, and for biLSTM, which has no use:
     it wants to read the answer.
     """
-    settle_device(args)
+    resolve_device(args)
     args.precision = "fp32"
     set_up_device(args)
     checkpoint = read_checkpoint(path, args.device)
-    params = build(checkpoint, path).eval()
+    params = build_params(checkpoint, path).eval()
     found = params[0].rnn_type
     if args.model not in (None, found):
         raise InputError(f"--model {args.model}: {path} holds a model {found}; leave the flag out")

@@ -1,43 +1,33 @@
-"""Small shared helpers: hidden states, checkpoints, log lines."""
+"""Small helpers that know no model: log lines, losses, hidden states, precision, signals."""
 
 import contextlib
+import math
 import os
+import random
+import signal
 import sys
-from pathlib import Path
+from collections import deque
 
-from torch import nn
+import numpy as np
+import torch
 from tqdm import tqdm
 
-import parallel
-from bidirectional import make_model
-from data import Dictionary, InputError, batchify, get_batch
-from files import is_of_device, pack, unpack
-from hidden import repackage_hidden
-from model import NOTES, RATES
-from resume import STATE, read_state
-from splitcross import SplitCrossEntropyLoss
-from train import loss_columns
+import distributed
+from cpu_kernels import use_expandable_segments
+from data import SPLITS, Corpus, InputError, batchify, get_batch
 
-__all__ = [
-    "batchify", "get_batch", "load", "log", "pack_checkpoint", "read_checkpoint",
-    "repackage_hidden", "warn",
-]
+__all__ = ["batchify", "get_batch", "repackage_hidden"]  # as in the reference
 
-KIND, VERSION = "checkpoint", 2
-KEYS = {
-    "architecture": dict, "flags": dict, "vocabulary": list, "corpus": dict, "model": dict,
-    "criterion": dict, "splits": list, "epoch": int, "valid_loss": float | int,
-}
-RECORDS, FINETUNE_RECORDS = ".jsonl", ".finetune.jsonl"  # appended to the checkpoint's path
+# ------------------------------------------------------------ log lines
 
 
 def log(line):
-    """Prints a line to standard output, above the progress bar where one is shown.
+    """Prints a line to standard output, above the progress bar, on the first rank.
 
-    Only the first rank does. A log on a full disk, or into a pipe that nobody reads any more
-    (Ctrl-C ends `tee` too), does not end a run: the first line that is lost is reported.
+    A log on a full disk, or into a pipe that is closed, does not end a run: that lines are lost is
+    reported once.
     """
-    if not parallel.is_first():
+    if not distributed.is_first():
         return
     try:
         _print(line, sys.stdout)
@@ -51,8 +41,8 @@ log.failed = False
 
 
 def warn(line):
-    """Prints a line to standard error, above the progress bar where one is shown; as `log`."""
-    if parallel.is_first():
+    """Prints a line to standard error, as `log`."""
+    if distributed.is_first():
         with contextlib.suppress(OSError):
             _print(line, sys.stderr)
 
@@ -62,119 +52,269 @@ def _print(line, file):
     file.flush()
 
 
+def perplexity(loss):
+    """exp of a loss in nats; inf where that overflows."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+def loss_columns(loss, kind=""):
+    """The columns of a log line: loss in nats, perplexity, bits per token."""
+    return (
+        f"{kind}loss {loss:5.2f} | {kind}ppl {perplexity(loss):8.2f} "
+        f"| {kind}bpc {loss / math.log(2):8.3f}"
+    )
+
+
 def log_parts(parts):
-    """Logs a line for each of the losses that `parts` names."""
+    """Logs a line for each {name: loss}."""
     for name, loss in parts.items():
         log(f"| {name:8s} | {loss_columns(loss)}")
 
 
-def check_writable(path, checkpoints):
-    """Raises InputError unless a checkpoint, and the files beside it, can be written at `path`.
+# ------------------------------------------------------------ losses
 
-    What exists at the paths in `checkpoints`, or where the training state and the JSON lines go,
-    may be replaced only if it is of the same kind: nothing of the user's own is written over.
+
+class Losses:
+    """The losses of a pass, read without making the host wait for the step that is running."""
+
+    def __init__(self, on_host=()):
+        self.on_the_way = deque()
+        self.on_host = [(float(loss), int(tokens)) for loss, tokens in on_host]
+
+    def add(self, loss, tokens):
+        """Adds the mean loss of so many tokens, a tensor, and starts its copy to the host."""
+        arrived = None
+        if loss.is_cuda:  # .item() would wait for all that has been queued since
+            loss = loss.to("cpu", non_blocking=True)
+            arrived = torch.cuda.current_stream(loss.device).record_event()
+        self.on_the_way.append((loss, arrived, tokens))
+
+    def read(self, ahead=0):
+        """Returns the losses, floats in nats, that no earlier call has returned.
+
+        Waits for all but the newest `ahead` of them.
+        """
+        known = len(self.on_host)
+        while len(self.on_the_way) > ahead:
+            loss, arrived, tokens = self.on_the_way.popleft()
+            if arrived is not None:
+                arrived.synchronize()
+            self.on_host.append((loss.item(), tokens))
+        return [loss for loss, _ in self.on_host[known:]]
+
+    def mean(self, last=0):
+        """The mean loss per token of the `last` batches read, or of all."""
+        chosen = self.on_host[-last:]
+        return math.fsum(loss * n for loss, n in chosen) / sum(n for _, n in chosen)
+
+    def mean_of_all_ranks(self):
+        """The mean loss per token of what all ranks have added."""
+        self.read()
+        ranks = distributed.all_gather(self.on_host)
+        return Losses([pair for pairs in ranks for pair in pairs]).mean()
+
+
+# ------------------------------------------------------------ hidden states
+
+
+def map_hidden(function, *states):
+    """`function` of the tensors at each place of hidden states: tensors, nested tuples or None."""
+    if states[0] is None or isinstance(states[0], torch.Tensor):
+        return states[0] if states[0] is None else function(*states)
+    return tuple(map_hidden(function, *parts) for parts in zip(*states))
+
+
+def repackage_hidden(h):
+    """Detaches a hidden state, a tensor or nested tuples and lists of them, from its history."""
+    return map_hidden(torch.Tensor.detach, h)
+
+
+# ------------------------------------------------------------ devices and precision
+
+# How CUDA makes float32 products in torch.matmul and in cuDNN's recurrent layers.
+if hasattr(torch.backends.cudnn, "rnn"):  # torch 2.9 and later
+    PRODUCTS = [
+        (torch.backends.cuda.matmul, "fp32_precision"), (torch.backends.cudnn.rnn, "fp32_precision")
+    ]
+    FLOAT32, TF32 = "ieee", "tf32"
+else:
+    PRODUCTS = [(torch.backends.cuda.matmul, "allow_tf32"), (torch.backends.cudnn, "allow_tf32")]
+    FLOAT32, TF32 = False, True
+
+
+def set_products(precision):
+    """Has CUDA make products as `precision` says: "fp32", "tf32" (factors of 10 bits) or "bf16".
+
+    With bf16 those of float32 stay float32's; cuDNN, which has none then, must not be held to them:
+    it would leave out the tensor cores.
     """
-    if os.path.isdir(path) or str(path).endswith("/"):
-        raise InputError(f"--save {path}: is a folder; name a file in it")
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise InputError(f"--save {path}: the folder {path.parent} does not exist; create it")
-    probe = path.with_name(f"{path.name}{FINETUNE_RECORDS}.{os.getpid()}.tmp")  # the longest name
+    for setting, lower in zip(PRODUCTS, [("tf32",), ("tf32", "bf16")]):
+        setattr(*setting, TF32 if precision in lower else FLOAT32)
+
+
+@contextlib.contextmanager
+def float32_products():
+    """While it is held products are float32's, as for every perplexity that is reported."""
+    before = [getattr(*setting) for setting in PRODUCTS]
+    set_products("fp32")
     try:
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise InputError(f"--save {path}: cannot be written ({error.strerror})") from None
-    for file in map(Path, checkpoints):
-        if file.exists() and not is_checkpoint(file):
-            raise InputError(
-                f"--save {path}: {file} exists and is no checkpoint, or a damaged one; name another"
-            )
-    try:
-        read_state(path)
-    except InputError:
+        yield
+    finally:
+        for setting, value in zip(PRODUCTS, before):
+            setattr(*setting, value)
+
+
+def set_up_device(args):
+    """Makes `args.device` the current one, with products as `args.precision` says."""
+    if args.device.type == "cuda":
+        if args.device.index is not None:
+            torch.cuda.set_device(args.device)
+        use_expandable_segments()
+    set_products(args.precision)
+
+
+def describe_device(device):
+    """Its name; for CUDA with the card and cuDNN's version, which decide a result's last bits."""
+    if device.type != "cuda":
+        return str(device)
+    card, cudnn = torch.cuda.get_device_name(device), torch.backends.cudnn.version()
+    return f"{device} ({card}, cuDNN {cudnn})"
+
+
+def is_out_of_memory(error):
+    """Whether an exception says so; torch has several types for it, or none."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError)
+        and any(text in str(error) for text in ("allocate memory", "out of memory", "ALLOC_FAILED"))
+    )
+
+
+def is_device_error(error):
+    """Whether an exception comes from the device, so that no file is to blame."""
+    return is_out_of_memory(error) or (
+        isinstance(error, RuntimeError)
+        and any(text in str(error) for text in ("CUDA", "cuDNN", "CUDNN", "HIP", "MPS"))
+    )
+
+
+# ------------------------------------------------------------ the beginning of a run
+
+
+def plain(args):
+    """The flags as plain data (strings, numbers, lists), for logs and checkpoints."""
+    return {name: str(v) if isinstance(v, torch.device) else v for name, v in vars(args).items()}
+
+
+def prepare(args):
+    """Sets up the device, seeds the generators, reads and returns the corpus; logs what will run.
+
+    Raises InputError, before anything is written.
+    """
+    corpus = Corpus(args.data)
+    if len(corpus.train) // args.batch_size < 2:
         raise InputError(
-            f"--save {path}: {path}{STATE} exists and is no training state, or a damaged one; name "
-            "another"
-        ) from None
-    for suffix in (RECORDS, FINETUNE_RECORDS):
-        file = Path(f"{path}{suffix}")
-        if file.is_dir() or (file.exists() and file.read_bytes()[:9] not in (b"", b'{"epoch":')):
-            raise InputError(f"--save {path}: {file} exists and is no run's record; name another")
+            f"--batch_size {args.batch_size}: the training split has {len(corpus.train)} tokens, "
+            f"too few for {args.batch_size} columns of 2; lower it"
+        )
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed + distributed.rank())  # other masks for other columns
+    set_up_device(args)
+    sizes = ", ".join(f"{split} {len(getattr(corpus, split)):,}" for split in SPLITS)
+    log(f"Corpus {corpus.name}: tokens {sizes}; {len(corpus.dictionary):,} words")
+    log(f"Corpus sha256: {corpus.digest}")
+    ranks = f", {distributed.size()} processes" if distributed.is_distributed() else ""
+    log(
+        f"PyTorch {torch.__version__}, device {describe_device(args.device)}, "
+        f"{torch.get_num_threads()} threads{ranks}"
+    )
+    log(f"Args: {plain(args)}")
+    return corpus
 
 
-def pack_checkpoint(params, corpus, flags, **progress):
-    """The bytes of a checkpoint, all that is needed to use a model: tensors and plain data only.
-
-    `params` is nn.ModuleList([model, criterion]). Keys: format, version; architecture (RNNModel's
-    arguments without the dropout rates); flags; vocabulary (words in order of id); corpus (name,
-    sha256); model and criterion (state dicts), splits; note (on what its loss is not); and
-    `progress` (epoch, valid_loss in nats, averaged, finetuned).
-    """
-    return pack(KIND, VERSION, {**describe(params, corpus, flags), **progress})
-
-
-def describe(params, corpus, flags):
-    """What a checkpoint and a training state share: a model, and what it was trained on."""
-    model, criterion = params
+def environment(device):
+    """Beside the flags, what the bits of a result depend on."""
     return {
-        "architecture": model.architecture,
-        "flags": flags,
-        "vocabulary": corpus.dictionary.idx2word,
-        "corpus": {"name": corpus.name, "sha256": corpus.digest},
-        "model": model.state_dict(),
-        "criterion": criterion.state_dict(),
-        "splits": criterion.splits,
-        "note": NOTES.get(model.rnn_type, ""),
+        "torch": str(torch.__version__), "hardware": describe_device(device),
+        "ranks": distributed.size(), "threads": torch.get_num_threads(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
     }
 
 
-def read_checkpoint(path, device="cpu", content=None):
-    """Reads what `pack_checkpoint` made, its tensors on `device`, without executing any of it.
+def get_generators(device):
+    """The states of all random generators of a run, one a rank, as tensors and plain data."""
+    version, internal, gauss = random.getstate()
+    name, key, *rest = np.random.get_state()
+    state = {
+        "python": [version, list(internal), gauss],
+        "numpy": [name, key.tolist(), *rest],
+        "torch": torch.get_rng_state(),
+    }
+    if device.type in ("cuda", "mps"):
+        state[device.type] = getattr(torch, device.type).get_rng_state()
+    return {"ranks": distributed.all_gather(state)}
 
-    `content`: its bytes, where they are not to be read from `path`. Raises InputError, naming the
-    file, when it is missing, damaged in any bit, or of another kind.
+
+def set_generators(generators, device):
+    """Restores what `get_generators` returned; a rank that had none then is seeded anew."""
+    ranks = generators["ranks"]
+    state = ranks[min(distributed.rank(), len(ranks) - 1)]
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, key, *rest = state["numpy"]
+    np.random.set_state((name, np.array(key, dtype=np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if device.type in state:
+        getattr(torch, device.type).set_rng_state(state[device.type])
+    if distributed.rank() >= len(ranks):
+        torch.manual_seed(torch.initial_seed() + distributed.rank())
+
+
+# ------------------------------------------------------------ signals
+
+
+class Preempted(Exception):
+    """Raised by `Preemption.check` after a signal; `number` is the signal's."""
+
+    def __init__(self, number):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+class Preemption:
+    """While it is held, SIGINT, SIGTERM and SIGHUP wait for `check`; a second one ends at once.
+
+    The exit code is 128 + the signal's number: 130 after Ctrl-C, 143 after SIGTERM.
     """
-    checkpoint = unpack(path, KIND, VERSION, KEYS, device, content)
-    if not all(isinstance(word, str) for word in checkpoint["vocabulary"]):
-        raise InputError(f"{path}: its vocabulary is not one of words; train again")
-    return checkpoint
 
+    def __init__(self):
+        self.received = 0
+        self.before = {}
 
-def is_checkpoint(path):
-    """Whether `read_checkpoint` can read what lies at `path`."""
-    try:
-        read_checkpoint(path)
-    except InputError:
-        return False
-    return True
+    def __enter__(self):
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            # Under nohup the closing of a terminal is to be ignored.
+            if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
+                self.before[number] = signal.signal(number, self._handle)
+        return self
 
+    def __exit__(self, *exception):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
-def build(checkpoint, path="checkpoint", **settings):
-    """nn.ModuleList([model, criterion]) of a checkpoint, on its tensors' device.
+    def _handle(self, number, frame):
+        # torchrun passes a signal on that a scheduler may have sent to its processes too.
+        if self.received and not distributed.is_distributed():
+            os._exit(128 + number)  # files are whole or absent, so nothing saved is lost
+        self.received = self.received or number
 
-    `settings` are RNNModel's dropout rates and `bf16`. Raises InputError, naming `path`, when the
-    weights do not fit the architecture.
-    """
-    try:
-        model = make_model(**checkpoint["architecture"], **settings)
-        model.load_state_dict(checkpoint["model"])
-        criterion = SplitCrossEntropyLoss(model.decoder.in_features, checkpoint["splits"])
-        criterion.load_state_dict(checkpoint["criterion"])
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        if is_of_device(error):
-            raise
-        raise InputError(f"{path}: its weights do not fit its architecture; train again") from None
-    return nn.ModuleList([model, criterion]).to(checkpoint["model"]["encoder.weight"].device)
-
-
-def load(path, device="cpu"):
-    """Loads a trained model: `model, vocabulary = load("PTB.pt")`.
-
-    Returns an RNNModel on `device`, in evaluation mode, with the dropout rates it was trained
-    with; and the data.Dictionary of its words. The file alone is enough. Raises InputError.
-    """
-    checkpoint = read_checkpoint(path, device)
-    flags = checkpoint["flags"]
-    model, _ = build(checkpoint, path, **{rate: flags[rate] for rate in RATES if rate in flags})
-    return model.eval(), Dictionary(checkpoint["vocabulary"])
+    def check(self, due=False):
+        """Raises Preempted once a signal has come to any rank; returns whether any has `due`."""
+        number, due = distributed.largest(self.received, int(due))
+        if number:
+            raise Preempted(number)
+        return bool(due)

@@ -17,9 +17,10 @@ from torch import nn
 import flags
 import main
 from bidirectional import make_model
+from checkpoint import Run
 from splitcross import SplitCrossEntropyLoss
-from preemption import Preempted
-from trainer import Trainer
+from utils import Preempted
+from train import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("AWD_LSTM_DATA", ROOT / "data"))
@@ -153,7 +154,7 @@ def make_params(
 
 def make_trainer(params, corpus, args, check=lambda due=False: due, **kwargs):
     """A Trainer of main.py's."""
-    return Trainer(params, corpus, args, ("main.py", flags.plain(args)), check, **kwargs)
+    return Trainer(params, corpus, args, Run(args, "main.py", check), **kwargs)
 
 
 class Interrupting:

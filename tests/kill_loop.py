@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
-from resume import read_state
-from utils import read_checkpoint
+from checkpoint import read_state
+from checkpoint import read_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMING = ("seconds", "tokens_per_s")
@@ -66,7 +66,7 @@ def where(folder):
     if state is None:
         return "no state yet"
     phase = "fine-tuning" if state["finetuning"] else "training"
-    averaging = "" if state["averaged"] is None else ", averaging"
+    averaging = "" if state["average"] is None else ", averaging"
     return f"state of {phase}, epoch {state['epoch']}, batch {len(state['losses'])}{averaging}"
 
 

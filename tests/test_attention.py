@@ -9,7 +9,7 @@ from conftest import arguments, invoke
 from model import RNNModel
 from splitcross import SplitCrossEntropyLoss
 from train import Objective, make_optimizer, train_step
-from utils import read_checkpoint
+from checkpoint import read_checkpoint
 
 KINDS = ("single", "combined")
 

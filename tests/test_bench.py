@@ -8,8 +8,7 @@ import torch
 from torch.autograd import DeviceType
 
 import bench
-import run
-from run import new_params
+from checkpoint import new_params
 from train import EVAL_BATCH_SIZE, evaluate
 
 TINY = "--emsize 8 --nhid 12 --nlayers 3 --ntoken 30 --batch_size 4 --bptt 7".split()

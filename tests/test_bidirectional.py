@@ -9,11 +9,12 @@ from torch.nn import functional as F
 
 import bidirectional
 import main
-from bidirectional import BiObjective, evaluate_directions, make_model, score
+from bidirectional import BiObjective, evaluate_directions, make_model
+from train import score
 from conftest import arguments, invoke, make_params
 from splitcross import SplitCrossEntropyLoss
 from train import make_optimizer, train_step
-from utils import read_checkpoint
+from checkpoint import read_checkpoint
 
 V, E = 20, 8
 

@@ -14,8 +14,9 @@ import finetune
 import main
 from conftest import ROOT, invoke
 from data import Corpus
-from train import TEST_BATCH_SIZE, evaluate, perplexity
-from utils import build, load, read_checkpoint
+from train import TEST_BATCH_SIZE, evaluate
+from utils import perplexity
+from checkpoint import load, read_checkpoint
 
 END_OF_EPOCH = re.compile(
     r"^\| end of epoch +(\d+) \| time: +[\d.]+s \| valid loss +([\d.]+) \| valid ppl +([\d.]+) "

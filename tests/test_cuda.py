@@ -19,26 +19,26 @@ import torch
 from torch import nn
 
 import main
-import schedule
 import splitcross
 import weight_drop
 from cpu_kernels import use_expandable_segments
-from bidirectional import make_model, make_objective, score
+from bidirectional import make_model
+from train import make_objective, score
 from conftest import ROOT, Interrupting, arguments, invoke, make_trainer
 from data import Corpus, get_batch
 from dynamic_evaluation import Rule, read_dynamically, root_mean_square
-from files import pack
+from checkpoint import pack
 from flags import has_precision
 from generate import Generator
-from model import RATES
+from model import DROPOUTS
 from pointer import evaluate_cache, read
-from preemption import Preempted
-from resume import describe_device, read_state
+from utils import Preempted
+from utils import describe_device
+from checkpoint import read_state
 from splitcross import SplitCrossEntropyLoss
-from train import (
-    Average, Losses, evaluate, make_optimizer, random_seq_len, set_products, train_step,
-)
-from utils import build, read_checkpoint
+from train import Average, evaluate, make_optimizer, random_seq_len, train_step
+from utils import Losses, set_products
+from checkpoint import build_params, read_checkpoint
 from weight_drop import WeightDrop, drop_weight
 
 NAME = os.environ.get("AWD_LSTM_DEVICE", "cuda")
@@ -204,7 +204,7 @@ def prepared(device, name="LSTM", batch_size=20, bptt=20, **flags):
     """(params, one training step as a function) on windows of random length, every dropout on."""
     args = arguments(
         device=device, batch_size=batch_size, bptt=bptt, lr=1.0, epochs=1, objective="both",
-        **dict.fromkeys(RATES, 0.3), **flags,
+        **dict.fromkeys(DROPOUTS, 0.3), **flags,
     )
     rnn_type, attention = MODELS[name]
     params = build_params(rnn_type, 256, rate=0.3, attention=attention).to(device)
@@ -218,7 +218,7 @@ def prepared(device, name="LSTM", batch_size=20, bptt=20, **flags):
         nonlocal hidden
         data, targets = get_batch(source, 0, args, seq_len=seq_len or random_seq_len(args.bptt))
         more = {"backward": (data, targets), "begins": True} if rnn_type == "biLM" else {}
-        now, share = schedule.at(0.3, args, params[0])
+        now, share = settings_at(0.3, args, params[0])
         loss, hidden = train_step(
             objective, optimizer, data, targets, hidden, now, share, **more
         )
@@ -323,7 +323,7 @@ def test_interrupted_and_resumed_it_is_the_same_run(device, tmp_path):
     resumed.resume(read_state(tmp_path / "m.pt"), str(tmp_path / "m.pt"))
     assert len(resumed.losses.on_host) == 7
     resumed.fit()
-    assert resumed.logs == pytest.approx(whole.logs, rel=1e-4)
+    assert resumed.valid_losses == pytest.approx(whole.valid_losses, rel=1e-4)
     generators = [read_state(run.args.save)["generators"] for run in (whole, resumed)]
     for name in {"torch", device.type} & set(generators[0]):
         assert torch.equal(*(state[name] for state in generators)), name
@@ -341,13 +341,13 @@ def test_a_checkpoint_is_scored_alike_on_every_device(device, trained):
     path, run = trained
     ids, args = run.corpus.test, arguments(bptt=20)
     set_products("tf32")  # as training does: evaluation does not
-    found = [score(build(read_checkpoint(path, on)), ids, args)[0] for on in (device, CPU)]
+    found = [score(build_params(read_checkpoint(path, on)), ids, args)[0] for on in (device, CPU)]
     assert found[0] == pytest.approx(found[1], rel=1e-5)
-    assert run.best == pytest.approx(score(build(read_checkpoint(path)), run.corpus.valid, args)[0],
+    assert run.best == pytest.approx(score(build_params(read_checkpoint(path)), run.corpus.valid, args)[0],
                                      rel=1e-5)
     on_cpu = make_run(CPU, path.with_name("cpu.pt"))
     on_cpu.fit()
-    there = build(read_checkpoint(path.with_name("cpu.pt"), device))
+    there = build_params(read_checkpoint(path.with_name("cpu.pt"), device))
     assert score(there, run.corpus.valid, args)[0] == pytest.approx(on_cpu.best, rel=1e-5)
 
 
@@ -366,7 +366,7 @@ def test_cache_and_dynamic_evaluation_are_the_cpus(device, trained):
     ids = run.corpus.test
     found = []
     for on in (device, CPU):
-        params = build(read_checkpoint(path, on))
+        params = build_params(read_checkpoint(path, on))
         cache = evaluate_cache(read(params, ids, 100), 0.7, 0.2, 50)
         statistics = root_mean_square(params, run.corpus.train, 3)
         rule = Rule(params, "rms", 5e-5, 2e-3, root_mean_square=statistics)
@@ -380,7 +380,7 @@ def test_cache_and_dynamic_evaluation_are_the_cpus(device, trained):
 def test_generation_is_the_cpus_where_nothing_is_left_to_chance(device, trained):
     texts = [
         list(itertools.islice(
-            Generator(build(read_checkpoint(trained[0], on)), 1, top_k=1).text([3, 7]), 40
+            Generator(build_params(read_checkpoint(trained[0], on)), 1, top_k=1).text([3, 7]), 40
         ))
         for on in (device, CPU)
     ]
@@ -433,13 +433,13 @@ UNDER_TORCHRUN = """
 import torch.distributed as dist
 import flags, main, trainer
 
-fit = trainer.Trainer.fit
+fit = train.Trainer.fit
 
 def announced(self):
     print(f"backend {dist.get_backend()}, objective {type(self.objective).__name__}", flush=True)
     fit(self)
 
-trainer.Trainer.fit = announced
+train.Trainer.fit = announced
 flags.run(main.main)
 """
 

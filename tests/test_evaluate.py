@@ -12,7 +12,7 @@ import main
 import pointer
 from conftest import invoke, make_params
 from evaluate import score_lines
-from utils import load
+from checkpoint import load
 
 
 def run(*argv):

@@ -18,16 +18,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import files
 import finetune
 import main
-import resume
 import utils
 from conftest import ROOT, invoke
 from data import InputError
-from files import exclusive, keep, pack, unpack, write_atomically
+from checkpoint import pack, run_lock, unpack, write_atomically
 from properties import repeated
-from utils import load
+from checkpoint import load
 
 # ---------------------------------------------------------------- writing
 
@@ -361,8 +359,8 @@ def test_junk_in_a_sealed_state_is_no_traceback(data, trained):
 
 HOLD = """
 import sys, time
-from files import exclusive
-with exclusive(sys.argv[1]):
+from checkpoint import run_lock
+with run_lock(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -384,13 +382,13 @@ def test_a_held_path_is_refused_with_the_holders_process_id_until_it_dies(tmp_pa
     link.symlink_to(path)
     for name in (path, tmp_path / "." / "m.pt", link):
         with pytest.raises(InputError, match=message if name == path else str(holder.pid)):
-            exclusive(name).__enter__()
+            run_lock(name).__enter__()
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     assert (tmp_path / "m.pt.lock").exists()  # its file stays, the lock does not
-    with exclusive(path):
+    with run_lock(path):
         assert (tmp_path / "m.pt.lock").read_text() == str(os.getpid())
-        with exclusive(tmp_path / "other.pt"):
+        with run_lock(tmp_path / "other.pt"):
             pass
     assert not (tmp_path / "m.pt.lock").exists()
 
@@ -399,7 +397,7 @@ def race(path, seconds, counts, index):
     deadline = time_after(seconds)
     while not deadline():
         try:
-            with exclusive(path):
+            with run_lock(path):
                 inside = os.open(f"{path}.inside", os.O_CREAT | os.O_EXCL)
                 os.close(inside)
                 os.unlink(f"{path}.inside")
@@ -438,6 +436,6 @@ def test_leftovers_of_the_dead_are_removed_and_nothing_else(tmp_path):
     others = [f"m.pt.{os.getppid()}.tmp", f"n.pt.{dead.pid}.tmp", "m.pt.tmp", "m.pt.notes.tmp"]
     for name in stale + others:
         (tmp_path / name).write_text("")
-    with exclusive(tmp_path / "m.pt"):
+    with run_lock(tmp_path / "m.pt"):
         pass
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)

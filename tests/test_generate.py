@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import generate
 from conftest import ROOT, invoke, make_params
 from data import EOS
-from files import pack
+from checkpoint import pack
 from generate import Generator, truncate
-from utils import load, read_checkpoint
+from checkpoint import load, read_checkpoint
 
 
 def run(*argv):

@@ -15,14 +15,14 @@ import torch
 import torch.distributed as dist
 
 import main
-import parallel
-import trainer
+import distributed
+import train
 from conftest import ROOT, arguments, await_line, invoke, make_params, make_trainer
 from data import Corpus, InputError
 from kill_loop import same
-from preemption import Preemption
-from resume import read_state
-from utils import read_checkpoint
+from utils import Preemption
+from checkpoint import read_state
+from checkpoint import read_checkpoint
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 NO_DROPOUT = [word for name in ("", "h", "i", "e") for word in (f"--dropout{name}", "0")]
@@ -72,31 +72,31 @@ import sys
 import torch
 from conftest import arguments, make_params
 import flags
-import parallel
+import distributed
 from train import Objective, evaluate, make_optimizer, train_step
 
 
 def main():
-    torch.manual_seed(parallel.rank())  # the first rank's weights are what counts
+    torch.manual_seed(distributed.rank())  # the first rank's weights are what counts
     args = arguments(lr=1.0)
-    with parallel.group(torch.device("cpu"), lambda: "again"):
+    with distributed.group(torch.device("cpu"), lambda: "again"):
         params = make_params(sys.argv[1], splits=(20, 30))
         torch.nn.init.normal_(params[1].tail_vectors)
-        objective = parallel.replicate(Objective(params))
+        objective = distributed.replicate(Objective(params))
         optimizer = make_optimizer(params, args)
         torch.manual_seed(3)
         words, targets = torch.randint(50, (8, 10, 12)), torch.randint(50, (8, 10, 12))
-        mine = parallel.columns(12)
+        mine = distributed.columns(12)
         hidden = params[0].init_hidden(mine.stop - mine.start)
         losses = []
         for x, y in zip(words[..., mine], targets[..., mine]):
             loss, hidden = train_step(objective, optimizer, x, y.flatten(), hidden, args)
-            losses.append(parallel.mean(loss).item())
+            losses.append(distributed.mean(loss).item())
         checks = []
         # 107 predictions in 5 columns, the last row of which is not complete; and in one column.
         ids, count = torch.randint(50, (108,)), lambda: checks.append(1)
         losses += [evaluate(params, ids, columns, 7, count) for columns in (5, 1)]
-        torch.save([losses, len(checks), params.state_dict()], sys.argv[2] + str(parallel.rank()))
+        torch.save([losses, len(checks), params.state_dict()], sys.argv[2] + str(distributed.rank()))
 
 flags.run(main)
 """
@@ -165,13 +165,13 @@ ONE = """
 import torch.distributed as dist
 import flags, main, trainer
 
-fit = trainer.Trainer.fit
+fit = train.Trainer.fit
 
 def announced(self):
     print(f"backend {dist.get_backend()}, objective {type(self.objective).__name__}")
     fit(self)
 
-trainer.Trainer.fit = announced
+train.Trainer.fit = announced
 flags.run(main.main)
 """
 
@@ -179,14 +179,14 @@ FAILS = """
 import sys
 import flags, main, parallel, trainer
 
-step, failing = trainer.train_step, int(sys.argv.pop())
+step, failing = train.train_step, int(sys.argv.pop())
 
 def fail(*args, **kwargs):
-    if parallel.rank() == failing:
+    if distributed.rank() == failing:
         raise ValueError("this rank has failed")
     return step(*args, **kwargs)
 
-trainer.train_step = fail
+train.train_step = fail
 flags.run(main.main)
 """
 
@@ -210,7 +210,7 @@ def test_a_connection_that_fails_says_why(monkeypatch):
     monkeypatch.setattr(dist, "init_process_group", fail)
     monkeypatch.setenv("RANK", "1")
     message = "rank 1 cannot connect to the others: NCCL error: Error while creating shared memory"
-    with pytest.raises(InputError, match=message), parallel.group(torch.device("cpu"), None):
+    with pytest.raises(InputError, match=message), distributed.group(torch.device("cpu"), None):
         pass
 
 
@@ -219,7 +219,7 @@ def test_a_batch_takes_one_exchange_between_the_hosts(corpus_dir, monkeypatch):
     exchanged, made = [], []
     monkeypatch.setattr(parallel, "is_distributed", lambda: True)
     monkeypatch.setattr(parallel, "replicate", lambda module: module)
-    monkeypatch.setattr(parallel.group, "hosts", "hosts", raising=False)
+    monkeypatch.setattr(distributed.group, "hosts", "hosts", raising=False)
     monkeypatch.setattr(dist, "all_reduce", lambda t, op=None, group=None: exchanged.append(group))
     monkeypatch.setattr(dist, "broadcast_object_list", lambda *args: exchanged.append("hosts"))
     monkeypatch.setattr(dist, "all_gather_object", lambda *args: exchanged.append("hosts"))
@@ -227,7 +227,7 @@ def test_a_batch_takes_one_exchange_between_the_hosts(corpus_dir, monkeypatch):
     run = make_trainer(
         make_params(ntoken=len(corpus.dictionary)), corpus, args, Preemption().check
     )
-    monkeypatch.setattr(trainer, "train_step", lambda *a: made.append(a) or (torch.ones(()), None))
+    monkeypatch.setattr(train, "train_step", lambda *a: made.append(a) or (torch.ones(()), None))
     run.hidden = []
     run.train_epoch()
     assert len(made) > 20
@@ -326,7 +326,7 @@ import flags, main, parallel
 
 load = torch.load
 torch.load = lambda *args, map_location=None, **more: load(*args, map_location="cpu", **more)
-parallel.own_device = lambda device, asked_for: torch.device("cpu", parallel.rank())
+distributed.own_device = lambda device, asked_for: torch.device("cpu", distributed.rank())
 flags.run(main.main)
 """
 
@@ -343,7 +343,7 @@ def test_ranks_with_devices_of_their_own_resume_together(begin, corpus_dir, smal
 
 BLOCKED = """
 import torch
-from preemption import Preemption
+from utils import Preemption
 with Preemption():
     a = torch.zeros(12000, 12000)
     print("blocked", flush=True)
@@ -383,7 +383,7 @@ def test_a_rank_lets_the_first_report_before_it_ends(flags, monkeypatch):
     for rank in ("0", "1"):
         for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}.items():
             monkeypatch.setenv(name, value)
-        monkeypatch.setattr(parallel.os, "_exit", sys.exit)
+        monkeypatch.setattr(distributed.os, "_exit", sys.exit)
         status, _, err = invoke(main.main, *flags)
         assert status == 2
         assert err.startswith("main.py: error: ")

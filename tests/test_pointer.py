@@ -15,7 +15,7 @@ from pointer import (
     in_chunks, log_mixture, read, tune_cache,
 )
 from train import evaluate
-from utils import build, read_checkpoint
+from checkpoint import build_params, read_checkpoint
 
 V = 12
 
@@ -200,7 +200,7 @@ def test_the_published_command(trained, corpus_dir, cli):
         "0.662", "--window", "3785", "--bptt", "2000", "--model", "LSTM",
     )
     assert (done.returncode, done.stderr) == (0, "")
-    params, corpus = build(read_checkpoint(trained)), Corpus(corpus_dir)
+    params, corpus = build_params(read_checkpoint(trained)), Corpus(corpus_dir)
     for split in ("valid", "test"):
         ids = getattr(corpus, split)
         losses = evaluate_cache(read(params, ids, 70), 0.662, 0.1279, len(ids))
@@ -265,7 +265,7 @@ def test_a_reading_that_is_cut_short_reports_what_was_read(dynamic, trained, cor
     argv += ["--dynamic", "sgd", "--segment", "15", "--tune", "--tune-words", "30"] * dynamic
     status, out, err = invoke(lambda: pointer.main([*argv, "--seconds", "1e-9"]))
     assert (status, err) == (0, "")
-    params, ids = build(read_checkpoint(trained)).eval(), Corpus(corpus_dir).test
+    params, ids = build_params(read_checkpoint(trained)).eval(), Corpus(corpus_dir).test
     words = 15 if dynamic else 20
     assert out.count(f" | {words} of {len(ids) - 1:,} tokens\n") == 4 if dynamic else 3
     assert not dynamic or "Best on 30 words" in out
@@ -278,7 +278,7 @@ def test_a_reading_that_is_cut_short_reports_what_was_read(dynamic, trained, cor
 
 def test_the_weights_are_put_back_where_reading_stops(trained, corpus_dir):
     args = pointer.parse_args(["--save", str(trained), "--dynamic", "sgd", "--lr", "1"])
-    params = build(read_checkpoint(trained))
+    params = build_params(read_checkpoint(trained))
     before = [weight.clone() for weight in params.parameters()]
     corpus = Corpus(corpus_dir)
     reader = pointer.Reader(params, corpus, args)

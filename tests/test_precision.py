@@ -6,13 +6,12 @@ import torch
 import flags
 import main
 import splitcross
-import train
 from conftest import arguments, invoke, make_params
-from bidirectional import score
+from train import score
 from model import RNNModel
 from splitcross import SplitCrossEntropyLoss
 from train import Objective, evaluate, make_optimizer, train_step
-from utils import read_checkpoint
+from checkpoint import read_checkpoint
 
 
 def twins(rnn_type):
@@ -160,10 +159,10 @@ def test_cudnn_is_not_held_to_float32_where_its_layers_are_in_bfloat16():
     try:
         found = {}
         for precision in ("fp32", "tf32", "bf16"):
-            train.set_products(precision)
+            utils.set_products(precision)
             found[precision] = settings()
     finally:
-        for setting, value in zip(train.PRODUCTS, before):
+        for setting, value in zip(utils.PRODUCTS, before):
             setattr(*setting, value)
     matmul, rnn = zip(*found.values())
     assert matmul[0] == matmul[2] != matmul[1]
@@ -171,14 +170,14 @@ def test_cudnn_is_not_held_to_float32_where_its_layers_are_in_bfloat16():
 
 
 def settings():
-    return [getattr(*setting) for setting in train.PRODUCTS]
+    return [getattr(*setting) for setting in utils.PRODUCTS]
 
 
 def test_perplexities_are_float32s_whatever_training_is_in(monkeypatch):
     """TF32 is allowed in training alone: neither in evaluation, nor after an error in it."""
     before = settings()
     try:
-        train.set_products("tf32")
+        utils.set_products("tf32")
         training = settings()
         seen = []
 
@@ -191,8 +190,8 @@ def test_perplexities_are_float32s_whatever_training_is_in(monkeypatch):
             with pytest.raises(ArithmeticError):
                 score(make_params(rnn_type), torch.randint(50, (60,)), arguments())
         assert settings() == training
-        train.set_products("fp32")
+        utils.set_products("fp32")
         assert seen == [settings()] * 2 != [training] * 2
     finally:
-        for setting, value in zip(train.PRODUCTS, before):
+        for setting, value in zip(utils.PRODUCTS, before):
             setattr(*setting, value)

@@ -13,8 +13,8 @@ import pytest
 
 from conftest import ROOT, await_line
 from kill_loop import kill_loop
-from resume import read_state
-from utils import read_checkpoint
+from checkpoint import read_state
+from checkpoint import read_checkpoint
 
 TEST = "| End of training | test loss"
 
@@ -133,7 +133,7 @@ def endless(*a):
         time.sleep(100)
     seen.append(1)
     return step(*a)
-trainer.train_step = endless
+train.train_step = endless
 """
 
 

@@ -13,14 +13,15 @@ from hypothesis import strategies as st
 
 import bidirectional
 import main
-import trainer
+import train
 from conftest import Interrupting, arguments, invoke, make_params, make_trainer
 from data import Corpus, InputError
 from kill_loop import lines, same
-from preemption import Preempted
+from utils import Preempted
 from properties import TRIES, repeated
-from resume import get_generators, read_state, set_generators
-from utils import read_checkpoint
+from utils import get_generators, set_generators
+from checkpoint import read_state
+from checkpoint import read_checkpoint
 
 # ---------------------------------------------------------------- bit for bit
 
@@ -76,7 +77,7 @@ def test_interrupted_anywhere_and_resumed_it_is_the_same_run(
     folders = tmp_path_factory.mktemp("resumed")
     whole = train_in_parts(folders / "whole", corpus_dir, (), *how)
     assert whole[-1] == 1
-    assert (whole[0]["averaged"] is not None) == (finetuning or optimizer == "sgd")
+    assert (whole[0]["average"] is not None) == (finetuning or optimizer == "sgd")
 
     @settings(parent=repeated, max_examples=TRIES or tries)
     @given(st.sets(st.integers(1, whole[-2]), min_size=1, max_size=5))
@@ -120,7 +121,7 @@ def test_what_is_compared_would_differ_if_anything_did(corpus_dir, tmp_path):
     assert same(run_on(lambda state: None), reference)
 
     def forget_averages(state):
-        state["averaged"]["count"] += 1
+        state["average"]["count"] += 1
 
     def forget_generators(state):
         state["generators"] = get_generators(torch.device("cpu"))
@@ -172,7 +173,7 @@ def test_a_state_is_plain_data(trained):
 class Clock:
     def __init__(self, monkeypatch):
         self.now = 1000.0
-        monkeypatch.setattr(trainer.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(train.time, "perf_counter", lambda: self.now)
 
 
 def test_the_state_is_due_by_the_clock_and_by_what_saving_costs(corpus_dir, tmp_path, monkeypatch):

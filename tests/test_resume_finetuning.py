@@ -8,10 +8,10 @@ import finetune
 import main
 import utils
 from conftest import Interrupting, invoke
-from files import pack
+from checkpoint import pack
 from kill_loop import same
-from resume import read_state
-from utils import read_checkpoint
+from checkpoint import read_state
+from checkpoint import read_checkpoint
 
 
 def test_a_rate_given_for_the_fine_tuning_after_adam_is_used(corpus_dir, small, tmp_path):

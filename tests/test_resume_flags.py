@@ -8,13 +8,14 @@ import torch
 
 import finetune
 import main
-import trainer
+import train
 from conftest import Interrupting, invoke
-from files import pack
+from checkpoint import pack
 from kill_loop import lines, same
-from preemption import Preempted
-from resume import KIND, VERSION, changes, environment, how_to_resume, read_state
-from utils import read_checkpoint
+from utils import Preempted
+from checkpoint import KIND, VERSION, changes, how_to_resume, read_state
+from utils import environment
+from checkpoint import read_checkpoint
 
 
 @pytest.fixture
@@ -22,17 +23,17 @@ def unfinished(corpus_dir, small, tmp_path):
     """A run of three epochs that was ended in its second: (path, its command's flags)."""
     path = tmp_path / "run.pt"
     flags = ["--data", corpus_dir, *small, "--epochs", 3, "--nonmono", 0, "--save", path]
-    original = trainer.Trainer.end_epoch
+    original = train.Trainer.end_epoch
 
     def interrupted(self):
         original(self)
         raise Preempted(15)
 
-    trainer.Trainer.end_epoch = interrupted
+    train.Trainer.end_epoch = interrupted
     try:
         status, out, _ = invoke(main.main, *flags)
     finally:
-        trainer.Trainer.end_epoch = original
+        train.Trainer.end_epoch = original
     assert status == 143
     assert f"The state is saved; python main.py --resume {path} goes on from here" in out
     return path, flags
@@ -79,7 +80,7 @@ def test_a_changed_flag_takes_effect_and_is_announced(change, note, unfinished):
     path, _ = unfinished
     made, rates = [], []
 
-    class Spy(trainer.Trainer):
+    class Spy(train.Trainer):
         def fit(self):
             made.append(self)
             for group in self.optimizer.param_groups:
@@ -249,7 +250,7 @@ def test_a_run_of_which_only_the_state_exists(corpus_dir, small, tmp_path):
 def test_a_changed_flag_is_not_lost_by_a_kill_before_the_next_save(unfinished):
     path, _ = unfinished
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer.Trainer, "train_epoch", lambda self: (_ for _ in ()).throw(OSError))
+        patch.setattr(train.Trainer, "train_epoch", lambda self: (_ for _ in ()).throw(OSError))
         assert invoke(main.main, "--resume", path, "--lr", 1.5, "--epochs", 9)[0] == 2
     state = read_state(path)
     assert (state["flags"]["lr"], state["flags"]["epochs"]) == (1.5, 9)
@@ -357,7 +358,7 @@ def test_an_error_of_the_device_is_not_called_damage(
 def test_out_of_memory_in_the_middle_of_a_run_names_what_resumes_it(
     epoch, corpus_dir, small, tmp_path, monkeypatch
 ):
-    path, step, steps = tmp_path / "m.pt", trainer.train_step, []
+    path, step, steps = tmp_path / "m.pt", train.train_step, []
 
     def fail(*args, **kwargs):
         steps.append(args)
@@ -365,7 +366,7 @@ def test_out_of_memory_in_the_middle_of_a_run_names_what_resumes_it(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return step(*args, **kwargs)
 
-    monkeypatch.setattr(trainer, "train_step", fail)
+    monkeypatch.setattr(train, "train_step", fail)
     argv = ["--data", corpus_dir, *small, "--epochs", 2, "--save", path]
     status, _, err = invoke(main.main, *argv)
     assert (status, err.count("\n")) == (2, 1)

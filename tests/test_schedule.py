@@ -7,14 +7,12 @@ import torch
 
 import finetune
 import main
-import recipes
-import schedule
-import trainer
+import train
 from conftest import arguments, invoke, make_params, make_trainer
 from data import Corpus
-from files import pack
+from checkpoint import pack
 from kill_loop import lines, same
-from resume import KIND, VERSION, read_state
+from checkpoint import KIND, VERSION, read_state
 from test_resume import train_in_parts
 from train import Objective, make_optimizer, train_step
 from weight_drop import WeightDrop
@@ -96,7 +94,7 @@ def test_the_ramp_reaches_every_regularizer(kind):
     rates = {"dropout": 0.4, "dropouth": 0.3, "dropouti": 0.2, "dropoute": 0.1, "wdrop": 0.5}
     args = arguments(regularization_ramp=[0.2, 0.5], alpha=2.0, beta=1.0, **rates)
     for progress, strength in ((0.0, 0.2), (0.25, 0.6), (0.75, 1.0)):
-        now, share = schedule.at(progress, args, model)
+        now, share = settings_at(progress, args, model)
         assert share == 1
         assert (now.alpha, now.beta) == pytest.approx((2 * strength, strength))
         for name, rate in rates.items():
@@ -115,7 +113,7 @@ def test_the_ramp_acts_in_training_and_not_in_evaluation():
     words = torch.randint(50, (6, 3))
 
     def outputs(progress, training):
-        schedule.at(progress, args, model)
+        settings_at(progress, args, model)
         model.train(training)
         return [model(words, model.init_hidden(3))[0].detach() for _ in range(2)]
 
@@ -129,7 +127,7 @@ def test_the_ramp_acts_in_training_and_not_in_evaluation():
 
 def test_without_a_ramp_the_flags_and_the_model_are_left_alone():
     model, args = make_params(rate=0.5)[0], arguments(dropout=0.1)
-    assert schedule.at(0.5, args, model)[0] is args
+    assert settings_at(0.5, args, model)[0] is args
     assert model.dropout == 0.5 and model.rnns[0].dropout == 0.5
 
 
@@ -149,7 +147,7 @@ def test_a_run_follows_its_schedule(corpus_dir, tmp_path, monkeypatch):
         seen.append((progress, args, share, objective.params[0].rnns[1].dropout))
         return train_step(objective, optimizer, data, targets, hidden, args, share, **more)
 
-    monkeypatch.setattr(trainer, "train_step", spy)
+    monkeypatch.setattr(train, "train_step", spy)
     corpus = Corpus(corpus_dir)
     args = arguments(epochs=2, save=str(tmp_path / "m.pt"), **CYCLE)
     run = make_trainer(make_params(ntoken=len(corpus.dictionary), rate=0.3), corpus, args)
@@ -173,7 +171,7 @@ def test_it_goes_on_at_the_very_place(corpus_dir, tmp_path):
     ]
     (whole, *_), (resumed, *_, parts) = ends
     assert parts == 4
-    assert resumed["logs"] == whole["logs"] and len(whole["logs"]) == 2
+    assert resumed["valid_losses"] == whole["valid_losses"] and len(whole["valid_losses"]) == 2
     assert same(whole["model"], resumed["model"])
 
 
@@ -345,7 +343,7 @@ def test_fine_tuning_after_the_short_recipe(corpus_dir, small, tmp_path):
     """SGD at its own rate and decay, no schedule, the regularizers where they were."""
     made = []
 
-    class Spy(trainer.Trainer):
+    class Spy(train.Trainer):
         def fit(self):
             group = self.optimizer.param_groups[0]
             made.append((self.args, group["lr"], group["weight_decay"], self.params[0]))

@@ -166,7 +166,7 @@ def test_it_begins_at_the_words_frequencies(splits):
     frequencies /= frequencies.sum()
     criterion = SplitCrossEntropyLoss(3, splits).double()
     bias = nn.Parameter(torch.ones(12, dtype=torch.float64))
-    criterion.begin_at(frequencies, bias)
+    criterion.init_bias(frequencies, bias)
     weight = torch.randn(12, 3, dtype=torch.float64)
     found = criterion.logprob(weight, bias, torch.zeros(2, 3, dtype=torch.float64))
     torch.testing.assert_close(found.exp(), frequencies.expand(2, 12))

@@ -14,10 +14,9 @@ from conftest import arguments, make_params
 from data import batchify, get_batch
 from model import RNNModel
 from splitcross import SplitCrossEntropyLoss
-from train import (
-    OPTIMIZERS, Average, Objective, activation_regularization, evaluate, loss_columns,
-    make_optimizer, perplexity, random_seq_len, train_step,
-)
+from train import Average, OPTIMIZERS, Objective, evaluate, make_optimizer, random_seq_len, train_step
+from model import activation_regularization
+from utils import loss_columns, perplexity
 
 
 # ---------------------------------------------------------------- windows

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 import bidirectional
-import trainer
+import train
 from conftest import arguments, make_params, make_trainer
 from data import Corpus, Dictionary, InputError, get_batch
 from model import RNNModel
-from resume import read_state
-from train import nonmonotone
-from utils import read_checkpoint
+from checkpoint import read_state
+from train import is_nonmonotone
+from checkpoint import read_checkpoint
 
 # ---------------------------------------------------------------- an epoch
 
@@ -34,7 +34,7 @@ def test_an_epoch_trains_on_every_token_once(monkeypatch):
     source = ids.view(2, 23).t()
     seen, last = [], set()
     monkeypatch.setattr(
-        trainer, "get_batch", lambda *a, **k: seen.append(get_batch(*a, **k)) or seen[-1]
+        train, "get_batch", lambda *a, **k: seen.append(get_batch(*a, **k)) or seen[-1]
     )
     for seed in range(30):
         np.random.seed(seed)
@@ -100,7 +100,7 @@ def test_the_hidden_state_is_carried_from_window_to_window_without_its_history(
     ],
 )
 def test_trigger_on_hand_made_losses(losses, nonmono, switch):
-    fired = [i for i, loss in enumerate(losses) if nonmonotone(losses[:i], loss, nonmono)]
+    fired = [i for i, loss in enumerate(losses) if is_nonmonotone(losses[:i], loss, nonmono)]
     assert (fired[0] if fired else None) == switch
 
 
@@ -112,7 +112,7 @@ def corpus(corpus_dir):
 def spy_on_steps(monkeypatch):
     """Records the weights after each step, and the weights at each evaluation."""
     iterates, evaluated = [], []
-    step, score = trainer.train_step, bidirectional.evaluate
+    step, score = train.train_step, bidirectional.evaluate
 
     def recorded_step(params, *rest):
         result = step(params, *rest)
@@ -124,7 +124,7 @@ def spy_on_steps(monkeypatch):
         evaluated.append(([p.detach().clone() for p in params.parameters()], len(iterates)))
         return score(params, *rest)
 
-    monkeypatch.setattr(trainer, "train_step", recorded_step)
+    monkeypatch.setattr(train, "train_step", recorded_step)
     monkeypatch.setattr(bidirectional, "evaluate", recorded_evaluate)
     return iterates, evaluated
 
@@ -192,9 +192,9 @@ def test_finetuning_averages_from_its_first_step_and_stops_at_the_trigger(
 
 def test_only_improvements_are_saved_and_when_divides_the_rate(corpus, tmp_path, monkeypatch):
     rates = []
-    step = trainer.train_step
+    step = train.train_step
     monkeypatch.setattr(
-        trainer, "train_step",
+        train, "train_step",
         lambda p, o, *a: rates.append(o.param_groups[0]["lr"]) or step(p, o, *a),
     )
     hand_made = HandMade(bidirectional.evaluate, [4, 3, 5, 6])
@@ -214,7 +214,7 @@ def test_only_improvements_are_saved_and_when_divides_the_rate(corpus, tmp_path,
 @pytest.fixture
 def sabotage(monkeypatch):
     """A function: from the step of the given number on (1 is the next), losses are as given."""
-    step, planned, calls = trainer.train_step, {}, []
+    step, planned, calls = train.train_step, {}, []
 
     def sabotaged(params, *rest):
         loss, hidden = step(params, *rest)
@@ -226,7 +226,7 @@ def sabotage(monkeypatch):
         planned.clear()
         planned.update(enumerate(losses, first))
 
-    monkeypatch.setattr(trainer, "train_step", sabotaged)
+    monkeypatch.setattr(train, "train_step", sabotaged)
     plan.calls = calls
     return plan
 
@@ -343,7 +343,7 @@ def test_a_gpu_is_not_waited_for_within_a_step():
 def test_the_longest_window_is_tried_and_leaves_no_trace(rnn_type, monkeypatch):
     losses, lengths = [], []
     monkeypatch.setattr(
-        trainer, "get_batch", lambda *a, **k: lengths.append(k["seq_len"]) or get_batch(*a, **k)
+        train, "get_batch", lambda *a, **k: lengths.append(k["seq_len"]) or get_batch(*a, **k)
     )
     for tried in (False, True):
         torch.manual_seed(0)
