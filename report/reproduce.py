@@ -82,42 +82,41 @@ def record_end(model, status):
     return found
 
 
-def run_all(names, scale, out, devices):
+def run_all(names, scale, out, devices, check):
     """Runs experiments, one at a time on each device; returns the names of those that failed.
 
-    Raises Preempted after a signal, when all runs have saved their state.
+    `check` is called again and again; if it raises, all runs save their state and end.
     """
     threads = max(1, torch.get_num_threads() // len(devices))
     waiting = [name for name in names if not model_path(out, name).with_name(DONE).exists()]
     idle, running, failed = list(devices), {}, []
-    with Preemption() as preemption:
-        try:
-            while waiting or running:
-                preemption.check()
-                ready = [n for n in waiting if EXPERIMENTS[n].base not in [*waiting, *running]]
-                for name in ready[: len(idle)]:
-                    waiting.remove(name)
-                    where = idle.pop(0)
-                    running[name] = start(name, scale, out, where, threads), where
-                for name, (process, where) in list(running.items()):
-                    if process.poll() is None:
-                        continue
-                    del running[name]
-                    idle.append(where)
-                    try:
-                        found = record_end(model_path(out, name), process.returncode)
-                        print(f"{name}: done, test ppl {found['test_ppl']:.2f}", flush=True)
-                        write_results(out, scale)
-                    except InputError as error:
-                        print(f"reproduce.py: error: {name}: {error}", file=sys.stderr, flush=True)
-                        failed.append(name)
-                        waiting = [n for n in waiting if EXPERIMENTS[n].base != name]
-                time.sleep(0.1)
-        finally:
-            for process, _ in running.values():
-                process.terminate()
-            for process, _ in running.values():
-                process.wait()
+    try:
+        while waiting or running:
+            check()
+            ready = [n for n in waiting if EXPERIMENTS[n].base not in [*waiting, *running]]
+            for name in ready[: len(idle)]:
+                waiting.remove(name)
+                where = idle.pop(0)
+                running[name] = start(name, scale, out, where, threads), where
+            for name, (process, where) in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[name]
+                idle.append(where)
+                try:
+                    found = record_end(model_path(out, name), process.returncode)
+                    print(f"{name}: done, test ppl {found['test_ppl']:.2f}", flush=True)
+                    write_results(out, scale)
+                except InputError as error:
+                    print(f"reproduce.py: error: {name}: {error}", file=sys.stderr, flush=True)
+                    failed.append(name)
+                    waiting = [n for n in waiting if EXPERIMENTS[n].base != name]
+            time.sleep(0.1)
+    finally:
+        for process, _ in running.values():
+            process.terminate()
+        for process, _ in running.values():
+            process.wait()
     return failed
 
 
@@ -169,7 +168,8 @@ def main(argv=None):
         return 0
     prepare(args.out, args.scale, args.only)
     try:
-        failed = run_all(args.only, args.scale, args.out, args.devices)
+        with Preemption() as preemption:
+            failed = run_all(args.only, args.scale, args.out, args.devices, preemption.check)
     finally:
         write_results(args.out, args.scale)
         print(f"Written: {args.out / 'README.md'}")

@@ -169,7 +169,8 @@ def test_devices_run_one_experiment_at_a_time_and_bases_first(tmp_path, monkeypa
     monkeypatch.setattr(reproduce, "record_end", record_end)
     monkeypatch.setattr(reproduce, "write_results", lambda *a: None)
     names = ["ptb-lstm", "ptb-lstm-finetune", "wt2-lstm", "wt2-lstm-finetune", "ptb-bilm"]
-    assert reproduce.run_all(names, "tiny", tmp_path, ["cpu", "cuda:1"]) == ["wt2-lstm"]
+    devices = ["cpu", "cuda:1"]
+    assert reproduce.run_all(names, "tiny", tmp_path, devices, lambda: None) == ["wt2-lstm"]
     assert Run.log[:2] == ["ptb-lstm", "wt2-lstm"]
     assert sorted(Run.log[2:]) == ["ptb-bilm", "ptb-lstm-finetune"]
 
