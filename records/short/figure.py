@@ -6,8 +6,8 @@ Run from the top of the checkout, with PYTHONPATH=. set.
 import argparse
 from pathlib import Path
 
-from plot import draw, read_run, save
-from results import read_report
+from report.plot import draw, read_run, save
+from report.results import read_report
 
 HERE = Path(__file__).parent
 LAST = 26  # epochs of the report's curve

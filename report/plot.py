@@ -1,0 +1,156 @@
+"""Draws the curves of runs from the JSON lines that training writes beside its checkpoints.
+
+    python -m report.plot LSTM=lstm.pt GRU=gru.pt --out curves.svg
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from data import InputError
+from flags import Parser, number, run
+from checkpoint import FINETUNE_RECORDS, RECORDS
+
+# Okabe and Ito's colours, distinct for colour-blind readers; without yellow, too pale for lines.
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"]
+LABELS = {
+    "train_loss": "training loss", "train_ppl": "training perplexity",
+    "valid_loss": "validation loss", "valid_ppl": "validation perplexity",
+}
+STYLES = ["-", "--", ":", "-."]  # of the fields of one run
+
+
+def import_matplotlib():
+    """Returns the package matplotlib; raises InputError if it is not installed."""
+    try:
+        import matplotlib.figure
+    except ImportError:
+        raise InputError(
+            "matplotlib is not installed; pip install -r requirements-plot.txt"
+        ) from None
+    # Figures of equal curves are equal files; a `$` in a name is not a formula.
+    matplotlib.rcParams.update({"svg.hashsalt": "awd-lstm", "text.parse_math": False})
+    return matplotlib
+
+
+def read_run(path):
+    """The epochs of a run, a dictionary each; those of fine-tuning come last.
+
+    `path` is a file of JSON lines or the checkpoint beside it. Adds the time since the start of the
+    run to each epoch, as `minutes`. Raises InputError or OSError, naming the file.
+    """
+    files = [Path(f"{path}{RECORDS}"), Path(f"{path}{FINETUNE_RECORDS}")]
+    if Path(path).suffix == ".jsonl":
+        files = [Path(path)]
+    epochs, minutes = [], 0.0
+    for file in [file for file in files if file.exists()] or files[:1]:
+        try:
+            for line in file.read_text(encoding="utf-8").splitlines():
+                epoch = json.loads(line)
+                minutes += epoch["seconds"] / 60
+                epochs.append({**epoch, "epoch": len(epochs) + 1, "minutes": minutes})
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{file}: is not the JSON lines of a run") from None
+    if not epochs:
+        raise InputError(f"{files[0]}: has no epoch yet")
+    return epochs
+
+
+def curve(epochs, field):
+    """The values of `field`, one per epoch; None, which leaves a gap, where there is none."""
+    return [epoch.get(field) for epoch in epochs]
+
+
+def draw(
+    runs, fields=("valid_ppl",), against="epochs", scale="auto", title="", highest=None,
+    reference=None,
+):
+    """A matplotlib figure of curves: a colour for each run, a line style for each field.
+
+    runs: {name: epochs as from `read_run`}; against: "epochs" or "time". scale: "log", "linear",
+    or "auto", which is log if the values span more than a factor of four. highest: the top of the
+    vertical axis. reference: as runs, drawn in grey behind them. Raises InputError if no run has a
+    value of a field.
+    """
+    figure = import_matplotlib().figure.Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot(title=title)
+    axes.grid(alpha=0.3, which="both")
+    for (name, epochs), style in zip((reference or {}).items(), STYLES):
+        axes.plot(
+            curve(epochs, "epoch"), curve(epochs, fields[0]), style, color="0.7", zorder=1,
+            label=f"the report's {name}",
+        )
+    drawn = []
+    for field, style in zip(fields, STYLES):
+        values = [v for epochs in runs.values() for v in curve(epochs, field) if v is not None]
+        if not values:
+            raise InputError(f"--field {field}: no run has a value of it")
+        drawn += values
+        for (name, epochs), colour in zip(runs.items(), COLOURS * len(runs)):
+            axes.plot(
+                curve(epochs, "epoch" if against == "epochs" else "minutes"),
+                curve(epochs, field), style, color=colour, marker=".",
+                label=name if len(fields) == 1 else f"{name}, {LABELS.get(field, field)}",
+            )
+    if scale == "auto" and 0 < 4 * min(drawn) < max(drawn):
+        scale = "log"
+    if scale == "log":
+        axes.set_yscale("log", subs=[2, 3, 5])
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+    axes.set_ylim(top=highest)
+    axes.set_xlabel("epoch" if against == "epochs" else "time (minutes)")
+    axes.set_ylabel(", ".join(LABELS.get(field, field) for field in fields))
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
+    return figure
+
+
+def save(figure, path):
+    """Writes a figure as PNG or SVG, by the ending of its name."""
+    figure.savefig(path, dpi=130, metadata={"Date": None})  # equal curves, equal bytes
+
+
+def named_run(text):
+    """An argparse type: NAME=PATH, or a path that is its own name."""
+    name, _, path = text.partition("=")
+    return name, path or name
+
+
+def picture(text):
+    """An argparse type: the path of a PNG or SVG file."""
+    if Path(text).suffix not in (".png", ".svg"):
+        raise argparse.ArgumentTypeError(f"{text}: must end in .png or .svg")
+    return text
+
+
+def parse_args(argv=None):
+    parser = Parser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("runs", type=named_run, nargs="+", metavar="[NAME=]RUN",
+        help="a checkpoint, or a file of JSON lines, and what to call it")
+    add("--out", type=picture, nargs="+", default=["curves.png"],
+        help="the files to write, .png or .svg (default: curves.png)")
+    add("--field", nargs="+", default=["valid_ppl"], metavar="FIELD",
+        help="what to draw of each run, as its JSON lines name it, at most four: valid_ppl (the "
+             "default), train_ppl, valid_loss, train_loss, tokens_per_s, ...")
+    add("--against", choices=["epochs", "time"], default="epochs")
+    add("--scale", choices=["auto", "log", "linear"], default="auto", help="of the vertical axis")
+    add("--highest", type=number(float, 0, open_low=True), help="the top of the vertical axis")
+    add("--title", default="")
+    args = parser.parse_args(argv)
+    if len(dict(args.runs)) < len(args.runs):
+        parser.error("two runs have the same name; give them others, as NAME=RUN")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    runs = {name: read_run(path) for name, path in args.runs}
+    figure = draw(runs, args.field, args.against, args.scale, args.title, args.highest)
+    for path in args.out:
+        save(figure, path)
+        print(f"Written: {path}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,178 @@
+"""Runs the experiments of "Regularizing and Optimizing RNN Language Models"; writes the results.
+
+    python -m report.reproduce --scale tiny --out results/
+    python -m report.reproduce --scale full --only ptb-lstm,wt2-lstm --devices cuda:0 cuda:1
+
+Each experiment is a run of main.py or finetune.py in the folder --out/runs/NAME. The same command
+resumes what was interrupted and skips what is done. Whenever a run ends, the results are written
+again: README.md, with tables and figures.
+"""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from data import InputError
+from checkpoint import STATE, load, write_atomically
+from flags import Parser, device, run
+from utils import Preemption
+from report.experiments import EXPERIMENTS, SCALES, command, flags_of, hours, model_path
+from report.plot import import_matplotlib
+from report.results import DONE, write_results
+
+ROOT = Path(__file__).resolve().parent.parent
+LOG = "log.txt"  # beside the model
+
+
+def list_experiments(names, scale, out):
+    """Prints the commands that would run."""
+    print(f"Scale {scale}: {SCALES[scale].about}")
+    print("Estimated hours, on the report's GTX 1080 Ti at scale full, else on two CPU cores:")
+    for name in names:
+        line = shlex.join(command(name, scale, out))
+        print(f"{hours(name, scale):8.2f} h  {name}: python {line}")
+    print(f"{sum(hours(name, scale) for name in names):8.2f} h  in all")
+
+
+def start(name, scale, out, device, threads):
+    """Starts an experiment, or resumes it; returns its process."""
+    model = model_path(out, name)
+    model.parent.mkdir(exist_ok=True)
+    argv = command(name, scale, out)
+    # finetune.py begins by copying its base to `model`; killed in its first epoch, it has no state.
+    if Path(f"{model}{STATE}").exists() or (EXPERIMENTS[name].base and model.exists()):
+        argv += ["--resume", str(model)]
+    argv += ["--device", str(device)]
+    line = f"python {shlex.join(argv)}"
+    print(f"{name}: {line}", flush=True)
+    with open(model.with_name(LOG), "a", encoding="utf-8") as log:
+        print(f"# {time.strftime('%Y-%m-%d %H:%M:%S %Z')}: {line}", file=log, flush=True)
+        return subprocess.Popen(
+            [sys.executable, ROOT / argv[0], *argv[1:]], stdout=log, stderr=log,
+            start_new_session=True,  # Ctrl-C reaches only the parent, which passes it on
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        )
+
+
+def record_end(model, status):
+    """Writes what a run found beside its model. Raises InputError if the run failed."""
+    text = model.with_name(LOG).read_text(encoding="utf-8", errors="replace")
+    test = text.rpartition("| End of training |")[2]
+    ppl = re.search(r"test ppl +(\S+) \|", test)
+    if status or not ppl:
+        raise InputError(
+            f"exit status {status}, see {model.with_name(LOG)}: {text.splitlines()[-1]}"
+        )
+    parts = re.findall(r"\| (\w+) +\| loss +\S+ \| ppl +(\S+) \|", test)  # of biLM
+    found = {
+        "parameters": sum(p.numel() for p in load(model)[0].parameters()),
+        "test_ppl": float(ppl[1]),
+        "parts": {part: float(ppl) for part, ppl in parts},
+    }
+    write_atomically(model.with_name(DONE), json.dumps(found, indent=1).encode())
+    return found
+
+
+def run_all(names, scale, out, devices, check):
+    """Runs experiments, one at a time on each device; returns the names of those that failed.
+
+    `check` is called again and again; if it raises, all runs save their state and end.
+    """
+    threads = max(1, torch.get_num_threads() // len(devices))
+    waiting = [name for name in names if not model_path(out, name).with_name(DONE).exists()]
+    idle, running, failed = list(devices), {}, []
+    try:
+        while waiting or running:
+            check()
+            ready = [n for n in waiting if EXPERIMENTS[n].base not in [*waiting, *running]]
+            for name in ready[: len(idle)]:
+                waiting.remove(name)
+                where = idle.pop(0)
+                running[name] = start(name, scale, out, where, threads), where
+            for name, (process, where) in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[name]
+                idle.append(where)
+                try:
+                    found = record_end(model_path(out, name), process.returncode)
+                    print(f"{name}: done, test ppl {found['test_ppl']:.2f}", flush=True)
+                    write_results(out, scale)
+                except InputError as error:
+                    print(f"reproduce.py: error: {name}: {error}", file=sys.stderr, flush=True)
+                    failed.append(name)
+                    waiting = [n for n in waiting if EXPERIMENTS[n].base != name]
+            time.sleep(0.1)
+    finally:
+        for process, _ in running.values():
+            process.terminate()
+        for process, _ in running.values():
+            process.wait()
+    return failed
+
+
+def prepare(out, scale, names):
+    """Makes the folder of the runs. Raises InputError if the runs cannot work there."""
+    import_matplotlib()
+    for name in names:
+        data = flags_of(name, scale)["--data"]
+        if data != "sample" and not Path(data, "train.txt").exists():
+            raise InputError(
+                f"--scale {scale}: {data} is absent; ./getdata.sh fetches it, and --scale tiny "
+                "needs no corpus"
+            )
+    made_for = out / "runs" / "scale"
+    found = made_for.read_text().strip() if made_for.exists() else None
+    if found != scale and out.exists() and any(out.iterdir()):
+        raise InputError(f"--out {out}: holds no runs at --scale {scale}; name another folder")
+    made_for.parent.mkdir(parents=True, exist_ok=True)
+    made_for.write_text(f"{scale}\n")
+
+
+def parse_args(argv=None):
+    parser = Parser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--scale", choices=SCALES, default="tiny",
+        help="; ".join(f"{name}: {scale.about}" for name, scale in SCALES.items()))
+    add("--only", metavar="NAME,...", default=",".join(EXPERIMENTS),
+        help="these experiments, and the models that they fine-tune (default: all, see --list)")
+    add("--out", type=Path, default=Path("results"), help="folder of the runs and the results")
+    add("--devices", type=device, nargs="+", metavar="DEVICE",
+        default=["cuda"] if torch.cuda.is_available() else ["cpu", "cpu"],
+        help="run an experiment at a time on each, as cuda:0 cuda:1, or cpu cpu, which share the "
+             "cores (default: cuda, else cpu cpu)")
+    add("--list", action="store_true", help="print what would run, and the estimated hours")
+    args = parser.parse_args(argv)
+    only = args.only.split(",")
+    for name in only:
+        if name not in EXPERIMENTS:
+            parser.error(f"--only {name}: there are {', '.join(EXPERIMENTS)}")
+    only += [EXPERIMENTS[name].base for name in only]
+    args.only = [name for name in EXPERIMENTS if name in only]
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if args.list:
+        list_experiments(args.only, args.scale, args.out)
+        return 0
+    prepare(args.out, args.scale, args.only)
+    try:
+        with Preemption() as preemption:
+            failed = run_all(args.only, args.scale, args.out, args.devices, preemption.check)
+    finally:
+        write_results(args.out, args.scale)
+        print(f"Written: {args.out / 'README.md'}")
+    return 2 if failed else 0
+
+
+if __name__ == "__main__":
+    run(main)
