@@ -1,0 +1,60 @@
+"""The documentation: docs/flags.md is what --help prints, and links lead to files.
+
+`python tests/test_docs.py` writes docs/flags.md again.
+"""
+
+import importlib
+import os
+import re
+import sys
+from contextlib import redirect_stdout, suppress
+from io import StringIO
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "flags.md"
+MARK = "<!-- From here on: made by `python tests/test_docs.py`. -->\n"
+COMMANDS = ("main", "finetune", "pointer", "generate", "evaluate", "bench")
+
+
+def help_of(command):
+    """What `python COMMAND.py --help` prints, 100 columns wide, without the usage."""
+    output = StringIO()
+    with (
+        patch.dict(os.environ, COLUMNS="100", NO_COLOR="1"),
+        patch.object(sys, "argv", [f"{command}.py", "--help"]),
+        redirect_stdout(output),
+        suppress(SystemExit),
+    ):
+        importlib.import_module(command).main()
+    return output.getvalue().partition("\n\n")[2]
+
+
+def written_again():
+    """docs/flags.md: its introduction as it is, the flags of each command as --help prints them."""
+    introduction = PAGE.read_text(encoding="utf-8").partition(MARK)[0]
+    sections = [f"\n## {name}.py\n\n```text\n{help_of(name)}```\n" for name in COMMANDS]
+    return introduction + MARK + "".join(sections)
+
+
+def test_the_page_of_flags_is_what_help_prints():
+    assert PAGE.read_text(encoding="utf-8") == written_again(), "run: python tests/test_docs.py"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs", "records"])
+def test_links_lead_to_files(page):
+    path = ROOT / page
+    for file in sorted(path.rglob("*.md")) if path.is_dir() else [path]:
+        text = re.sub(r"```.*?```|`[^`]*`", "", file.read_text(encoding="utf-8"), flags=re.DOTALL)
+        for link in re.findall(r"\]\(([^)\s]+)\)", text):
+            target = link.partition("#")[0]
+            if "://" not in link and target:
+                assert (file.parent / target).exists(), f"{file.relative_to(ROOT)}: {link}"
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    PAGE.write_text(written_again(), encoding="utf-8")
