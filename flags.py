@@ -138,9 +138,6 @@ def make_parser(description, inherited=()):
     add("--attention-window", 70, "how many earlier states are attended", type=count, metavar="N")
     add("--objective", "lm", "what biLM is trained for: lm, to predict each word from one side, "
         "cloze, from both sides, or both", choices=["lm", "cloze", "both"])
-    add("--recipe", None, "preset of flags: published, gru, slow-biases, short (for runs of few "
-        "--epochs) or short-gru; a flag that is given overrides just itself (default: gru for "
-        "GRU, slow-biases for biLM and with attention, else published)", choices=list(RECIPES))
     add("--lr", 30.0, "learning rate (default: 30; 0.001 with adam, 0.005 with adamw)",
         type=number(float, 0, 1e30, open_low=True))
     add("--bias-lr", 1.0, "learning rate of the biases below the decoder, as a share of --lr",

@@ -18,7 +18,7 @@ from checkpoint import (
 from data import InputError, unigram
 from finetune import finetune
 from flags import (
-    check_unchanged, describe_recipe, make_parser, model_flags, number, resolve_flags, run,
+    RECIPES, check_unchanged, describe_recipe, make_parser, model_flags, number, resolve_flags, run,
 )
 from train import OPTIMIZERS, UP, Trainer, score, train_and_test
 from utils import log, prepare
@@ -32,6 +32,11 @@ def parse_args(argv=None):
     Exits with 2, or raises InputError.
     """
     parser = make_parser(__doc__.splitlines()[0])
+    parser.add(
+        "--recipe", None, "preset of flags: published, gru, slow-biases, short (for runs of few "
+        "--epochs) or short-gru; a flag that is given overrides just itself (default: gru for GRU, "
+        "slow-biases for biLM and with attention, else published)", choices=list(RECIPES),
+    )
     parser.add(
         "--optimizer", "sgd", "sgd (with NT-ASGD), adam, or adamw (decoupled weight decay, betas "
         "0.8 and 0.99)", choices=list(OPTIMIZERS),

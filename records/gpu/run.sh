@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# What to measure on a machine with a GPU, in ten minutes an entry.
+# Measurements for a machine with a GPU, each of ten minutes.
 #
 #     records/gpu/run.sh list
 #     records/gpu/run.sh ptb FOLDER
 #
-# It ends by itself within 560 seconds and needs no network. Into FOLDER go log.txt, as it comes (so
-# that what was found is there if the machine is taken away), table.md, which table.py makes of it,
-# and the JSON lines of each model. PYTHON names the interpreter (default: python3), COMMIT the
-# commit where there is no git. REHEARSE=1 runs an entry on a CPU, with tiny models.
+# It ends within 560 seconds and needs no network. FOLDER gets log.txt, written as the run goes (so
+# that it survives the loss of the machine), table.md, which table.py makes from the log, and the
+# JSON lines of each model. PYTHON names the interpreter (default: python3), COMMIT the commit where
+# there is no git. REHEARSE=1 runs an entry on a CPU, with tiny models.
 set -u
 
 root=$(cd "$(dirname "$0")/../.." && pwd)
 python=${PYTHON:-python3}
 
-# NAME, the corpus that it needs, what it does.
+# name, corpus, description
 entries="\
 check     none       the tests on a GPU, the benchmark in all precisions, the profile of a step
 ptb       penn       the published command for Penn Treebank
@@ -37,9 +37,9 @@ run_entry() {
     esac
 }
 
-# Seconds after the start: when training stops, when all ends. And those that a command takes until
-# it trains or reads.
-stop=420 end=550 startup=15 parts=3 # of what is left: cache on two splits, dynamic evaluation
+# Seconds after the start when training stops and when all ends; seconds that a command takes to
+# start. The time after training has three parts: the cache on two splits, dynamic evaluation.
+stop=420 end=550 startup=15 parts=3
 precisions=(tf32 bf16 fp32)
 tiny=() tiny_bench=() on=() reading=
 if [ -n "${REHEARSE:-}" ]; then
@@ -50,7 +50,7 @@ if [ -n "${REHEARSE:-}" ]; then
     tiny_bench=(--device cpu --emsize 16 --nhid 24 --ntoken 200 --bptt 7 --steps 3)
     export AWD_LSTM_DEVICE=cpu
 fi
-export PYTHONUNBUFFERED=1 # lines are in the log as they come
+export PYTHONUNBUFFERED=1 # each line is in the log at once
 
 # ------------------------------------------------------------ parts of an entry
 
@@ -72,7 +72,7 @@ train_and_evaluate() { # NAME CORPUS FLAGS...
     point "$1" "$2" $((end - SECONDS - 2 * startup)) --split test --dynamic --statistics 500
 }
 
-point() { # NAME CORPUS SECONDS FLAGS...: pointer.py, which reads a split for so long
+point() { # NAME CORPUS SECONDS FLAGS...: pointer.py, for so many seconds a split
     local name=$1 corpus=$2 seconds=${reading:-$3}
     shift 3
     if [ -e "$name.pt" ] && ((seconds > 0)); then
@@ -83,7 +83,7 @@ point() { # NAME CORPUS SECONDS FLAGS...: pointer.py, which reads a split for so
     fi
 }
 
-short_recipe() { # NAME CORPUS FLAGS...: for as many epochs as a first one, timed, says
+short_recipe() { # NAME CORPUS FLAGS...: for as many epochs as fit, by the time of a first one
     local name=$1 corpus=$2 seconds epochs
     shift 2
     local flags=(--recipe short --data "data/$corpus" "$@" "${tiny[@]}" --epochs)
@@ -92,7 +92,7 @@ short_recipe() { # NAME CORPUS FLAGS...: for as many epochs as a first one, time
     while kill -0 $! 2>/dev/null && [ ! -e first.pt.jsonl ] && ((SECONDS < stop)); do
         sleep 0.2
     done
-    kill $! 2>/dev/null # its test would take time, and says nothing
+    kill $! 2>/dev/null # its test is not needed
     wait $!
     seconds=$(sed 's/.*"seconds": \([0-9.]*\).*/\1/' first.pt.jsonl 2>/dev/null)
     [ -z "${REHEARSE:-}" ] || stop=$((SECONDS + startup + 2))
@@ -102,7 +102,7 @@ short_recipe() { # NAME CORPUS FLAGS...: for as many epochs as a first one, time
     train_and_evaluate "$name" "$corpus" --recipe short "$@" --epochs "$epochs"
 }
 
-shares() { # N: divides the time up among N models, with 45 s for the evaluation of each
+shares() { # N: divides the time among N models, with 45 s for the evaluation of each
     whole=$(((end - SECONDS) / $1)) end=$SECONDS parts=2
     each=$((whole - 45))
     [ -z "${REHEARSE:-}" ] || each=$whole tiny+=(--epochs 1)
@@ -129,7 +129,7 @@ check() {
                 note "skipped, as there is no time: bench.py $*"
             else
                 logged 0 $((until - SECONDS)) "$root/bench.py" "$@" --baseline --json \
-                    --evaluations 2 "${tiny_bench[@]}"
+                    "${tiny_bench[@]}"
             fi
         done
     done
@@ -139,11 +139,11 @@ check() {
 
 # ------------------------------------------------------------ the log
 
-logged() { # GOOD SECONDS ARGUMENTS...: python, for so long; GOOD are the exit codes of success
-    local good=$1 seconds=$(($2 > 0 ? $2 : 1)) code=0 # 0 would be for ever
+logged() { # GOOD SECONDS ARGUMENTS...: runs python for so long; GOOD: exit codes of success
+    local good=$1 seconds=$(($2 > 0 ? $2 : 1)) code=0 # to timeout, 0 is no limit
     shift 2
     begin "${*//"$root/"/}"
-    # The first SIGINT has main.py test its best model; what goes on for too long is killed.
+    # At SIGINT main.py tests its best model; it is killed if that takes too long.
     timeout --foreground --preserve-status -s INT -k "${grace:-5}" "$seconds" \
         "$python" "$@" >>"$log" 2>&1 </dev/null || code=$?
     case " $good " in
@@ -157,7 +157,7 @@ begin() { # COMMAND
     echo "$SECONDS s: python $1"
 }
 
-note() { # LINE: in the log, after which the table is made anew
+note() { # LINE: adds it to the log and makes the table again
     echo "# $1" >>"$log"
     [ "${1#failed}" = "$1" ] || status=1
     "$python" "$root/records/gpu/table.py" "$log" >"$tmp/table.md" &&

@@ -1,4 +1,4 @@
-"""The table of a log that run.sh has written, finished or not.
+"""Prints the tables of a log that run.sh wrote, finished or not.
 
     python records/gpu/table.py records/gpu/ptb/log.txt
 """
@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 
 REPORT = Path(__file__).parent.parent / "report.json"
-REPORTS = "the report's LSTM"
-CURVES = {"data/penn": "ptb-lstm", "data/wikitext-2": "wt2-lstm"}
+REPORT_LSTM = "the report's LSTM"
+REPORT_CURVES = {"data/penn": "ptb-lstm", "data/wikitext-2": "wt2-lstm"}
 
 
 def sections(log):
-    """(command, what it printed) of each command in the log."""
+    """(command, output) of each command in the log."""
     return [part.partition("\n")[::2] for part in log.split("\n$ python ")[1:]]
 
 
@@ -25,13 +25,15 @@ def flag(command, name):
 
 
 def table(columns, rows):
-    """A Markdown table, by lines; none without rows."""
-    lines = [columns, ["---"] * len(columns), *rows] if rows else []
-    return ["| " + " | ".join(map(str, line)) + " |" for line in lines] + [""] * bool(rows)
+    """The lines of a Markdown table, none if there are no rows."""
+    if not rows:
+        return []
+    lines = [columns, ["---"] * len(columns), *rows]
+    return ["| " + " | ".join(map(str, line)) + " |" for line in lines] + [""]
 
 
 def perplexities(output):
-    """{(way, split): perplexity as it was printed} of pointer.py, and the tokens of each split."""
+    """What pointer.py printed: {(model, split): perplexity}, {split: tokens read of all}."""
     found, tokens = {}, {}
     line = r"\| ([a-z ]+) \| (valid|test) loss .* ppl +(\S+) \|.* ([\d,]+ of [\d,]+) tokens"
     for way, split, ppl, read in re.findall(line, output):
@@ -52,8 +54,8 @@ def models(log):
             best = min((ppl for _, ppl in epochs), key=float, default="")
             test = test[1] if test else ""
             rows[name] = [name, len(epochs), f"{mean:.1f}", best, test, *[""] * 6]
-            if (theirs := CURVES.get(flag(command, "data"))) and epochs:
-                curves[REPORTS] = json.loads(REPORT.read_text())[theirs]["valid_ppl"]
+            if epochs and (run := REPORT_CURVES.get(flag(command, "data"))):
+                curves[REPORT_LSTM] = json.loads(REPORT.read_text())[run]["valid_ppl"]
         elif command.startswith("pointer.py"):
             found, tokens = perplexities(output)
             if "--dynamic" in command:
@@ -64,24 +66,24 @@ def models(log):
             else:
                 rows[name][5:7] = [
                     found.get(("with cache", split), "")
-                    + cut(tokens.get(split)) for split in ("valid", "test")
+                    + note_partial(tokens.get(split)) for split in ("valid", "test")
                 ]
     columns = ["", "epochs", "s an epoch", "best valid ppl", "test ppl", "cache: valid", "test",
                "tokens of test", "alone", "dynamic", "and cache"]
     return table(columns, rows.values()) + curve_table(curves)
 
 
-def cut(tokens):
-    """What is to be said about a split of which "N of M" tokens were read."""
+def note_partial(tokens):
+    """" (of N of M tokens)" where "N of M" were read and N is less than M; else ""."""
     return "" if not tokens or len(set(tokens.split(" of "))) == 1 else f" (of {tokens} tokens)"
 
 
 def curve_table(curves):
-    """Validation perplexities after some epochs, and after the last of ours."""
-    ours = {name: curve for name, curve in curves.items() if name != REPORTS}
+    """Validation perplexities after epochs 1, 2, 5, each tenth and the last of ours."""
+    ours = {name: curve for name, curve in curves.items() if name != REPORT_LSTM}
     last = max(map(len, ours.values()), default=0)
     epochs = [n for n in range(1, last + 1) if n in (1, 2, 5, last) or n % 10 == 0]
-    columns = {**ours, REPORTS: curves.get(REPORTS, [])}
+    columns = {**ours, REPORT_LSTM: curves.get(REPORT_LSTM, [])}
     rows = [
         [n, *(f"{curve[n - 1]:.2f}" if n <= len(curve) else "" for curve in columns.values())]
         for n in epochs
@@ -90,20 +92,20 @@ def curve_table(curves):
 
 
 def benchmarks(log):
-    """A row for each benchmark, and the lines of the profile on the GPU's idling."""
+    """A row for each benchmark; then the lines of the profile that say how long the GPU idles."""
     rows, lines = [], []
     for command, output in sections(log):
-        if command.startswith("bench.py") and (found := re.search(r"^\{.*\}$", output, re.M)):
-            r = json.loads(found[0])
+        if found := re.search(r"^\{.*\}$", output, re.M):
+            _, ours, _, ratio = json.loads(found[0]).values()
             rows.append([
-                r["model"], r["recipe"], flag(command, "batch_size"), r["precision"],
-                f"{r['ms_per_step']:.1f}", f"{r['tokens_per_s']:,.0f}", f"{r['ratio']:.2f}",
-                f"{r['peak_mib']:.0f} ({r['memory_ratio']:.2f})", f"{r['utilization']:.2f}",
-                f"{r['eval_ratio']:.2f}",
+                *(flag(command, name) for name in ("model", "recipe", "batch_size", "precision")),
+                f"{ours['ms_per_step']:.1f}", f"{ours['tokens_per_s']:,.0f}",
+                f"{ratio['tokens_per_s']:.2f}", f"{ours['peak_mib']:.0f} ({ratio['peak_mib']:.2f})",
+                f"{ours['utilization']:.2f}", f"{ratio['eval_tokens_per_s']:.2f}",
             ])
-        lines += re.findall(r"^an? (?:step|evaluation): .*|.*the GPU idles.*", output, re.M)
-    columns = ["", "recipe", "batch", "precision", "ms a step", "tokens/s", "times plain's speed",
-               "peak MiB (of plain's)", "utilization", "evaluation, times plain's speed"]
+        lines += re.findall(r"^(?:step|evaluation): .*", output, re.M)
+    columns = ["model", "recipe", "batch", "precision", "ms a step", "tokens/s", "speed over plain",
+               "peak MiB (over plain)", "utilization", "evaluation speed over plain"]
     return table(columns, rows) + lines
 
 
