@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from data import EOS, Dictionary, InputError
+from data import Dictionary, InputError
 from flags import device, rnn_type, settle_device
 from model import NOTES
 from run import set_up_device
@@ -12,20 +12,19 @@ UNK = "<unk>"
 
 
 def add_flags(parser):
-    """The flags that say where a model runs, and of which type it has to be."""
+    """Adds the flags that say where a model runs, and of which type it has to be."""
     add = parser.add_argument
     add("--model", type=rnn_type, help="the checkpoint's type, which is checked (default: any)")
     add("--cuda", action="store_true", help="require CUDA (otherwise used where there is one)")
     add("--device", type=device, help="cpu, cuda, cuda:N or mps (default: cuda or cpu)")
 
 
-def trained(path, args, both=False):
-    """nn.ModuleList([model, criterion]) of the checkpoint at `path`, in evaluation mode, float32.
+def load_for_use(path, args, keep_bilm=False):
+    """Loads the checkpoint at `path` on `args.device`, by default CUDA where there is one.
 
-    On `args.device`, or on CUDA where there is one. Returns also the checkpoint's dictionary of
-    words. A biLM is its forward half, an LSTM, and a warning says so, unless the caller has a use
-    for `both`. Raises InputError for a flag that cannot be met, and for biLSTM, which has no use:
-    it wants to read the answer.
+    Returns (nn.ModuleList([model, criterion]) in evaluation mode and float32, data.Dictionary).
+    Unless `keep_bilm`, a biLM becomes its forward language model, with a note on stderr. Raises
+    InputError for a flag that cannot be met, and for biLSTM, which reads the word it predicts.
     """
     settle_device(args)
     args.precision = "fp32"
@@ -35,13 +34,9 @@ def trained(path, args, both=False):
     found = params[0].rnn_type
     if args.model not in (None, found):
         raise InputError(f"--model {args.model}: {path} holds a model {found}; leave the flag out")
-    if EOS not in checkpoint["vocabulary"]:
-        raise InputError(f"{path}: its vocabulary has no {EOS}; train again")
-    if not all(weight.isfinite().all() for weight in params.parameters()):
-        raise InputError(f"{path}: its weights are not all finite; train again")
     if found == "biLSTM":
         raise InputError(f"{path}: {NOTES[found]}; name another model")
-    if found == "biLM" and not both:
+    if found == "biLM" and not keep_bilm:
         params[0] = params[0].forward_half()
         cloze = checkpoint["flags"].get("objective") == "cloze"
         warn(
@@ -52,30 +47,27 @@ def trained(path, args, both=False):
 
 
 def encode(words, dictionary, path):
-    """Ids of `words`, and a Counter of those that the vocabulary of `path` lacks, read as <unk>.
+    """Returns (ids of `words`, Counter of the words outside the vocabulary, which become <unk>).
 
-    Raises InputError, naming some of those, where the vocabulary has no <unk>.
+    Raises InputError, naming some of them and the checkpoint's `path`, if there is no <unk>.
     """
-    unknown = Counter(word for word in words if word not in dictionary.word2idx)
-    if unknown and UNK not in dictionary.word2idx:
+    ids = dictionary.word2idx
+    unknown = Counter(word for word in words if word not in ids)
+    if unknown and UNK not in ids:
         raise InputError(
-            f"{path}: its vocabulary has no {UNK}, and lacks {some(unknown)}; leave them out"
+            f"{path}: its vocabulary has no {UNK}, and lacks {name_commonest(unknown)}; "
+            "leave them out"
         )
-    default = dictionary.word2idx.get(UNK)
-    return [dictionary.word2idx.get(word, default) for word in words], unknown
+    return [ids[UNK if word in unknown else word] for word in words], unknown
 
 
-def some(unknown, most=5):
-    """The commonest of a Counter of words, for a message."""
-    named = ", ".join(repr(word) for word, _ in unknown.most_common(most))
-    return named + (f" and {len(unknown) - most} others" if len(unknown) > most else "")
-
-
-def begin_of_text(dictionary):
-    """The id of what stands before a text's first word: the end of the sentence before."""
-    return dictionary.word2idx[EOS]
+def name_commonest(words, most=5):
+    """The `most` commonest of a Counter of words, quoted, for a message."""
+    named = ", ".join(repr(word) for word, _ in words.most_common(most))
+    return named + (f" and {len(words) - most} others" if len(words) > most else "")
 
 
 def warn_of_unknown(unknown):
+    """Names the words that `encode` did not find, on stderr."""
     if unknown:
-        warn(f"Warning: not in the vocabulary, read as {UNK}: {some(unknown)}")
+        warn(f"Warning: not in the vocabulary, read as {UNK}: {name_commonest(unknown)}")
