@@ -31,15 +31,12 @@ class Rule:
         self.lr = lr
         self.weights = list(params.parameters())
         self.trained = [weight.detach().clone() for weight in self.weights]
-        if root_mean_square is None:
-            one = self.trained[0].new_ones(())
-            self.scales = [one] * len(self.weights)
-            self.decays = [decay * one] * len(self.weights)
-        else:
-            self.scales = [r + epsilon for r in root_mean_square]
-            mean = torch.stack([r.mean() for r in root_mean_square]).mean()
-            ratios = [(r / mean).nan_to_num(0.0) for r in root_mean_square]  # 0 / 0: no gradient
-            self.decays = [(decay * ratio).clamp(max=1) for ratio in ratios]
+        if root_mean_square is None:  # sgd is rms with R = 1 and no epsilon
+            root_mean_square, epsilon = [self.trained[0].new_ones(())] * len(self.weights), 0.0
+        self.scales = [r + epsilon for r in root_mean_square]
+        mean = torch.stack([r.mean() for r in root_mean_square]).mean()
+        ratios = [(r / mean).nan_to_num(0.0) for r in root_mean_square]  # 0 / 0: no gradient
+        self.decays = [(decay * ratio).clamp(max=1) for ratio in ratios]
 
     @torch.no_grad()
     def step(self, gradients):
@@ -55,46 +52,48 @@ class Rule:
             weight.copy_(trained)
 
 
-def read_with_gradients(params, columns, length):
+def read_columns(params, columns, length, with_gradients):
     """Reads `columns` [T, B] in windows of `length` L, in evaluation mode, carrying the state.
 
-    Yields for each (states before its words [L*B, E], words [L*B], their log-probabilities in nats
-    [L*B], gradients of their mean loss in the order of `params.parameters()`).
+    Yields for each (states [L*B, E], words [L*B] that follow them, their log-probabilities in nats
+    [L*B], gradients of their mean loss in the order of `params.parameters()`, or None).
     """
     model, criterion = params
     for module in params.eval().modules():
         # cuDNN's recurrent layers have no backward pass in evaluation mode. They have no dropout of
         # their own, so they compute the same in both modes.
         if isinstance(module, nn.RNNBase):
-            module.train()
+            module.train(with_gradients)
     columns = columns.to(model.encoder.weight.device)
-    hidden = model.init_hidden(columns.size(1))
+    hidden, gradients = model.init_hidden(columns.size(1)), None
     for start in range(0, len(columns) - 1, length):
         data, words = get_batch(columns, start, None, seq_len=length)
-        with torch.enable_grad():
+        with torch.set_grad_enabled(with_gradients):
             output, hidden = model(data, repackage_hidden(hidden))
             weight, bias = model.decoder.weight, model.decoder.bias
             logprob = criterion.target_logprob(weight, bias, output, words)
-            # Zeros for the tail of a split softmax none of whose words occurs.
-            gradients = torch.autograd.grad(
-                -logprob.mean(), list(params.parameters()), materialize_grads=True
-            )
+            if with_gradients:  # zeros for the tail of a split softmax that has none of the words
+                gradients = torch.autograd.grad(
+                    -logprob.mean(), list(params.parameters()), materialize_grads=True
+                )
         yield output.detach(), words, logprob.detach(), gradients
 
 
-def read_dynamically(params, ids, segment, rule):
-    """Reads `ids` [N] in segments of L = `segment` words; after each, `rule` moves the weights.
+def read(params, ids, length, rule=None):
+    """Reads `ids` [N] in pieces of `length` L; after each, `rule`, if any, moves the weights.
 
-    Yields for each (states before its words [L, E], words [L], their log-probabilities in nats
-    [L]), from weights that have seen none of them: N - 1 words in all. Restores the weights when it
-    ends or is closed.
+    Yields for each (states [L, E], words [L] that follow them, their log-probabilities in nats
+    [L]), from weights that have seen none of the words: N - 1 words in all. Restores the weights
+    when it ends or is closed.
     """
     try:
-        for *piece, gradients in read_with_gradients(params, ids.unsqueeze(1), segment):
+        for *piece, gradients in read_columns(params, ids.unsqueeze(1), length, bool(rule)):
             yield piece
-            rule.step(gradients)
+            if rule:
+                rule.step(gradients)
     finally:
-        rule.restore()
+        if rule:
+            rule.restore()
 
 
 def root_mean_square(params, ids, windows=None, batch_size=100, bptt=5):
@@ -106,7 +105,7 @@ def root_mean_square(params, ids, windows=None, batch_size=100, bptt=5):
     """
     columns = batchify(ids, min(batch_size, len(ids) // 2))
     squares, count = [torch.zeros_like(weight) for weight in params.parameters()], 0
-    for *_, gradients in islice(read_with_gradients(params, columns, bptt), windows):
+    for *_, gradients in islice(read_columns(params, columns, bptt, True), windows):
         count += 1
         for square, gradient in zip(squares, gradients):
             square.addcmul_(gradient, gradient)

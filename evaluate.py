@@ -63,15 +63,9 @@ def states_after(model, lines, hidden):
     return F.pad(pad_sequence(columns), (0, 0, 0, 0, 0, 1))  # nothing follows the last word
 
 
-def open_text(path):
-    """The lines of a file, or of standard input for "-", as bytes."""
-    return sys.stdin.buffer if path == "-" else open(path, "rb")
-
-
-def score_text(params, dictionary, path, args):
+def score_text(params, dictionary, path, lines, args):
     """Logs the loss of a whole text, read as one stream."""
-    with open_text(path) as lines:
-        words = [word for line in words_of_lines(lines, path) for word in (*line, EOS)]
+    words = [word for line in words_of_lines(lines, path) for word in (*line, EOS)]
     if set(words) <= {EOS}:
         raise InputError(f"{path}: holds no words")
     ids, unknown = encode([EOS, *words], dictionary, args.checkpoint)
@@ -84,20 +78,18 @@ def score_text(params, dictionary, path, args):
     log_parts(parts)
 
 
-def score_each_line(params, dictionary, path, args):
+def score_each_line(params, dictionary, path, lines, args):
     """Prints for each line of a text: perplexity, loss, tokens, unknown words, the line."""
-    all_unknown = Counter()
-    with open_text(path) as lines:
-        texts = words_of_lines(lines, path)
-        while block := list(islice(texts, LINES)):
-            encoded = [encode([EOS, *words, EOS], dictionary, args.checkpoint) for words in block]
-            logprobs = score_lines(params, [ids for ids, _ in encoded])
-            for words, (_, unknown), logprob in zip(block, encoded, logprobs.tolist()):
-                tokens = len(words) + 1
-                loss = -logprob / tokens
-                row = (f"{perplexity(loss):.2f}", f"{loss:.4f}", tokens, unknown.total())
-                print(*row, " ".join(words), sep="\t", flush=True)
-                all_unknown += unknown
+    texts, all_unknown = words_of_lines(lines, path), Counter()
+    while block := list(islice(texts, LINES)):
+        encoded = [encode([EOS, *words, EOS], dictionary, args.checkpoint) for words in block]
+        logprobs = score_lines(params, [ids for ids, _ in encoded])
+        for words, (_, unknown), logprob in zip(block, encoded, logprobs.tolist()):
+            tokens = len(words) + 1
+            loss = -logprob / tokens
+            row = (f"{perplexity(loss):.2f}", f"{loss:.4f}", tokens, unknown.total())
+            print(*row, " ".join(words), sep="\t", flush=True)
+            all_unknown += unknown
     warn_of_unknown(all_unknown)
 
 
@@ -119,10 +111,12 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     params, dictionary = load_for_use(args.checkpoint, args, keep_bilm=True)
+    score_file = score_each_line if args.per_line else score_text
     if args.per_line:
         print("ppl\tloss\ttokens\tunknown\ttext", flush=True)
     for path in args.text:
-        (score_each_line if args.per_line else score_text)(params, dictionary, path, args)
+        with sys.stdin.buffer if path == "-" else open(path, "rb") as lines:
+            score_file(params, dictionary, path, lines, args)
     return 2 if log.failed else 0
 
 

@@ -100,8 +100,7 @@ def write_text(prompt, generator, dictionary, out, args):
         if args.interactive and not in_sentence:
             break
     if in_sentence:
-        out.write("\n")
-        out.flush()
+        print(file=out, flush=True)
 
 
 def ask_for_prompts():

@@ -7,8 +7,8 @@
 The cache (Grave, Joulin and Usunier 2016, 1612.04426) gives more probability to a word that
 followed a state like the present one. Nothing is trained, and no file is written.
 
-A text that is read is called `pieces` here: an iterable of (states [L, E], words [L], their
-log-probabilities in nats [L]), in order, where a state precedes its word.
+`pieces` are the parts of a text in order, each (states [L, E], words [L] that follow them, their
+log-probabilities in nats [L]): what dynamic_evaluation.read yields.
 """
 
 import math
@@ -17,11 +17,10 @@ from contextlib import closing
 from itertools import product
 
 import torch
-from torch.nn import functional as F
 from tqdm import tqdm
 
-from data import Corpus, InputError
-from dynamic_evaluation import Rule, read_dynamically, root_mean_square
+from data import Corpus
+from dynamic_evaluation import Rule, read, root_mean_square
 from flags import Parser, coefficient, count, number, rate, run, steps
 from run import check_vocabulary
 from train import loss_columns
@@ -34,45 +33,36 @@ THETAS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0)
 WINDOWS = (50, 100, 200, 500, 1000, 2000, 3785)
 RATES = {"rms": (3e-5, 5e-5, 7e-5, 1e-4, 2e-4), "sgd": (0.003, 0.01, 0.03, 0.1)}
 DECAYS = {"rms": (1e-3, 2e-3, 5e-3), "sgd": (0.0, 1e-3, 5e-3)}
-DEFAULT_RATE = {"rms": 5e-5, "sgd": 0.01}
-DEFAULT_DECAY = {"rms": 2e-3, "sgd": 1e-3}
-
-
-def cache_probabilities(states, words, settings):
-    """p_cache of each of `words` [N] after `states` [N, E], for each (theta, window) in `settings`.
-
-    A state h_t gives the word w the probability
-
-        p_cache(w) = sum_i a_i [w_i = w],   a = softmax(theta h_t . h_i)
-
-    over the pairs (h_i, w_i) with t - window <= i < t: only words that were read before. Returns
-    {(theta, window): [N], float64, on the CPU}; 0 for the first word, which has no cache.
-    """
-    longest = min(len(words), max(window for _, window in settings))
-    past_states = F.pad(states, (0, 0, longest, 0))
-    past_words = F.pad(words, (longest, 0), value=-1)  # -1: no pair
-    found = {setting: [] for setting in settings}
-    for start in range(0, len(words), CHUNK):
-        chunk = slice(start, start + CHUNK)
-        targets = words[chunk, None]  # [T, 1]
-        past = slice(start, start + longest + len(targets) - 1)
-        products = states[chunk] @ past_states[past].t()  # [T, longest + T - 1]
-        # Row t has its pairs in columns t to t + longest - 1: a band, read as a matrix.
-        row, column = products.stride()
-        products = products.as_strided((len(targets), longest), (row + column, column))
-        cached = past_words[past].unfold(0, longest, 1)  # [T, longest]
-        for theta, window in settings:
-            pairs = cached[:, -window:]
-            scores = (theta * products[:, -window:]).masked_fill(pairs < 0, -math.inf)
-            weights = scores.softmax(1).nan_to_num(0.0)  # NaN without any pair
-            found[theta, window].append((weights * (pairs == targets)).sum(1))
-    return {setting: torch.cat(parts).cpu().double() for setting, parts in found.items()}
+DEFAULTS = {"rms": (5e-5, 2e-3), "sgd": (0.01, 1e-3), None: (None, None)}  # --lr, --decay
 
 
 def join(pieces):
     """A text's (states [N, E], words [N], log-probabilities [N] in float64, on the CPU)."""
     states, words, logprobs = map(torch.cat, zip(*pieces))
     return states, words, logprobs.cpu().double()  # MPS has no float64
+
+
+def cache_probability(states, words, theta, window):
+    """p_cache of each of `words` [N] after `states` [N, E]: [N], float64, on the CPU.
+
+    A state h_t gives the word w the probability
+
+        p_cache(w) = sum_i a_i [w_i = w],   a = softmax(theta h_t . h_i)
+
+    over the pairs (h_i, w_i) with t - window <= i < t: only words that were read before. It is 0
+    for the first word, which has no cache.
+    """
+    places = torch.arange(len(words), device=words.device)
+    found = []
+    for start in range(0, len(words), CHUNK):
+        stop = min(start + CHUNK, len(words))
+        now, past = slice(start, stop), slice(max(0, start - window), stop - 1)
+        age = places[now, None] - places[past]  # [T, P]
+        scores = theta * (states[now] @ states[past].t())
+        scores = scores.masked_fill((age < 1) | (age > window), -math.inf)
+        weights = scores.softmax(1).nan_to_num(0.0)  # NaN without any pair
+        found.append((weights * (words[now, None] == words[past])).sum(1))
+    return torch.cat(found).cpu().double()
 
 
 def mixture_loss(logprob, p_cache, lambdasm):
@@ -93,22 +83,22 @@ def mean_loss(pieces):
 def evaluate_cache(pieces, theta, lambdasm, window):
     """Returns (mean loss in nats with the cache, without it). Holds all states of the text."""
     states, words, logprob = join(pieces)
-    (p_cache,) = cache_probabilities(states, words, [(theta, window)]).values()
+    p_cache = cache_probability(states, words, theta, window)
     return mixture_loss(logprob, p_cache, lambdasm), -logprob.mean().item()
 
 
 def tune_cache(pieces, thetas, windows):
-    """Finds the best (mean loss in nats, theta, lambda, window) on one text, in one pass."""
+    """Finds the best (mean loss in nats, theta, lambda, window) on one text."""
     states, words, logprob = join(pieces)
     found = []
-    p_caches = cache_probabilities(states, words, list(product(thetas, windows)))
-    for (theta, window), p_cache in p_caches.items():
+    for theta, window in product(thetas, windows):
+        p_cache = cache_probability(states, words, theta, window)
         lambdasm = best_lambda(logprob[1:].exp(), p_cache[1:])
         found.append((mixture_loss(logprob, p_cache, lambdasm), theta, lambdasm, window))
     return min(found)
 
 
-def best_lambda(p_model, p_cache, steps=30):
+def best_lambda(p_model, p_cache):
     """The lambda in [0, 1) that maximizes the mean of log((1 - lambda) p_model + lambda p_cache).
 
     That mean is concave in lambda, so bisection finds where its derivative passes through zero.
@@ -116,24 +106,11 @@ def best_lambda(p_model, p_cache, steps=30):
     """
     low, high = 0.0, 1.0
     difference = p_cache - p_model
-    for _ in range(steps):
+    for _ in range(30):  # to 1e-9
         middle = (low + high) / 2
         slope = (difference / (p_model + middle * difference)).mean().item()
         low, high = (middle, high) if slope > 0 else (low, middle)
     return low
-
-
-@torch.no_grad()
-def read(params, ids, bptt):
-    """Reads `ids` [N] in windows of `bptt` words with fixed weights; yields pieces."""
-    model, criterion = params
-    params.eval()
-    weight, bias = model.decoder.weight, model.decoder.bias
-    hidden = model.init_hidden(1)
-    for start in range(0, len(ids) - 1, bptt):
-        words = ids[start : start + bptt + 1].to(weight.device)
-        output, hidden = model(words[:-1].unsqueeze(1), hidden)
-        yield output, words[1:], criterion.target_logprob(weight, bias, output, words[1:])
 
 
 class Reader:
@@ -147,14 +124,12 @@ class Reader:
             log("Measuring the gradients on the training split")
             self.root_mean_square = root_mean_square(params, corpus.train, args.statistics)
 
-    def __call__(self, ids, lr=None, decay=None, seconds=math.inf):
+    def __call__(self, ids, lr, decay, seconds=math.inf):
         """Reads `ids` [N], or at least one piece and as much as `seconds` allow; yields pieces."""
-        args = self.args
+        args, rule = self.args, None
         if args.dynamic:
             rule = Rule(self.params, lr, decay, args.epsilon, self.root_mean_square)
-            pieces = read_dynamically(self.params, ids, args.segment, rule)
-        else:
-            pieces = read(self.params, ids, args.bptt)
+        pieces = read(self.params, ids, args.segment if rule else args.bptt, rule)
         self.words, end = 0, time.monotonic() + seconds
         bar = tqdm(total=len(ids) - 1, disable=None, leave=False, unit=" words")
         with bar, closing(pieces):  # closing restores the weights
@@ -211,8 +186,6 @@ def report(reader, ids, split, args):
     for name, value in losses.items():
         columns = loss_columns(value, f"{split} ") + cut
         log(f"| {name} | {columns}")
-    if args.dynamic and not math.isfinite(loss):
-        raise InputError(f"--lr {args.lr:g}: dynamic evaluation has diverged; lower it")
     return columns
 
 
@@ -251,10 +224,9 @@ def parse_args(argv=None):
     add("--bptt", type=steps, default=2000, help="words read at once (default: 2000)")
     add_flags(parser)
     args = parser.parse_args(argv)
-    if args.lr is None:
-        args.lr = DEFAULT_RATE.get(args.dynamic)
-    if args.decay is None:
-        args.decay = DEFAULT_DECAY.get(args.dynamic)
+    lr, decay = DEFAULTS[args.dynamic]
+    args.lr = lr if args.lr is None else args.lr
+    args.decay = decay if args.decay is None else args.decay
     return args
 
 

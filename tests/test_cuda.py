@@ -26,12 +26,12 @@ from allocator import use_expandable_segments
 from bidirectional import make_model, make_objective, score
 from conftest import ROOT, Interrupting, arguments, invoke, make_trainer
 from data import Corpus, get_batch
-from dynamic_evaluation import Rule, read_dynamically, root_mean_square
+from dynamic_evaluation import Rule, read, root_mean_square
 from files import pack
 from flags import has_precision
 from generate import Generator
 from model import RATES
-from pointer import evaluate_cache, read
+from pointer import evaluate_cache
 from preemption import Preempted
 from resume import describe_device, read_state
 from splitcross import SplitCrossEntropyLoss
@@ -369,8 +369,8 @@ def test_cache_and_dynamic_evaluation_are_the_cpus(device, trained):
         params = build(read_checkpoint(path, on))
         cache = evaluate_cache(read(params, ids, 100), 0.7, 0.2, 50)
         statistics = root_mean_square(params, run.corpus.train, 3)
-        rule = Rule(params, "rms", 5e-5, 2e-3, root_mean_square=statistics)
-        dynamic = evaluate_cache(read_dynamically(params, ids, 5, rule), 0.7, 0.2, 50)
+        rule = Rule(params, 5e-5, 2e-3, root_mean_square=statistics)
+        dynamic = evaluate_cache(read(params, ids, 5, rule), 0.7, 0.2, 50)
         found.append([*cache, *dynamic])
     assert found[0][:2] == pytest.approx(found[1][:2], rel=1e-5)
     assert found[0][2:] == pytest.approx(found[1][2:], rel=1e-4)
