@@ -82,19 +82,19 @@ def test_a_split_softmax_draws_from_its_tails():
 @pytest.mark.parametrize(
     ("settings", "kept"),
     [
-        ({"top_k": 2}, {1, 3}),
-        ({"top_k": 99}, {0, 1, 2, 3, 4}),
-        ({"top_p": 1e-9}, {1}),
-        ({"top_p": 0.41}, {1, 3}),
-        ({"top_p": 0.9}, {0, 1, 2, 3}),
-        ({"top_k": 2, "top_p": 0.6}, {1}),  # of what top_k leaves, 0.4 of 0.65 is more than 0.6
+        ({"top_k": 2}, [1, 3]),
+        ({"top_k": 99}, [0, 1, 2, 3, 4]),
+        ({"top_p": 1e-9}, [1]),
+        ({"top_p": 0.41}, [1, 3]),
+        ({"top_p": 0.9}, [0, 1, 2, 3]),
+        ({"top_k": 2, "top_p": 0.6}, [1]),  # of what top_k leaves, 0.4 of 0.65 is more than 0.6
     ],
 )
 def test_truncation(settings, kept):
     probability = torch.tensor([0.1, 0.4, 0.2, 0.25, 0.05], dtype=torch.float64)
-    expected = torch.tensor([p if i in kept else 0.0 for i, p in enumerate(probability)])
-    found = truncate(probability, **settings)
-    torch.testing.assert_close(found, expected.double() / expected.sum(), check_dtype=False)
+    expected = torch.zeros_like(probability)
+    expected[kept] = probability[kept] / probability[kept].sum()
+    torch.testing.assert_close(truncate(probability, **settings), expected)
 
 
 def test_text_follows_from_the_seed_and_the_flags(run):
@@ -113,9 +113,8 @@ def test_so_many_words_are_written_a_sentence_a_line(prompt, begin, run, trained
     assert set(out.split()) <= set(load(trained)[1].idx2word) - {EOS}
     # The end of the last line is only an <eos> where the text ended so.
     assert len(out.split()) + out.count("\n") - len(begin.split()) in (60, 61)
-    assert [line.split(" ") for line in out.split("\n")] == [
-        line.split() or [""] for line in out.split("\n")
-    ]
+    assert "  " not in out
+    assert " \n" not in out
 
 
 def test_unk_can_be_left_out(run, trained_with_unk):
