@@ -20,9 +20,10 @@ import distributed
 from bidirectional import make_model
 from data import Dictionary, InputError
 from flags import device as parse_device
+from flags import resolve_device
 from model import DROPOUTS, NOTES
 from splitcross import SplitCrossEntropyLoss, default_splits
-from utils import Preemption, environment, is_device_error, log, plain, warn
+from utils import Preemption, environment, is_device_error, log, plain, set_up_device, warn
 
 try:
     import fcntl
@@ -279,6 +280,33 @@ def load(path, device="cpu"):
     rates = {name: rate for name, rate in checkpoint["flags"].items() if name in DROPOUTS}
     model, _ = build_params(checkpoint, path, **rates)
     return model.eval(), Dictionary(checkpoint["vocabulary"])
+
+
+def load_for_use(path, args, keep_bilm=False):
+    """Loads the checkpoint at `path` on `args.device`, by default CUDA where there is one.
+
+    Returns (nn.ModuleList([model, criterion]) in evaluation mode and float32, data.Dictionary).
+    Unless `keep_bilm`, a biLM becomes its forward language model, with a note on stderr. Raises
+    InputError for a flag that cannot be met, and for biLSTM, which reads the word it predicts.
+    """
+    resolve_device(args)
+    args.precision = "fp32"
+    set_up_device(args)
+    checkpoint = read_checkpoint(path, args.device)
+    params = build_params(checkpoint, path).eval()
+    found = params[0].rnn_type
+    if args.model not in (None, found):
+        raise InputError(f"--model {args.model}: {path} holds a model {found}; leave the flag out")
+    if found == "biLSTM":
+        raise InputError(f"{path}: {NOTES[found]}; name another model")
+    if found == "biLM" and not keep_bilm:
+        params[0] = params[0].forward_half()
+        cloze = checkpoint["flags"].get("objective") == "cloze"
+        warn(
+            f"Note: of the biLM {path}, its forward language model alone is used"
+            + (", which was not trained: it was for cloze prediction" if cloze else "")
+        )
+    return params, Dictionary(checkpoint["vocabulary"])
 
 
 # ------------------------------------------------------------ training states

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-EOS = "<eos>"
+EOS, UNK = "<eos>", "<unk>"
 SPLITS = ("train", "valid", "test")
 
 
@@ -113,6 +113,27 @@ def words_of_lines(lines, name):
         if b"\0" in line:
             raise InputError(f"{name}: line {number} holds a NUL byte; is this a text file?")
         yield words
+
+
+def encode(words, dictionary, path):
+    """Returns (ids of `words`, Counter of the words outside the vocabulary, which become <unk>).
+
+    Raises InputError, naming some of them and the checkpoint's `path`, if there is no <unk>.
+    """
+    ids = dictionary.word2idx
+    unknown = Counter(word for word in words if word not in ids)
+    if unknown and UNK not in ids:
+        raise InputError(
+            f"{path}: its vocabulary has no {UNK}, and lacks {name_commonest(unknown)}; "
+            "leave them out"
+        )
+    return [ids[UNK if word in unknown else word] for word in words], unknown
+
+
+def name_commonest(words, most=5):
+    """The `most` commonest of a Counter of words, quoted, for a message."""
+    named = ", ".join(repr(word) for word, _ in words.most_common(most))
+    return named + (f" and {len(words) - most} others" if len(words) > most else "")
 
 
 def unigram(train, ntoken):

@@ -120,6 +120,14 @@ def rnn_type(text):
     return text
 
 
+def add_device_flags(parser):
+    """Adds the flags that say where a model runs, and of which type it has to be."""
+    add = parser.add_argument
+    add("--model", type=rnn_type, help="the checkpoint's type, which is checked (default: any)")
+    add("--cuda", action="store_true", help="require CUDA (otherwise used where there is one)")
+    add("--device", type=device, help="cpu, cuda, cuda:N or mps (default: cuda or cpu)")
+
+
 def make_parser(description, inherited=()):
     """A parser for the flags that main.py and finetune.py share, with the reference's defaults.
 

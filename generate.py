@@ -6,18 +6,19 @@
 The checkpoint is all that is needed. The same seed writes the same text on the same machine.
 """
 
-import argparse
+import math
+import os
 import sys
 from contextlib import suppress
-from pathlib import Path
+from itertools import islice
 
 import torch
 
-from cpu_kernels import Cell, Packed
-from data import EOS, InputError
-from flags import Parser, count, number, run
-from trained import UNK, add_flags, begin_of_text, encode, trained, warn_of_unknown
-from utils import warn
+from checkpoint import load_for_use
+from cpu_kernels import Cell
+from data import EOS, UNK, InputError, encode
+from flags import Parser, add_device_flags, count, number, run
+from utils import warn, warn_of_unknown
 
 
 def truncate(probability, top_k=0, top_p=1.0):
@@ -37,92 +38,87 @@ def truncate(probability, top_k=0, top_p=1.0):
 
 
 class Generator:
-    """Draws words from a model; `text` is a stream of ids that goes on and on.
+    """Draws words from a model; `text` is an endless stream of ids.
 
-    The next word's log-probabilities are divided by `temperature`, then truncated; `banned` is an
-    iterable of ids that are never drawn. Draws are made on the model's device, in float64 where it
-    has that.
+    The next word's log-probabilities are divided by `temperature`, then truncated; the ids in
+    `banned` are never drawn. Draws are made on the model's device, in float64 where it has that.
     """
 
     def __init__(self, params, seed, temperature=1.0, top_k=0, top_p=1.0, banned=()):
         self.params = params.eval()
-        model, criterion = params
-        device = model.encoder.weight.device
-        self.layers = model.rnns
-        with torch.no_grad():
-            if device.type == "cpu":
-                self.layers = [Cell(rnn.module) for rnn in model.rnns]
-            self.logits = None if criterion.splits else Packed(model.decoder.weight, 1)
         self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
         self.banned = list(banned)
+        device = params[0].encoder.weight.device
         self.random = torch.Generator(device).manual_seed(seed)
 
     @torch.inference_mode()
     def text(self, prompt):
-        """Yields ids that follow those in `prompt`, of which there has to be one at least."""
+        """Yields the ids that follow those in `prompt`, a list of at least one."""
         model, criterion = self.params
         weight, bias = model.decoder.weight, model.decoder.bias
+        layers = model.rnns
+        if weight.device.type == "cpu":  # where nn.LSTM would pack its weights for every word
+            layers = [Cell(rnn.module) for rnn in layers]
         hidden, words = model.init_hidden(1), torch.tensor(prompt, device=weight.device)
         while True:
-            output, hidden = model.read(self.layers, words.unsqueeze(1), hidden)
-            if self.logits is None:
-                logits = criterion.logprob(weight, bias, output[-1:])
-            else:
-                logits = self.logits(output[-1:], bias)
-            words = self.draw(logits)
+            output, hidden = model.read(layers, words.unsqueeze(1), hidden)
+            words = self.draw(criterion.logprob(weight, bias, output[-1:]))
             yield words.item()
 
-    def draw(self, logits):
-        """An id for each row: log-probabilities [.., V], up to a constant, -> [..]."""
-        logits = logits.to(torch.float32 if logits.is_mps else torch.float64, copy=True)
+    def draw(self, logprob):
+        """Draws an id for each row: log-probabilities [.., V] -> [..]."""
+        logits = logprob.to(torch.float32 if logprob.is_mps else torch.float64, copy=True)
         logits[..., self.banned] = -torch.inf
         probability = (logits / self.temperature).softmax(-1)
         if self.top_k or self.top_p < 1:
             probability = truncate(probability, self.top_k, self.top_p)
-        # The word whose waiting time at its rate is the shortest: never one of probability 0, which
-        # torch.multinomial has drawn on some devices.
+        # The word with the shortest exponential waiting time at the rate p. torch.multinomial has
+        # drawn words of probability 0 on some devices.
         times = torch.empty_like(probability).exponential_(generator=self.random)
         return (probability / times.clamp_(min=torch.finfo(times.dtype).tiny)).argmax(-1)
 
 
-def write(ids, dictionary, out, begun=False, every=0, words=0):
-    """Writes words to the file `out` as they come, a sentence a line.
+def write_text(prompt, generator, dictionary, out, args):
+    """Writes `prompt` and the `args.words` words that follow it to `out`, a sentence a line.
 
-    `begun`: the line has words already. `every`: how often progress is reported, of `words`.
+    With --interactive it ends with the first sentence; into a file, it reports progress on stderr.
     """
-    for number_, idx in enumerate(ids, 1):
+    ids, unknown = encode([EOS, *prompt.split()], dictionary, args.checkpoint)
+    warn_of_unknown(unknown)
+    out.write(" ".join(dictionary.idx2word[idx] for idx in ids[1:]))
+    in_sentence = len(ids) > 1
+    for written, idx in enumerate(islice(generator.text(ids), args.words), 1):
         word = dictionary.idx2word[idx]
         if word == EOS:
             out.write("\n")
         else:
-            out.write(f" {word}" if begun else word)
-        begun = word != EOS
+            out.write(f" {word}" if in_sentence else word)
+        in_sentence = word != EOS
         out.flush()
-        if every and number_ % every == 0:
-            warn(f"| Generated {number_}/{words} words")
-    if begun:
-        out.write("\n")
-        out.flush()
+        if out is not sys.stdout and written % args.log_interval == 0:
+            warn(f"| Generated {written}/{args.words} words")
+        if args.interactive and not in_sentence:
+            break
+    if in_sentence:
+        print(file=out, flush=True)
+
+
+def ask_for_prompts():
+    """Yields lines typed, or read from standard input, until its end."""
+    with suppress(ImportError):
+        import readline  # noqa: F401 - arrow keys in input()
+    with suppress(EOFError):
+        while True:
+            yield input("> " if sys.stdin.isatty() else "")
 
 
 def open_output(path):
-    """A file for writing, standard output for "-". Raises InputError where there is one already."""
+    """Opens a file to write, or standard output for "-". Raises InputError if it has content."""
     if path == "-":
         return sys.stdout
-    try:
-        if Path(path).is_file() and Path(path).stat().st_size:
-            raise InputError(f"--outf {path}: exists; remove it, or name another")
-        return open(path, "w", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"--outf {path}: cannot be written ({error.strerror})") from None
-
-
-def mass(text):
-    """An argparse type: a probability above 0, and 1 too."""
-    value = number(float, 0, open_low=True)(text)
-    if value > 1:
-        raise argparse.ArgumentTypeError(f"must be a number of 1 or less, not {text}")
-    return value
+    if os.path.isfile(path) and os.path.getsize(path):
+        raise InputError(f"--outf {path}: exists; remove it, or name another")
+    return open(path, "w", encoding="utf-8")
 
 
 def parse_args(argv=None):
@@ -136,7 +132,8 @@ def parse_args(argv=None):
         help="below 1 likely words become likelier (default: 1)")
     add("--top-k", type=number(int, 0), default=0, metavar="K",
         help="draw from the K likeliest words only (default: 0, from all)")
-    add("--top-p", type=mass, default=1.0, metavar="P",
+    add("--top-p", type=number(float, 0, math.nextafter(1, 2), open_low=True), default=1.0,
+        metavar="P",
         help="draw from the fewest words that have the probability P (default: 1, from all)")
     add("--no-unk", action="store_true", help=f"never write {UNK}")
     add("--seed", type=number(int, 0, 2**32), default=1111, help="random seed (default: 1111)")
@@ -144,63 +141,20 @@ def parse_args(argv=None):
     add("--log-interval", type=count, default=100, metavar="N",
         help="words between reports when writing to a file (default: 100)")
     add("--interactive", action="store_true",
-        help="ask for prompts, and go on with each to the sentence's end")
+        help="ask for prompts in place of --prompt, and finish the sentence of each")
     add("--data", help="accepted as in the reference; the checkpoint holds the vocabulary")
-    add_flags(parser)
-    args = parser.parse_args(argv)
-    if args.interactive and (args.prompt or args.outf != "-"):
-        parser.error(
-            "--interactive: asks for the prompt, writes to the terminal; leave out --prompt, --outf"
-        )
-    return args
-
-
-def converse(generator, dictionary, args):
-    """Asks for a prompt, goes on with it to the end of the sentence; until the end of input."""
-    if sys.stdin is None:
-        raise InputError("--interactive: standard input is closed; open it")
-    with suppress(ImportError):
-        import readline  # noqa: F401 - arrow keys in input()
-    while True:
-        try:
-            prompt = input("> " if sys.stdin.isatty() else "")
-        except EOFError:
-            return
-        words, unknown = encode(prompt.split(), dictionary, args.checkpoint)
-        warn_of_unknown(unknown)
-        print(" ".join(dictionary.idx2word[word] for word in words), end="", flush=True)
-        ids = generator.text([begin_of_text(dictionary), *words])
-        write(sentence(ids, dictionary, args.words), dictionary, sys.stdout, begun=bool(words))
-
-
-def sentence(ids, dictionary, most):
-    """The ids up to the end of a sentence, `most` at most."""
-    for _, idx in zip(range(most), ids):
-        yield idx
-        if dictionary.idx2word[idx] == EOS:
-            return
+    add_device_flags(parser)
+    return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    params, dictionary = trained(args.checkpoint, args)
-    prompt, unknown = encode(args.prompt.split(), dictionary, args.checkpoint)
-    warn_of_unknown(unknown)
+    params, dictionary = load_for_use(args.checkpoint, args)
     banned = [dictionary.word2idx[UNK]] if args.no_unk and UNK in dictionary.word2idx else []
-    generator = Generator(
-        params, args.seed, args.temperature, args.top_k, args.top_p, banned
-    )
-    if args.interactive:
-        converse(generator, dictionary, args)
-        return 0
+    generator = Generator(params, args.seed, args.temperature, args.top_k, args.top_p, banned)
     out = open_output(args.outf)
-    every = 0 if out is sys.stdout else args.log_interval
-    out.write(" ".join(dictionary.idx2word[word] for word in prompt))
-    ids = generator.text([begin_of_text(dictionary), *prompt])
-    drawn = (idx for _, idx in zip(range(args.words), ids))
-    write(drawn, dictionary, out, bool(prompt), every, args.words)
-    if out is not sys.stdout:
-        out.close()
+    for prompt in ask_for_prompts() if args.interactive else [args.prompt]:
+        write_text(prompt, generator, dictionary, out, args)
     return 0
 
 

@@ -4,176 +4,108 @@
     python pointer.py --data data/penn --save PTB.pt --tune
     python pointer.py --data data/penn --save PTB.pt --dynamic
 
-The cache is that of Grave, Joulin and Usunier 2016 (1612.04426): a word that followed a state like
-the present one is likely to come again. Nothing is trained; nothing is written.
+The cache (Grave, Joulin and Usunier 2016, 1612.04426) gives more probability to a word that
+followed a state like the present one. Nothing is trained, and no file is written.
+
+`pieces` are the parts of a text in order, each (states [L, E], words [L] that follow them, their
+log-probabilities in nats [L]): what dynamic_evaluation.read yields.
 """
 
 import math
 import time
 from contextlib import closing
-from itertools import product as grid
+from itertools import product
 
 import torch
 from tqdm import tqdm
 
-from data import Corpus, InputError
-from dynamic_evaluation import RULES, Rule, read_dynamically, root_mean_square
-from flags import Parser, coefficient, count, number, rate, run, steps
-from checkpoint import check_vocabulary
-from utils import loss_columns
-from trained import add_flags, trained
-from utils import log
+from data import Corpus
+from dynamic_evaluation import Rule, read, root_mean_square
+from flags import Parser, add_device_flags, coefficient, count, number, rate, run, steps
+from checkpoint import check_vocabulary, load_for_use
+from utils import log, loss_columns
 
-LONGEST = 65_535  # the steps of a window that cuDNN takes
+LONGEST = 65_535  # time steps that cuDNN takes at once
 CHUNK = 256  # words whose attention over the cache is computed at once
+# What --tune tries. The rates and decays fit segments of 5 words; both grow with the segment.
 THETAS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0)
 WINDOWS = (50, 100, 200, 500, 1000, 2000, 3785)
-# Of dynamic evaluation with segments of 5 words; both grow with the segment.
 RATES = {"rms": (3e-5, 5e-5, 7e-5, 1e-4, 2e-4), "sgd": (0.003, 0.01, 0.03, 0.1)}
 DECAYS = {"rms": (1e-3, 2e-3, 5e-3), "sgd": (0.0, 1e-3, 5e-3)}
+DEFAULTS = {"rms": (5e-5, 2e-3), "sgd": (0.01, 1e-3), None: (None, None)}  # --lr, --decay
 
 
-class Cache:
-    """The last `window` pairs (state, the word that followed it), of one text.
+def join(pieces):
+    """A text's (states [N, E], words [N], log-probabilities [N] in float64, on the CPU)."""
+    states, words, logprobs = map(torch.cat, zip(*pieces))
+    return states, words, logprobs.cpu().double()  # MPS has no float64
+
+
+def cache_probability(states, words, theta, window):
+    """p_cache of each of `words` [N] after `states` [N, E]: [N], float64, on the CPU.
 
     A state h_t gives the word w the probability
 
         p_cache(w) = sum_i a_i [w_i = w],   a = softmax(theta h_t . h_i)
 
-    over the pairs (h_i, w_i) with t - window <= i < t: all words read so far, and no other.
+    over the pairs (h_i, w_i) with t - window <= i < t: only words that were read before. It is 0
+    for the first word, which has no cache.
     """
-
-    def __init__(self, window):
-        self.window = window
-        self.states = self.words = None
-
-    def attend(self, states, words):
-        """Adds the pairs of `states` [T, E] and the `words` [T] after them, and looks them up.
-
-        Returns h_t . h_i and w_i, both [T, window], the newest pair last, of the pairs that were
-        there before each state; where there are fewer, the word is -1.
-        """
-        window = self.window
-        if self.states is None:
-            self.states = states.new_zeros(window, states.size(1))
-            self.words = words.new_full((window,), -1)
-        all_states, all_words = torch.cat([self.states, states]), torch.cat([self.words, words])
-        products = states @ all_states[:-1].t()  # [T, window + T - 1]
-        # Row t has its pairs in columns t to t + window - 1: a band, read as a matrix.
-        products = products.as_strided((len(states), window), (products.size(1) + 1, 1))
-        cached = all_words[:-1].unfold(0, window, 1)  # [T, window]
-        self.states, self.words = all_states[-window:], all_words[-window:]
-        return products, cached
-
-
-def cache_weights(products, cached, theta):
-    """a [T, window] of what `Cache.attend` returns; 0 where there is no pair."""
-    scores = (theta * products).masked_fill(cached < 0, -math.inf)
-    return scores.softmax(1).nan_to_num(0.0)  # NaN where there is none at all
-
-
-def cache_distribution(weights, cached, ntoken):
-    """p_cache over the vocabulary, [T, ntoken]; all zero where the cache is empty."""
-    distribution = weights.new_zeros(len(weights), ntoken)
-    return distribution.scatter_add_(1, cached.clamp(min=0), weights)
-
-
-def cache_probability(weights, cached, words):
-    """p_cache of one word for each state: words [T] -> [T]."""
-    return (weights * (cached == words.unsqueeze(1))).sum(1)
-
-
-def log_mixture(logprob, p_cache, lambdasm, exists):
-    """log((1 - lambda) p_model + lambda p_cache); log p_model where the cache is empty.
-
-    `logprob` is log p_model; `exists`, broadcast over it, says where there is a cache.
-    """
-    share = math.log(lambdasm) if lambdasm else -math.inf
-    mixed = torch.logaddexp(logprob + math.log1p(-lambdasm), p_cache.log() + share)
-    return torch.where(exists, mixed, logprob)
-
-
-@torch.no_grad()
-def read(params, ids, bptt):
-    """Reads `ids` [N] in windows of `bptt` words; what it yields is as `read_dynamically`'s."""
-    model, criterion = params
-    params.eval()
-    device = model.encoder.weight.device
-    hidden, bptt = model.init_hidden(1), min(bptt, LONGEST)
-    for start in range(0, len(ids) - 1, bptt):
-        words = ids[start : start + bptt + 1].to(device)
-        output, hidden = model(words[:-1].unsqueeze(1), hidden)
-        weight, bias = model.decoder.weight, model.decoder.bias
-        yield output, words[1:], criterion.target_logprob(weight, bias, output, words[1:])
-
-
-def in_chunks(pieces, size=CHUNK):
-    """Joins and cuts what `read` or `read_dynamically` yields to pieces of `size` words."""
-    waiting, length = [], 0
-    for piece in pieces:
-        waiting.append(piece)
-        length += len(piece[1])
-        if length >= size:
-            joined = [torch.cat(parts) for parts in zip(*waiting)]
-            whole = length - length % size
-            yield from zip(*(part[:whole].split(size) for part in joined))
-            waiting, length = [[part[whole:] for part in joined]], length - whole
-    if length:
-        yield [torch.cat(parts) for parts in zip(*waiting)]
-
-
-@torch.no_grad()
-def evaluate_cache(pieces, theta, lambdasm, window):
-    """The mean loss in nats with the cache, and without it.
-
-    `pieces`: (states [L, E], words [L], log-probabilities [L]) of one text, in order.
-    """
-    cache = Cache(window)
-    with_cache, without = [], []
-    for states, words, logprob in in_chunks(pieces):
-        products, cached = cache.attend(states, words)
-        weights = cache_weights(products, cached, theta)
-        p_cache = cache_probability(weights, cached, words)
-        with_cache.append(log_mixture(logprob, p_cache, lambdasm, cached[:, -1] >= 0))
-        without.append(logprob)
-    return tuple(-torch.cat(logs).cpu().double().mean().item() for logs in (with_cache, without))
-
-
-@torch.no_grad()
-def tune_cache(pieces, thetas, windows):
-    """The best (loss in nats, theta, lambda, window) on one text, by one pass over its states.
-
-    For each theta and window the best lambda is found exactly: the mean log-likelihood is concave
-    in it.
-    """
-    cache = Cache(max(windows))
-    logprobs, p_caches = [], {pair: [] for pair in grid(thetas, windows)}
-    for states, words, logprob in in_chunks(pieces):
-        products, cached = cache.attend(states, words)
-        logprobs.append(logprob)
-        for theta, window in p_caches:
-            weights = cache_weights(products[:, -window:], cached[:, -window:], theta)
-            p_cache = cache_probability(weights, cached[:, -window:], words)
-            p_caches[theta, window].append(p_cache)
-    logprob = torch.cat(logprobs).cpu().double()
-    exists = torch.arange(len(logprob)) > 0
+    places = torch.arange(len(words), device=words.device)
     found = []
-    for (theta, window), parts in p_caches.items():
-        p_cache = torch.cat(parts).cpu().double()
-        lambdasm = best_lambda(logprob.exp()[exists], p_cache[exists])
-        loss = -log_mixture(logprob, p_cache, lambdasm, exists).mean().item()
-        found.append((loss, theta, lambdasm, window))
+    for start in range(0, len(words), CHUNK):
+        stop = min(start + CHUNK, len(words))
+        now, past = slice(start, stop), slice(max(0, start - window), stop - 1)
+        age = places[now, None] - places[past]  # [T, P]
+        scores = theta * (states[now] @ states[past].t())
+        scores = scores.masked_fill((age < 1) | (age > window), -math.inf)
+        weights = scores.softmax(1).nan_to_num(0.0)  # NaN without any pair
+        found.append((weights * (words[now, None] == words[past])).sum(1))
+    return torch.cat(found).cpu().double()
+
+
+def mixture_loss(logprob, p_cache, lambdasm):
+    """Mean -log((1 - lambda) p_model + lambda p_cache), where `logprob` [N] is log p_model.
+
+    The first word, which has no cache, counts with p_model.
+    """
+    mixed = torch.logaddexp(logprob + math.log1p(-lambdasm), (lambdasm * p_cache).log())
+    mixed[0] = logprob[0]
+    return -mixed.mean().item()
+
+
+def mean_loss(pieces):
+    """The mean loss in nats without a cache."""
+    return -torch.cat([logprob for *_, logprob in pieces]).cpu().double().mean().item()
+
+
+def evaluate_cache(pieces, theta, lambdasm, window):
+    """Returns (mean loss in nats with the cache, without it). Holds all states of the text."""
+    states, words, logprob = join(pieces)
+    p_cache = cache_probability(states, words, theta, window)
+    return mixture_loss(logprob, p_cache, lambdasm), -logprob.mean().item()
+
+
+def tune_cache(pieces, thetas, windows):
+    """Finds the best (mean loss in nats, theta, lambda, window) on one text."""
+    states, words, logprob = join(pieces)
+    found = []
+    for theta, window in product(thetas, windows):
+        p_cache = cache_probability(states, words, theta, window)
+        lambdasm = best_lambda(logprob[1:].exp(), p_cache[1:])
+        found.append((mixture_loss(logprob, p_cache, lambdasm), theta, lambdasm, window))
     return min(found)
 
 
-def best_lambda(p_model, p_cache, steps=30):
+def best_lambda(p_model, p_cache):
     """The lambda in [0, 1) that maximizes the mean of log((1 - lambda) p_model + lambda p_cache).
 
-    Where its derivative, which falls, passes through zero; by bisection. Both [N], float64.
+    That mean is concave in lambda, so bisection finds where its derivative passes through zero.
+    Both [N], float64.
     """
     low, high = 0.0, 1.0
     difference = p_cache - p_model
-    for _ in range(steps):
+    for _ in range(30):  # to 1e-9
         middle = (low + high) / 2
         slope = (difference / (p_model + middle * difference)).mean().item()
         low, high = (middle, high) if slope > 0 else (low, middle)
@@ -181,31 +113,25 @@ def best_lambda(p_model, p_cache, steps=30):
 
 
 class Reader:
-    """Reads a text in the way that the flags ask for, with weights that move or stay."""
+    """Reads texts with weights that are fixed or, with --dynamic, follow the text."""
 
     def __init__(self, params, corpus, args):
         self.params, self.args = params, args
-        self.words = 0  # how many the last reading came to
-        self.statistics = None
+        self.words = 0  # read of the last text
+        self.root_mean_square = None
         if args.dynamic == "rms":
             log("Measuring the gradients on the training split")
-            self.statistics = root_mean_square(params, corpus.train, args.statistics)
+            self.root_mean_square = root_mean_square(params, corpus.train, args.statistics)
 
-    def __call__(self, ids, lr=None, decay=None, seconds=math.inf):
-        """Yields (states [L, E], words [L], log-probabilities [L]) of `ids` [N], in order.
-
-        Of as many words as `seconds` allow, and of the first ones in any case.
-        """
-        args = self.args
+    def __call__(self, ids, lr, decay, seconds=math.inf):
+        """Reads `ids` [N], or at least one piece and as much as `seconds` allow; yields pieces."""
+        args, rule = self.args, None
         if args.dynamic:
-            lr, decay = args.lr if lr is None else lr, args.decay if decay is None else decay
-            rule = Rule(self.params, args.dynamic, lr, decay, args.epsilon, self.statistics)
-            pieces = read_dynamically(self.params, ids, args.segment, rule)
-        else:
-            pieces = read(self.params, ids, args.bptt)
+            rule = Rule(self.params, lr, decay, args.epsilon, self.root_mean_square)
+        pieces = read(self.params, ids, args.segment if rule else min(args.bptt, LONGEST), rule)
         self.words, end = 0, time.monotonic() + seconds
         bar = tqdm(total=len(ids) - 1, disable=None, leave=False, unit=" words")
-        with bar, closing(pieces):  # which puts the weights back
+        with bar, closing(pieces):  # closing restores the weights
             for piece in pieces:
                 self.words += len(piece[1])
                 yield piece
@@ -214,32 +140,28 @@ class Reader:
                     break
 
 
-def mean_loss(pieces):
-    """The mean loss in nats of what a reader yields, without a cache."""
-    return -torch.cat([logprob for _, _, logprob in pieces]).cpu().double().mean().item()
-
-
 def tune(reader, ids, args):
-    """Sets the flags to what does best on the text `ids`; logs what was tried and what was best.
+    """Sets the flags to the best found on the text `ids`, and logs them.
 
-    The rate and the decay of dynamic evaluation on the first `args.tune_words` words, then the
-    cache's theta, lambda and window. What the flags had before is among what is tried.
+    First the rate and the decay of dynamic evaluation, on the first `args.tune_words` words, then
+    the cache's theta, lambda and window. The flags' own values are tried as well.
     """
     if args.dynamic:
         part, factor = ids[: args.tune_words + 1], args.segment / 5
-        rates = sorted({args.lr, *(factor * lr for lr in RATES[args.dynamic])})
-        decays = sorted({args.decay, *(factor * decay for decay in DECAYS[args.dynamic])})
+        rates = {args.lr, *(factor * lr for lr in RATES[args.dynamic])}
+        decays = {args.decay, *(factor * decay for decay in DECAYS[args.dynamic])}
         tried = []
-        for lr, decay in grid(rates, decays):
+        for lr, decay in product(sorted(rates), sorted(decays)):
             loss = mean_loss(reader(part, lr, decay))
             log(f"| lr {lr:7.2g} | decay {decay:7.2g} | {loss_columns(loss, 'valid ')}")
             tried.append((loss if math.isfinite(loss) else math.inf, lr, decay))
         _, args.lr, args.decay = min(tried)
         log(f"Best on {len(part) - 1:,} words of valid: --lr {args.lr:g} --decay {args.decay:g}")
     if args.lambdasm:
-        thetas = sorted({args.theta, *THETAS})
-        windows = sorted({min(window, len(ids)) for window in (args.window, *WINDOWS)})
-        _, args.theta, args.lambdasm, args.window = tune_cache(reader(ids), thetas, windows)
+        pieces = reader(ids, args.lr, args.decay)
+        _, args.theta, args.lambdasm, args.window = tune_cache(
+            pieces, {args.theta, *THETAS}, {args.window, *WINDOWS}
+        )
         log(
             f"Best on valid: --theta {args.theta:g} --lambdasm {args.lambdasm:.4f} "
             f"--window {args.window}" + " (the cache does not help)" * (not args.lambdasm)
@@ -247,25 +169,22 @@ def tune(reader, ids, args):
 
 
 def report(reader, ids, split, args):
-    """Logs the loss of one split by the model alone and in the ways that were asked for.
-
-    Returns the columns of the last of them.
-    """
-    window = min(args.window, len(ids))  # the same, in less memory
-    pieces = reader(ids, seconds=args.seconds or math.inf)
-    loss, without = evaluate_cache(pieces, args.theta, args.lambdasm, window)
-    found = {"dynamic" if args.dynamic else "model alone": without}
-    if args.dynamic:
-        read_alone = read(reader.params, ids[: reader.words + 1], args.bptt)
-        found = {"model alone": mean_loss(read_alone), **found}
+    """Logs a split's loss by the model alone and as the flags ask; returns the last columns."""
+    pieces = reader(ids, args.lr, args.decay, args.seconds)
     if args.lambdasm:
-        found["dynamic and cache" if args.dynamic else "with cache"] = loss
-    part = f" | {reader.words:,} of {len(ids) - 1:,} tokens" if args.seconds else ""
-    for name, value in found.items():
-        columns = loss_columns(value, f"{split} ") + part
+        with_cache, loss = evaluate_cache(pieces, args.theta, args.lambdasm, args.window)
+    else:
+        loss = mean_loss(pieces)
+    losses = {"model alone": loss}
+    if args.dynamic:
+        fixed = read(reader.params, ids[: reader.words + 1], args.bptt)
+        losses = {"model alone": mean_loss(fixed), "dynamic": loss}
+    if args.lambdasm:
+        losses["dynamic and cache" if args.dynamic else "with cache"] = with_cache
+    cut = f" | {reader.words:,} of {len(ids) - 1:,} tokens" if args.seconds < math.inf else ""
+    for name, value in losses.items():
+        columns = loss_columns(value, f"{split} ") + cut
         log(f"| {name} | {columns}")
-    if args.dynamic and not without < math.log(len(reader.params[0].decoder.bias)) + 1:
-        raise InputError(f"--lr {args.lr:g}: dynamic evaluation has diverged; lower it")
     return columns
 
 
@@ -280,7 +199,7 @@ def parse_args(argv=None):
         help="how much the likeness of states counts (default: 1)")
     add("--lambdasm", type=rate, default=0.1,
         help="the cache's share of the mixture, 0 for no cache (default: 0.1)")
-    add("--dynamic", choices=RULES, nargs="?", const="rms",
+    add("--dynamic", choices=list(RATES), nargs="?", const="rms",
         help="dynamic evaluation, by the rule rms (if none is named) or sgd")
     add("--lr", type=coefficient, help="its learning rate (default: 5e-5 with rms, 0.01 with sgd)")
     add("--decay", type=rate, help="its decay (default: 0.002 with rms, 0.001 with sgd)")
@@ -298,26 +217,21 @@ def parse_args(argv=None):
              "(default: 20000)")
     add("--split", choices=["valid", "test"], nargs="+", default=["valid", "test"],
         help="what to evaluate (default: both)")
-    add("--seconds", type=number(float, 0, open_low=True), metavar="N",
+    add("--seconds", type=number(float, 0, open_low=True), default=math.inf, metavar="N",
         help="stop reading a split after N seconds, and report on what was read (default: read "
              "all; so does --tune)")
     add("--bptt", type=count, default=2000, help="words read at once (default: 2000)")
-    add_flags(parser)
+    add_device_flags(parser)
     args = parser.parse_args(argv)
-    if args.tune and not (args.lambdasm or args.dynamic):
-        parser.error("--lambdasm 0: there is nothing to tune; leave it out")
-    defaults = {"rms": (5e-5, 2e-3), "sgd": (0.01, 1e-3)}.get(args.dynamic, (None, None))
-    for flag, default in zip(("lr", "decay"), defaults):
-        if getattr(args, flag) is None:
-            setattr(args, flag, default)
-        elif not args.dynamic:
-            parser.error(f"--{flag}: belongs to --dynamic; give that too")
+    lr, decay = DEFAULTS[args.dynamic]
+    args.lr = lr if args.lr is None else args.lr
+    args.decay = decay if args.decay is None else args.decay
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
-    params, dictionary = trained(args.save, args)
+    params, dictionary = load_for_use(args.save, args)
     corpus = Corpus(args.data)
     check_vocabulary(dictionary.idx2word, corpus, args.data, args.save)
     reader = Reader(params, corpus, args)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 import distributed
 from cpu_kernels import use_expandable_segments
-from data import SPLITS, Corpus, InputError, batchify, get_batch
+from data import SPLITS, UNK, Corpus, InputError, batchify, get_batch, name_commonest
 
 __all__ = ["batchify", "get_batch", "repackage_hidden"]  # as in the reference
 
@@ -72,6 +72,12 @@ def log_parts(parts):
     """Logs a line for each {name: loss}."""
     for name, loss in parts.items():
         log(f"| {name:8s} | {loss_columns(loss)}")
+
+
+def warn_of_unknown(unknown):
+    """Names the words that `encode` did not find, on stderr."""
+    if unknown:
+        warn(f"Warning: not in the vocabulary, read as {UNK}: {name_commonest(unknown)}")
 
 
 # ------------------------------------------------------------ losses

@@ -16,9 +16,10 @@ from torch import nn
 
 from cpu_kernels import keep_freed_memory
 from data import Corpus
+from dynamic_evaluation import read
 from generate import Generator
 from model import RNNModel
-from pointer import evaluate_cache, read
+from pointer import evaluate_cache
 from splitcross import SplitCrossEntropyLoss
 from train import evaluate
 from utils import build, read_checkpoint
