@@ -13,7 +13,7 @@ from checkpoint import read_checkpoint
 from conftest import arguments, invoke, make_params
 from model import RNNModel
 from splitcross import SplitCrossEntropyLoss
-from train import Objective, evaluate, make_optimizer, score, train_step
+from train import Objective, make_optimizer, score, train_step
 
 
 def twins(rnn_type):
@@ -31,13 +31,14 @@ def test_in_training_the_layers_and_the_decoder_are_in_bfloat16_and_all_else_in_
     plain, bf16 = (params[0] for params in twins(rnn_type))
     words, hidden, seen = torch.randint(50, (9, 4)), plain.init_hidden(4), []
     expected, states, *_ = plain(words, hidden, return_h=True)
-    for name in ("lstm", "gru"):
+    name = "gru" if rnn_type == "GRU" else "lstm"
+    kernel = getattr(torch, name)
 
-        def spy(x, state, weights, *rest, kernel=getattr(torch, name)):
-            utils.map_hidden(lambda tensor: seen.append(tensor.dtype), (x, state, weights))
-            return kernel(x, state, weights, *rest)
+    def spy(x, state, weights, *rest):
+        utils.map_hidden(lambda tensor: seen.append(tensor.dtype), (x, state, weights))
+        return kernel(x, state, weights, *rest)
 
-        monkeypatch.setattr(torch, name, spy)
+    monkeypatch.setattr(torch, name, spy)
     output, new_states, raw, out = bf16(words, hidden, return_h=True)
     assert set(seen) == {torch.bfloat16} == {output.dtype}
     flat = [sum(h, ()) if rnn_type != "GRU" else h for h in (states, new_states)]
@@ -69,20 +70,14 @@ def test_of_the_loss_only_the_products_are_in_bfloat16(chunked, splits, monkeypa
 
 def test_a_step_updates_float32_weights_by_float32_gradients():
     pair = twins("LSTM")
-    words, targets = torch.randint(50, (9, 4)), torch.randint(50, (36,))
+    words, targets, args = torch.randint(50, (9, 4)), torch.randint(50, (36,)), arguments()
     for params in pair:
-        args = arguments()
-        optimizer = make_optimizer(params, args)
-        hidden = params[0].init_hidden(4)
+        optimizer, hidden = make_optimizer(params, args), params[0].init_hidden(4)
         loss, _ = train_step(Objective(params), optimizer, words, targets, hidden, args)
         assert loss.dtype == torch.float32
     for (name, plain), bf16 in zip(pair[0].named_parameters(), pair[1].parameters()):
         assert bf16.dtype == bf16.grad.dtype == torch.float32
         assert 0 < (plain.grad - bf16.grad).norm() < 0.05 * plain.grad.norm(), name
-    ids = torch.randint(50, (100,))
-    before = evaluate(pair[1], ids, 5, 7)
-    pair[1][0].bf16 = False
-    assert evaluate(pair[1], ids, 5, 7) == before
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -100,11 +95,6 @@ def test_the_flag_reaches_the_model_and_the_checkpoint(
     assert built[0][0].bf16 == (precision == "bf16")
     assert read_checkpoint(path)["flags"]["precision"] == precision
     assert "test ppl" in out
-    # A run that goes on with another is not bit-identical.
-    other = "fp32" if precision == "bf16" else "bf16"
-    status, out, _ = invoke(main.main, "--resume", path, "--precision", other, "--epochs", 2)
-    assert status == 0
-    assert f"precision {precision} -> {other}" in out
 
 
 @pytest.mark.parametrize(("model", "precision"), [("LSTM", "tf32"), ("GRU", "bf16")])
