@@ -110,9 +110,13 @@ def reference(name, nhid, emsize, steps, splits=()):
     return params, take_step(params, steps, CPU, torch.float64)
 
 
+def skip_unless(device, precision, rnn_type):
+    if not has_precision(device, precision, rnn_type):
+        pytest.skip(f"{describe_device(device)} has no {precision} for {rnn_type}")
+
+
 def check_step(name, nhid, emsize, steps, precision, device, splits=()):
-    if not has_precision(device, precision, MODELS[name][0]):
-        pytest.skip(f"{describe_device(device)} has no {precision} for {name}")
+    skip_unless(device, precision, MODELS[name][0])
     params, (loss, gradients) = reference(name, nhid, emsize, steps, splits)
     found, found_gradients = take_step(params, steps, device, torch.float32, precision)
     low, high = ERRORS[precision]
@@ -213,21 +217,19 @@ def prepared(device, name="LSTM", batch_size=20, bptt=20, **flags):
     ],
 )
 def test_a_step_does_not_wait_for_the_device(flags, averaging, device):
-    if not has_precision(device, flags.get("precision", "fp32"), "LSTM"):
-        pytest.skip(f"{describe_device(device)} has no bf16")
+    skip_unless(device, flags.get("precision", "fp32"), "LSTM")
     params, step = prepared(device, **flags)
     average = Average(params)
     step()
     average.update(params)
-    if device.type == "cuda":
-        torch.cuda.set_sync_debug_mode("error")
+    set_mode = torch.cuda.set_sync_debug_mode if device.type == "cuda" else str
+    set_mode("error")
     try:
         step()
         if averaging:
             average.update(params)
     finally:
-        if device.type == "cuda":
-            torch.cuda.set_sync_debug_mode("default")
+        set_mode("default")
 
 
 @pytest.mark.parametrize("name", ["LSTM", "GRU", "biLSTM"])
@@ -311,17 +313,17 @@ def trained(device, tmp_path):
 
 
 def test_a_checkpoint_is_scored_alike_on_every_device(device, trained):
+    def scored(path, on, ids):
+        return score(build_params(read_checkpoint(path, on)), ids, arguments(bptt=20))[0]
+
     path, run = trained
-    ids, args = run.corpus.test, arguments(bptt=20)
+    test, valid = run.corpus.test, run.corpus.valid
     set_products("tf32")  # as training does: evaluation does not
-    found = [score(build_params(read_checkpoint(path, on)), ids, args)[0] for on in (device, CPU)]
-    assert found[0] == pytest.approx(found[1], rel=1e-5)
-    again = build_params(read_checkpoint(path))
-    assert score(again, run.corpus.valid, args)[0] == pytest.approx(run.best, rel=1e-5)
+    assert scored(path, device, test) == pytest.approx(scored(path, CPU, test), rel=1e-5)
+    assert scored(path, CPU, valid) == pytest.approx(run.best, rel=1e-5)
     on_cpu = make_run(CPU, path.with_name("cpu.pt"))
     on_cpu.fit()
-    there = build_params(read_checkpoint(path.with_name("cpu.pt"), device))
-    assert score(there, run.corpus.valid, args)[0] == pytest.approx(on_cpu.best, rel=1e-5)
+    assert scored(on_cpu.args.save, device, valid) == pytest.approx(on_cpu.best, rel=1e-5)
 
 
 def test_evaluation_of_every_model_is_the_cpus(device):
