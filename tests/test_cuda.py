@@ -24,7 +24,7 @@ import weight_drop
 from checkpoint import build_params, read_checkpoint, read_state
 from conftest import ROOT, Interrupting, arguments, invoke, make_params, make_trainer
 from cpu_kernels import use_expandable_segments
-from data import Corpus, Dictionary, get_batch
+from data import Dictionary, get_batch
 from dynamic_evaluation import Rule, read_dynamically, root_mean_square
 from flags import has_precision
 from generate import Generator
@@ -377,15 +377,13 @@ def test_a_million_draws_and_none_that_is_banned(device):
 
 
 def test_main_trains_tests_and_names_the_device(device, corpus_dir, small, tmp_path):
-    path = tmp_path / "m.pt"
     status, out, err = invoke(
         main.main, "--data", corpus_dir, *small, "--epochs", 2, "--nonmono", 0, "--finetune", 1,
-        "--save", path, "--device", NAME,
+        "--save", tmp_path / "m.pt", "--device", NAME,
     )
     assert (status, err) == (0, "")
     assert f"device {describe_device(device)}, " in out
     assert "test ppl" in out
-    assert len(Corpus(corpus_dir).dictionary) == len(read_checkpoint(path)["vocabulary"])
 
 
 @cuda_alone
