@@ -49,7 +49,7 @@ DIGEST = 64  # characters of a SHA-256 in hexadecimal
 # What changes nothing in what is computed; `data` is compared by its content.
 FREE_FLAGS = (
     "data", "save", "resume", "epochs", "finetune", "log_interval", "cuda", "device", "tied",
-    "checkpoint_minutes", "on_divergence", "recipe",
+    "checkpoint_minutes", "on_divergence",
 )
 
 # ------------------------------------------------------------ whole or absent

@@ -43,7 +43,7 @@ RECIPES["short-gru"] = {**RECIPES["short"], "alpha": 0.5, "beta": 0.25}
 # What cannot change in the middle of a run: the position in the text, the optimizer's state or the
 # random numbers would lose their meaning.
 FIXED_FLAGS = (
-    "batch_size", "optimizer", "seed", "decoder_bias", "objective", *ARCHITECTURE
+    "recipe", "batch_size", "optimizer", "seed", "decoder_bias", "objective", *ARCHITECTURE
 )
 
 

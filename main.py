@@ -73,7 +73,8 @@ def parse_args(argv=None):
         if hasattr(given, "decoder_bias"):
             raise InputError(f"--decoder-bias: the weights of {path} have one; leave it out")
     args = resolve_flags(given, parser.defaults, saved)
-    if args.schedule != "constant" and "epochs" not in {**saved, **vars(given)}:
+    endless = "epochs" not in given and args.epochs == parser.defaults["epochs"]
+    if endless and args.schedule not in ("constant", saved.get("schedule")):
         raise InputError(
             f"--schedule {args.schedule}: goes over the --epochs of the run; name them"
         )

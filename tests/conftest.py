@@ -144,12 +144,12 @@ def arguments(**changes):
 
 
 def make_params(
-    rnn_type="LSTM", ntoken=50, rate=0.0, splits=(), dtype=None, attention="none"
+    rnn_type="LSTM", ntoken=50, rate=0.0, splits=(), dtype=None, attention="none", emsize=8, nhid=12
 ):
     """A small nn.ModuleList([model, criterion])."""
-    model = make_model(rnn_type, ntoken, 8, 12, 2, rate, rate, rate, rate, rate, tie_weights=True,
+    model = make_model(rnn_type, ntoken, emsize, nhid, 2, *[rate] * 5, tie_weights=True,
                        attention=attention, attention_window=13)
-    return nn.ModuleList([model, SplitCrossEntropyLoss(8, splits)]).to(dtype)
+    return nn.ModuleList([model, SplitCrossEntropyLoss(emsize, splits)]).to(dtype)
 
 
 def make_trainer(params, corpus, args, check=lambda due=False: due, **kwargs):

@@ -21,24 +21,20 @@ from torch import nn
 import main
 import splitcross
 import weight_drop
+from checkpoint import build_params, read_checkpoint, read_state
+from conftest import ROOT, Interrupting, arguments, invoke, make_params, make_trainer
 from cpu_kernels import use_expandable_segments
-from bidirectional import make_model
-from train import make_objective, score
-from conftest import ROOT, Interrupting, arguments, invoke, make_trainer
-from data import Corpus, get_batch
+from data import Dictionary, get_batch
 from dynamic_evaluation import Rule, read_dynamically, root_mean_square
-from checkpoint import pack
 from flags import has_precision
 from generate import Generator
 from model import DROPOUTS
 from pointer import evaluate_cache, read
-from utils import Preempted
-from utils import describe_device
-from checkpoint import read_state
-from splitcross import SplitCrossEntropyLoss
-from train import Average, evaluate, make_optimizer, random_seq_len, train_step
-from utils import Losses, set_products
-from checkpoint import build_params, read_checkpoint
+from train import (
+    Average, evaluate, make_objective, make_optimizer, random_seq_len, score, settings_at,
+    train_step,
+)
+from utils import Losses, Preempted, describe_device, set_products
 from weight_drop import WeightDrop, drop_weight
 
 NAME = os.environ.get("AWD_LSTM_DEVICE", "cuda")
@@ -57,30 +53,19 @@ def device():
     set_products("fp32")
 
 
-def build_params(rnn_type, nhid, emsize=400, ntoken=1000, rate=0.0, attention="none", splits=()):
-    """nn.ModuleList([model, criterion]) on the CPU, of two layers."""
-    model = make_model(
-        rnn_type, ntoken, emsize, nhid, 2, rate, rate, rate, rate, rate, tie_weights=True,
-        attention=attention, attention_window=13,
-    )
-    return nn.ModuleList([model, SplitCrossEntropyLoss(emsize, splits)])
+def published(name, nhid=256, emsize=400, **more):
+    """nn.ModuleList([model, criterion]) on the CPU, for the corpus of `stream`."""
+    rnn_type, attention = MODELS[name]
+    return make_params(rnn_type, 1000, attention=attention, emsize=emsize, nhid=nhid, **more)
 
 
-class Words(list):
-    """A vocabulary of so many words, of which a run needs the number alone."""
-
-    @property
-    def idx2word(self):
-        return list(self)
-
-
-def stream(length=4000, ntoken=1000):
+def stream(length=4000):
     """A corpus whose splits are one text in which words follow one another by a rule."""
     generator = torch.Generator().manual_seed(1)
-    ids = (torch.arange(length) * 7 + torch.randint(3, (length,), generator=generator)) % ntoken
+    ids = (torch.arange(length) * 7 + torch.randint(3, (length,), generator=generator)) % 1000
     return Namespace(
         train=ids, valid=ids[:500], test=ids[:500], name="stream", digest="0",
-        dictionary=Words(map(str, range(ntoken))),
+        dictionary=Dictionary(map(str, range(1000))),
     )
 
 
@@ -119,16 +104,19 @@ def take_step(params, steps, on, dtype, precision="fp32"):
 def reference(name, nhid, emsize, steps, splits=()):
     """Parameters, and the step in float64 on the CPU."""
     torch.manual_seed(0)
-    rnn_type, attention = MODELS[name]
-    params = build_params(rnn_type, nhid, emsize, attention=attention, splits=splits)
-    if attention != "none":
+    params = published(name, nhid, emsize, splits=splits)
+    if "attention" in name:
         params[0].attention.join.reset_parameters()
     return params, take_step(params, steps, CPU, torch.float64)
 
 
+def skip_unless(device, precision, rnn_type):
+    if not has_precision(device, precision, rnn_type):
+        pytest.skip(f"{describe_device(device)} has no {precision} for {rnn_type}")
+
+
 def check_step(name, nhid, emsize, steps, precision, device, splits=()):
-    if not has_precision(device, precision, MODELS[name][0]):
-        pytest.skip(f"{describe_device(device)} has no {precision} for {name}")
+    skip_unless(device, precision, MODELS[name][0])
     params, (loss, gradients) = reference(name, nhid, emsize, steps, splits)
     found, found_gradients = take_step(params, steps, device, torch.float32, precision)
     low, high = ERRORS[precision]
@@ -141,24 +129,19 @@ def check_step(name, nhid, emsize, steps, precision, device, splits=()):
         assert (gradient - expected).norm() <= 3 * high * expected.norm() + slack
 
 
-@pytest.mark.parametrize("precision", ERRORS)
-@pytest.mark.parametrize("nhid", [256, 1150])
-@pytest.mark.parametrize("name", MODELS)
-def test_a_step_is_float64s_on_the_cpu(name, nhid, precision, device):
-    """At sizes that take the kernel of the published ones, not that of small layers."""
-    check_step(name, nhid, 400, 35, precision, device)
-
-
-@pytest.mark.parametrize("steps", [70, 5])
-@pytest.mark.parametrize("nhid", [100, 150])
-def test_a_step_at_sizes_where_kernels_have_been_wrong(nhid, steps, device):
-    """pytorch#150700: wrong gradients of an LSTM on an H100."""
-    check_step("LSTM", nhid, nhid, steps, "fp32", device)
-
-
-def test_a_gru_whose_width_is_no_multiple_of_four(device):
-    """pytorch#54307: TAR slices the last layer's output."""
-    check_step("GRU", 256, 402, 35, "fp32", device)
+@pytest.mark.parametrize(
+    ("name", "nhid", "emsize", "steps", "precision"),
+    [
+        # Sizes that take the kernel of the published ones, not that of small layers.
+        *itertools.product(MODELS, [256, 1150], [400], [35], ERRORS),
+        # pytorch#150700: wrong gradients of an LSTM on an H100.
+        *(("LSTM", size, size, steps, "fp32") for size in (100, 150) for steps in (70, 5)),
+        # pytorch#54307: TAR slices the last layer's output, whose width is no multiple of four.
+        ("GRU", 256, 402, 35, "fp32"),
+    ],
+)
+def test_a_step_is_float64s_on_the_cpu(name, nhid, emsize, steps, precision, device):
+    check_step(name, nhid, emsize, steps, precision, device)
 
 
 @pytest.mark.parametrize("splits", [(), (200, 600)])
@@ -206,8 +189,7 @@ def prepared(device, name="LSTM", batch_size=20, bptt=20, **flags):
         device=device, batch_size=batch_size, bptt=bptt, lr=1.0, epochs=1, objective="both",
         **dict.fromkeys(DROPOUTS, 0.3), **flags,
     )
-    rnn_type, attention = MODELS[name]
-    params = build_params(rnn_type, 256, rate=0.3, attention=attention).to(device)
+    params = published(name, rate=0.3).to(device)
     params[0].bf16 = args.precision == "bf16"
     set_products(args.precision)
     objective, optimizer = make_objective(params, args), make_optimizer(params, args)
@@ -217,11 +199,9 @@ def prepared(device, name="LSTM", batch_size=20, bptt=20, **flags):
     def step(seq_len=None):
         nonlocal hidden
         data, targets = get_batch(source, 0, args, seq_len=seq_len or random_seq_len(args.bptt))
-        more = {"backward": (data, targets), "begins": True} if rnn_type == "biLM" else {}
+        more = {"backward": (data, targets), "begins": True} if name == "biLM" else {}
         now, share = settings_at(0.3, args, params[0])
-        loss, hidden = train_step(
-            objective, optimizer, data, targets, hidden, now, share, **more
-        )
+        loss, hidden = train_step(objective, optimizer, data, targets, hidden, now, share, **more)
         losses.add(loss, len(data))
 
     return params, step
@@ -237,21 +217,19 @@ def prepared(device, name="LSTM", batch_size=20, bptt=20, **flags):
     ],
 )
 def test_a_step_does_not_wait_for_the_device(flags, averaging, device):
-    if not has_precision(device, flags.get("precision", "fp32"), "LSTM"):
-        pytest.skip(f"{describe_device(device)} has no bf16")
+    skip_unless(device, flags.get("precision", "fp32"), "LSTM")
     params, step = prepared(device, **flags)
     average = Average(params)
     step()
     average.update(params)
-    if device.type == "cuda":
-        torch.cuda.set_sync_debug_mode("error")
+    set_mode = torch.cuda.set_sync_debug_mode if device.type == "cuda" else str
+    set_mode("error")
     try:
         step()
         if averaging:
             average.update(params)
     finally:
-        if device.type == "cuda":
-            torch.cuda.set_sync_debug_mode("default")
+        set_mode("default")
 
 
 @pytest.mark.parametrize("name", ["LSTM", "GRU", "biLSTM"])
@@ -293,16 +271,13 @@ def test_the_longest_window_takes_the_memory_of_all_lengths(device):
     assert torch.cuda.memory_reserved(device) <= 1.1 * before + 2**25
 
 
-def make_run(device, save, params=None, check=None, **flags):
-    """A Trainer of a small run with dropout, averaging from its first step."""
+def make_run(device, save, *points):
+    """A Trainer of a small run with dropout, averaging from its first step, ended at `points`."""
     torch.manual_seed(0)
     np.random.seed(0)
-    params = params or build_params("LSTM", 256, rate=0.3)
-    args = arguments(
-        device=device, batch_size=20, bptt=20, lr=1.0, epochs=2, save=str(save), **flags
-    )
-    check = {} if check is None else {"check": check}
-    return make_trainer(params.to(device), stream(), args, finetuning=True, **check)
+    params = published("LSTM", rate=0.3).to(device)
+    args = arguments(device=device, batch_size=20, bptt=20, lr=1.0, epochs=2, save=str(save))
+    return make_trainer(params, stream(), args, Interrupting(*points), finetuning=True)
 
 
 def test_state_and_checkpoint_are_as_large_as_their_parameters(device, tmp_path):
@@ -310,7 +285,7 @@ def test_state_and_checkpoint_are_as_large_as_their_parameters(device, tmp_path)
     run.fit()
     size = 4 * sum(p.numel() for p in run.params.parameters())
     assert (tmp_path / "m.pt").stat().st_size == pytest.approx(size, rel=0.05)
-    state = len(pack("training state", 0, run.state_dict()))
+    state = (tmp_path / "m.pt.state").stat().st_size
     assert state == pytest.approx(2 * size, rel=0.05)  # weights and their mean
 
 
@@ -318,13 +293,13 @@ def test_interrupted_and_resumed_it_is_the_same_run(device, tmp_path):
     whole = make_run(device, tmp_path / "whole.pt")
     whole.fit()
     with pytest.raises(Preempted):
-        make_run(device, tmp_path / "m.pt", check=Interrupting(7)).fit()
-    resumed = make_run(device, tmp_path / "m.pt", build_params("LSTM", 256, rate=0.3))
-    resumed.resume(read_state(tmp_path / "m.pt"), str(tmp_path / "m.pt"))
+        make_run(device, tmp_path / "m.pt", 7).fit()
+    resumed = make_run(device, tmp_path / "m.pt")
+    resumed.load_state_dict(read_state(tmp_path / "m.pt"))
     assert len(resumed.losses.on_host) == 7
     resumed.fit()
     assert resumed.valid_losses == pytest.approx(whole.valid_losses, rel=1e-4)
-    generators = [read_state(run.args.save)["generators"] for run in (whole, resumed)]
+    generators = [read_state(run.args.save)["generators"]["ranks"][0] for run in (whole, resumed)]
     for name in {"torch", device.type} & set(generators[0]):
         assert torch.equal(*(state[name] for state in generators)), name
 
@@ -338,22 +313,22 @@ def trained(device, tmp_path):
 
 
 def test_a_checkpoint_is_scored_alike_on_every_device(device, trained):
+    def scored(path, on, ids):
+        return score(build_params(read_checkpoint(path, on)), ids, arguments(bptt=20))[0]
+
     path, run = trained
-    ids, args = run.corpus.test, arguments(bptt=20)
+    test, valid = run.corpus.test, run.corpus.valid
     set_products("tf32")  # as training does: evaluation does not
-    found = [score(build_params(read_checkpoint(path, on)), ids, args)[0] for on in (device, CPU)]
-    assert found[0] == pytest.approx(found[1], rel=1e-5)
-    assert run.best == pytest.approx(score(build_params(read_checkpoint(path)), run.corpus.valid, args)[0],
-                                     rel=1e-5)
+    assert scored(path, device, test) == pytest.approx(scored(path, CPU, test), rel=1e-5)
+    assert scored(path, CPU, valid) == pytest.approx(run.best, rel=1e-5)
     on_cpu = make_run(CPU, path.with_name("cpu.pt"))
     on_cpu.fit()
-    there = build_params(read_checkpoint(path.with_name("cpu.pt"), device))
-    assert score(there, run.corpus.valid, args)[0] == pytest.approx(on_cpu.best, rel=1e-5)
+    assert scored(on_cpu.args.save, device, valid) == pytest.approx(on_cpu.best, rel=1e-5)
 
 
 def test_evaluation_of_every_model_is_the_cpus(device):
-    for rnn_type, attention in MODELS.values():
-        params = build_params(rnn_type, 256, attention=attention, splits=(200, 600))
+    for name in MODELS:
+        params = published(name, splits=(200, 600))
         ids, args = stream().valid, arguments(bptt=20, objective="both")
         expected, parts = score(params, ids, args)
         found, found_parts = score(params.to(device), ids, args)
@@ -389,7 +364,7 @@ def test_generation_is_the_cpus_where_nothing_is_left_to_chance(device, trained)
 
 def test_a_million_draws_and_none_that_is_banned(device):
     """pytorch#48841: some devices have drawn words of probability zero."""
-    params = build_params("LSTM", 256).to(device)
+    params = published("LSTM").to(device)
     generator = Generator(params, 1, top_k=20, banned=[3, 5])
     logits = torch.randn(100, device=device)
     logits[[3, 5]] = 9
@@ -402,15 +377,13 @@ def test_a_million_draws_and_none_that_is_banned(device):
 
 
 def test_main_trains_tests_and_names_the_device(device, corpus_dir, small, tmp_path):
-    path = tmp_path / "m.pt"
     status, out, err = invoke(
         main.main, "--data", corpus_dir, *small, "--epochs", 2, "--nonmono", 0, "--finetune", 1,
-        "--save", path, "--device", NAME,
+        "--save", tmp_path / "m.pt", "--device", NAME,
     )
     assert (status, err) == (0, "")
     assert f"device {describe_device(device)}, " in out
     assert "test ppl" in out
-    assert len(Corpus(corpus_dir).dictionary) == len(read_checkpoint(path)["vocabulary"])
 
 
 @cuda_alone
@@ -431,7 +404,7 @@ def test_out_of_memory_is_one_line(device, corpus_dir, small, tmp_path):
 
 UNDER_TORCHRUN = """
 import torch.distributed as dist
-import flags, main, trainer
+import flags, main, train
 
 fit = train.Trainer.fit
 
