@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import hashlib
+import itertools
 import math
 import os
 import pickle
@@ -29,7 +30,7 @@ import finetune
 import main
 import train
 from checkpoint import (
-    DIGEST, Saver, backup_file, changes, how_to_resume, is_sealed, load, pack,
+    DIGEST, FORMATS, Saver, backup_file, changes, how_to_resume, is_sealed, load, pack,
     read_checkpoint, read_state, resume_from, run_lock, unpack, write_atomically,
 )
 from conftest import ROOT, Interrupting, arguments, invoke, make_params, make_trainer
@@ -244,37 +245,23 @@ def test_unusable_files_are_refused_by_name_and_left_alone(edits, message, suffi
     assert files_at(trained) == before
 
 
-JUNK = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
-    | st.just(torch.zeros(3)),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-    max_leaves=5,
-)
+JUNK = [None, True, -1, 10**30, math.nan, "x", torch.zeros(3), [], {}, {"x": []}]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("suffix", ["", ".state"])
-@repeated
-@given(data=st.data())
-def test_junk_in_a_sealed_file_is_no_traceback(suffix, data, trained):
+@pytest.mark.parametrize(("kind", "suffix"), [("checkpoint", ""), ("training state", ".state")])
+def test_junk_in_a_sealed_file_is_no_traceback(kind, suffix, trained):
     """What is sealed but makes no sense, whoever made it, is bad input like any other."""
     path = trained.with_name("junk.pt")
-    for end in ("", ".state"):
-        shutil.copy(f"{trained}{end}", f"{path}{end}")
-    file = path.with_name(path.name + suffix)
-    contents = torch.load(file, weights_only=True)
-    key = data.draw(st.sampled_from(sorted(contents.keys() - {"format", "version"})))
-    value = data.draw(JUNK)
-    if isinstance(contents[key], dict) and contents[key] and data.draw(st.booleans()):
-        inner = data.draw(st.sampled_from(sorted(contents[key], key=str)))
-        value = {**contents[key], inner: value}
-    edit(file, **{key: value})
-    with contextlib.suppress(InputError):
-        load(path)
-    status, _, err = invoke(main.main, "--resume", path, "--epochs", 2)
-    assert status in (0, 2)
-    assert err.count("\n") <= 1 or "Warning" in err
+    for key, value in itertools.product(FORMATS[kind], JUNK):
+        for end in ("", ".state"):
+            shutil.copy(f"{trained}{end}", f"{path}{end}")
+        edit(path.with_name(path.name + suffix), **{key: value})
+        with contextlib.suppress(InputError):
+            load(path)
+        status, _, err = invoke(main.main, "--resume", path, "--epochs", 2)
+        assert status in (0, 2)
+        assert err.count("\n") <= 1 or "Warning" in err
 
 
 @pytest.mark.parametrize("target", ["torch.load", "torch.optim.SGD.load_state_dict"])
