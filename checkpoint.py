@@ -1,7 +1,8 @@
 """The files of a run: whole or absent, sealed, nothing but data, written by one run at a time.
 
 `model, vocabulary = load("PTB.pt")` is a trained model. Beside the checkpoint PTB.pt lie the
-training state PTB.pt.state, all that the run needs to go on, and a JSON line an epoch, PTB.pt.jsonl.
+training state PTB.pt.state, all that the run needs to go on, and a JSON line an epoch in
+PTB.pt.jsonl.
 """
 
 import argparse
@@ -113,7 +114,7 @@ class Saver:
 
 
 def backup_file(path, suffix):
-    """Copies the file at `path`, and its training state, to `path` + `suffix`, or that and a number.
+    """Copies the file at `path` and its training state to `path` + `suffix`, or that and a number.
 
     Returns the copy's path; an earlier copy of the same contents serves. Raises InputError.
     """
@@ -434,7 +435,7 @@ def check_writable(path, others=()):
 
 @contextlib.contextmanager
 def refuse_foreign(path, file):
-    """Turns errors of reading what lies at `file` into the InputError that refuses to replace it."""
+    """Turns errors of reading what lies at `file` into an InputError that refuses to replace it."""
     try:
         yield
     except (InputError, OSError):
@@ -603,7 +604,8 @@ class Run:
     def best_model(self, corpus, args):
         """The best model, from its file, or from memory where that could not be written."""
         content = self.saver.pending.get(str(self.path))
-        return saved_params(self.path, corpus, args, distributed.broadcast(content and bytes(content)))
+        content = distributed.broadcast(content and bytes(content))
+        return saved_params(self.path, corpus, args, content)
 
     def describe(self, params, corpus):
         """What a checkpoint and a training state share: a model, and what it was trained on."""

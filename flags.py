@@ -232,10 +232,9 @@ def sgd_rates(args):
 
 
 def model_flags(checkpoint):
-    """The flags of a checkpoint's architecture and objective."""
+    """The flags of a checkpoint's architecture, which its weights cannot do without."""
     found = checkpoint["architecture"]
-    flags = {flag: found[key] for flag, key in ARCHITECTURE.items() if key in found}
-    return {**flags, "objective": checkpoint["flags"].get("objective", "lm")}
+    return {flag: found[key] for flag, key in ARCHITECTURE.items() if key in found}
 
 
 def describe_recipe(args, given):

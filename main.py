@@ -70,6 +70,7 @@ def parse_args(argv=None):
         checkpoint = read_checkpoint(path)
         saved = model_flags(checkpoint)
         check_unchanged(given, saved, path)
+        saved["objective"] = checkpoint["flags"].get("objective", "lm")
         if hasattr(given, "decoder_bias"):
             raise InputError(f"--decoder-bias: the weights of {path} have one; leave it out")
     args = resolve_flags(given, parser.defaults, saved)

@@ -9,6 +9,7 @@ Exit code 0 when every end was bit-identical to the whole run's, 1 otherwise.
 """
 
 import argparse
+import functools
 import json
 import platform
 import random
@@ -25,16 +26,17 @@ from checkpoint import read_state
 from checkpoint import read_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
-TIMING = ("seconds", "tokens_per_s")
+TIMING = {"seconds", "tokens_per_s"}
+IGNORED = {*TIMING, "records", "flags"}  # flags name the path
 
 
 def same(a, b):
-    """Whether two states or checkpoints are equal in every bit, time spent excepted."""
+    """Whether states or checkpoints are equal in every bit, but for time spent and flags."""
     if isinstance(a, torch.Tensor):
         return a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):
-        keys = a.keys() - {*TIMING, "records"}
-        return keys == b.keys() - {*TIMING, "records"} and all(same(a[k], b[k]) for k in keys)
+        keys = a.keys() - IGNORED
+        return keys == b.keys() - IGNORED and all(same(a[k], b[k]) for k in keys)
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(same, a, b))
     return type(a) is type(b) and a == b
@@ -80,54 +82,39 @@ def start(folder, flags):
         )
 
 
-def wait_until_it_trains(process, folder, resumed):
-    while process.poll() is None:
-        if resumed and "Resuming the run" in (folder / "log").read_text():
-            return
-        if not resumed and (folder / "m.pt.state").exists():
-            return
-        time.sleep(0.01)
-
-
 def kill_loop(folder, flags, cycles, seconds, signals=(signal.SIGKILL,), seed=0, tell=print):
     """Returns whether every end was bit-identical; `seconds`: how long it trains at most."""
     generator = random.Random(seed)
     whole = folder / "whole"
     whole.mkdir(parents=True)
-    begin = time.monotonic()
     if start(whole, flags).wait() != 0:
         raise RuntimeError((whole / "log").read_text())
     reference = outcome(whole)
-    tell(f"whole: {time.monotonic() - begin:.1f} s; {', '.join(reference)}")
-    kills, attempt, identical = 0, 0, True
+    tell(f"whole: {', '.join(reference)}")
+    kills, identical = 0, True
     while kills < cycles:
-        attempt += 1
-        part = folder / f"killed-{attempt}"
+        part = folder / f"killed-{kills}"
         part.mkdir()
         while True:
-            resumed = (part / "m.pt.state").exists()
             process = start(part, flags)
-            if kills < cycles:
-                if generator.random() < 0.9:
-                    wait_until_it_trains(process, part, resumed)
-                time.sleep(generator.uniform(0, seconds))
-            else:
+            if kills == cycles:
                 process.wait()
+            elif generator.random() < 0.9:  # else while it still starts
+                while process.poll() is None and "Args:" not in (part / "log").read_text():
+                    time.sleep(0.01)
+            time.sleep(generator.uniform(0, seconds))
             if process.poll() is not None:
                 break
             number = generator.choice(signals)
             process.send_signal(number)
             process.wait()
             kills += 1
-            name = signal.Signals(number).name
-            tell(f"{kills:4d} {name} -> exit {process.returncode}; {where(part)}")
-            if process.returncode not in (-number, 128 + number):
-                tell((part / "log").read_text())
-                identical = False
+            tell(f"{kills:4d} {number.name} -> exit {process.returncode}; {where(part)}")
+            identical &= process.returncode in (-number, 128 + number)
         ok = process.returncode == 0 and same(outcome(part), reference)
-        identical = identical and ok
+        identical &= ok
         verdict = "bit-identical to the whole run" if ok else "DIFFERENT from the whole run"
-        tell(f"run {attempt} ended ({kills} kills): exit {process.returncode}, {verdict}")
+        tell(f"run ended ({kills} kills): exit {process.returncode}, {verdict}")
         if process.returncode != 0:
             tell((part / "log").read_text())
             break
@@ -142,10 +129,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("flags", nargs="+", help="flags of main.py, after --")
     args = parser.parse_args()
-
-    def tell(line):
-        print(line, flush=True)
-
+    tell = functools.partial(print, flush=True)
     tell(f"# PYTHONPATH=. python {shlex.join(sys.argv)}")
     tell(f"# {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}, {platform.platform()}, "
          f"Python {platform.python_version()}, torch {torch.__version__}, "

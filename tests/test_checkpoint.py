@@ -1,0 +1,853 @@
+"""Files that are whole, sealed and plain data; one run to a path; runs that go on bit for bit."""
+
+import contextlib
+import copy
+import hashlib
+import itertools
+import math
+import os
+import pickle
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import checkpoint
+import finetune
+import main
+import train
+from checkpoint import (
+    DIGEST, FORMATS, Saver, backup_file, changes, how_to_resume, is_sealed, load, pack,
+    read_checkpoint, read_state, resume_from, run_lock, unpack, write_atomically,
+)
+from conftest import ROOT, Interrupting, arguments, invoke, make_params, make_trainer
+from data import Corpus, InputError
+from kill_loop import lines, same
+from properties import TRIES, repeated
+from utils import Preempted, environment, get_generators, map_hidden
+
+IDENTICAL = "It goes on bit-identical to a run never interrupted"
+CHANGED = "no longer bit-identical to a run never interrupted: "
+
+
+def succeed(*argv, command=main.main):
+    """Runs a command that must succeed without a warning; returns what it prints."""
+    status, out, err = invoke(command, *argv)
+    assert (status, err) == (0, "")
+    return out
+
+
+def refuse(*argv, command=main.main):
+    """Runs a command that must be refused before it trains; returns the line that says why."""
+    status, out, err = invoke(command, *argv)
+    assert (status, err.count("\n"), "end of epoch" in out) == (2, 1, False), err
+    return err
+
+
+def stop(points, *argv, command=main.main):
+    """Runs a command that is ended by a signal at these calls of `check`; returns its output."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("utils.Preemption.check", Interrupting(*points))
+        status, out, err = invoke(command, *argv)
+    assert (status, err) == (143, "")
+    return out
+
+
+def files_at(path):
+    """{path: bytes} of a run's files."""
+    return {file: file.read_bytes() for file in path.parent.glob(f"{path.name}*")}
+
+
+def outcome(path):
+    """What a run has left."""
+    state = read_state(path)
+    return state, read_checkpoint(path), lines(state["records"])
+
+
+@pytest.fixture
+def new_trainer(corpus_dir, tmp_path):
+    """A function that makes a Trainer, which saves to m.pt, from flags."""
+    corpus = Corpus(corpus_dir)
+
+    def make(*check, rate=0.0, finetuning=False, **flags):
+        params = make_params(ntoken=len(corpus.dictionary), rate=rate)
+        args = arguments(save=str(tmp_path / "m.pt"), **flags)
+        return make_trainer(params, corpus, args, *check, finetuning=finetuning)
+
+    return make
+
+
+def edit(path, **new):
+    """Changes and seals what a checkpoint or a training state holds."""
+    contents = {**torch.load(path, weights_only=True), **new}
+    path.write_bytes(pack(contents["format"].removeprefix("awd-lstm "), contents))
+
+
+@contextlib.contextmanager
+def full_disk(size):
+    """No file can grow beyond `size` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+# ---------------------------------------------------------------- whole or absent
+
+
+@pytest.mark.parametrize("is_link", [False, True])
+def test_writing_replaces_the_whole_file_and_leaves_nothing_beside_it(is_link, tmp_path):
+    path = target = tmp_path / "disk" / "file"
+    target.parent.mkdir()
+    if is_link:
+        path = tmp_path / "link"
+        path.symlink_to(target)
+    for content in (b"old", b"new and longer", b""):
+        write_atomically(path, content)
+        assert target.read_bytes() == content
+    assert path.is_symlink() == is_link
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_file_and_folder_are_synced_before_and_after_the_rename(tmp_path, monkeypatch):
+    if not os.path.exists("/proc/self/fd"):
+        pytest.skip("no /proc here to name descriptors by")
+    events, replace = [], os.replace
+    monkeypatch.setattr(os, "fsync", lambda n: events.append(os.readlink(f"/proc/self/fd/{n}")))
+    monkeypatch.setattr(os, "replace", lambda *a: events.append("rename") or replace(*a))
+    write_atomically(tmp_path / "file", b"x")
+    assert events == [f"{tmp_path}/file.tmp", "rename", str(tmp_path)]
+
+
+def test_a_saver_keeps_what_it_could_not_write_and_retries(tmp_path, capsys):
+    folder, saver = tmp_path / "folder", Saver()
+    for name, content in (("a", b"1"), ("a", b"2"), ("b", b"3")):
+        assert not saver.write(folder / name, content)
+    assert not saver.retry()
+    assert capsys.readouterr().err.count("(No such file or directory)") == 2  # each said once
+    folder.mkdir()
+    assert saver.retry()
+    assert capsys.readouterr().out.count("is written again") == 2
+    assert ((folder / "a").read_bytes(), (folder / "b").read_bytes()) == (b"2", b"3")
+
+
+def test_backups_are_numbered_and_made_once(tmp_path):
+    path = str(tmp_path / "m")
+    for state, number in ((b"1", ""), (b"1", ""), (b"2", "2"), (b"3", "3")):
+        write_atomically(path, b"model")
+        write_atomically(f"{path}.state", state)
+        assert backup_file(path, ".base") == f"{path}.base{number}"
+    assert (tmp_path / "m.base2.state").read_bytes() == b"2"
+    assert (tmp_path / "m.base").read_bytes() == b"model"
+
+
+# ---------------------------------------------------------------- sealed data
+
+
+def test_what_is_sealed_is_read_back(trained):
+    """By torch, with or without mmap, and by zip, as any other file of torch's."""
+    for mmap in (False, True):
+        assert same(torch.load(trained, weights_only=True, mmap=mmap), read_checkpoint(trained))
+    with zipfile.ZipFile(trained) as archive:
+        assert archive.testzip() is None
+        digest = hashlib.sha256(trained.read_bytes()[:-DIGEST]).hexdigest()
+        assert archive.comment.decode() == f"sha256:{digest}"
+    model, vocabulary = load(trained)
+    assert (model.training, model.dropout, "ann" in vocabulary.word2idx) == (False, 0.4, True)
+
+
+SEALED = bytes(pack("checkpoint", {"model": torch.arange(50.0)}))
+
+
+def flip(bit):
+    damaged = bytearray(SEALED)
+    damaged[bit // 8] ^= 1 << bit % 8
+    return bytes(damaged)
+
+
+@settings(parent=repeated, max_examples=TRIES or 180)
+@given(
+    st.integers(0, 8 * len(SEALED) - 1).map(flip)
+    | st.integers(0, len(SEALED) - 1).map(lambda size: SEALED[:size])
+    | st.binary(max_size=300)
+)
+def test_a_flipped_bit_a_lost_end_or_foreign_bytes_are_refused(content):
+    with pytest.raises(InputError, match=r"^name\.pt: is damaged, or no checkpoint"):
+        unpack("name.pt", "checkpoint", content=content)
+
+
+class Exploit:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("form", ["pickle", "archive", "sealed archive", "old torch format"])
+def test_a_crafted_pickle_is_refused_unexecuted(form, tmp_path, corpus_dir):
+    path, proof = tmp_path / "crafted.pt", tmp_path / "executed"
+    contents = {"format": "awd-lstm checkpoint", "version": 4, "model": Exploit(proof)}
+    if form == "pickle":
+        path.write_bytes(pickle.dumps(contents))
+    elif form == "sealed archive":
+        path.write_bytes(pack("checkpoint", contents))
+        assert is_sealed(path.read_bytes())
+    else:
+        torch.save(contents, path, _use_new_zipfile_serialization=form == "archive")
+    shutil.copy(path, f"{path}.state")
+    for flag in ("--save", "--resume"):
+        assert "crafted.pt" in refuse(flag, path, command=finetune.main)
+        assert "crafted.pt" in refuse(flag, path, "--data", corpus_dir)
+    with pytest.raises(InputError, match="crafted"):
+        load(path)
+    assert not proof.exists()
+    with contextlib.suppress(RuntimeError):  # it would have worked
+        torch.load(path, weights_only=False)
+    assert proof.exists()
+
+
+@pytest.mark.parametrize("suffix", ["", ".state"])
+@pytest.mark.parametrize(
+    ("edits", "message"),
+    [(None, "is damaged"), ({"version": 999}, "of this version"),
+     ({"vocabulary": None}, "of this version"), ({"model": {}}, "fit")],
+)
+def test_unusable_files_are_refused_by_name_and_left_alone(edits, message, suffix, trained):
+    path = trained.with_name(trained.name + suffix)
+    if edits:
+        edit(path, **edits)
+    else:  # without its seal
+        torch.save(torch.load(path, weights_only=True), path)
+    before = files_at(trained)
+    if suffix:
+        err = refuse("--resume", trained, "--epochs", 2)
+    else:
+        err = refuse("--save", trained, command=finetune.main)
+        with pytest.raises(InputError, match=message):
+            load(trained)
+    assert f"{path}: " in err and message in err
+    assert files_at(trained) == before
+
+
+JUNK = [None, True, -1, 10**30, math.nan, "x", torch.zeros(3), [], {}, {"x": []}]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "suffix"), [("checkpoint", ""), ("training state", ".state")])
+def test_junk_in_a_sealed_file_is_no_traceback(kind, suffix, trained):
+    """What is sealed but makes no sense, whoever made it, is bad input like any other."""
+    path = trained.with_name("junk.pt")
+    for key, value in itertools.product(FORMATS[kind], JUNK):
+        for end in ("", ".state"):
+            shutil.copy(f"{trained}{end}", f"{path}{end}")
+        edit(path.with_name(path.name + suffix), **{key: value})
+        with contextlib.suppress(InputError):
+            load(path)
+        status, _, err = invoke(main.main, "--resume", path, "--epochs", 2)
+        assert status in (0, 2)
+        assert err.count("\n") <= 1 or "Warning" in err
+
+
+@pytest.mark.parametrize("target", ["torch.load", "torch.optim.SGD.load_state_dict"])
+@pytest.mark.parametrize(
+    ("kind", "message", "told"),
+    [
+        (torch.OutOfMemoryError, "CUDA out of memory", "out of memory"),
+        (MemoryError, "", "out of memory"),
+        (RuntimeError, "DefaultCPUAllocator: can't allocate memory", "out of memory"),
+        (RuntimeError, "CUDA error: no kernel image\nFor debugging", "no kernel image; no file is"),
+        (RuntimeError, "cuDNN error: CUDNN_STATUS_NOT_INITIALIZED", "CUDNN_STATUS_NOT_INITIALIZED"),
+        (getattr(torch, "AcceleratorError", RuntimeError), "CUDA error: out of memory\nCompile",
+         "cuda is out of memory;"),
+    ],
+)
+def test_an_error_of_the_device_is_not_called_damage(
+    target, kind, message, told, unfinished, monkeypatch
+):
+    def fail(*args, **kwargs):
+        raise kind(message)
+
+    monkeypatch.setattr(target, fail)
+    err = refuse("--resume", unfinished[0])
+    assert "device" in err and told in err and "damaged" not in err
+
+
+# ---------------------------------------------------------------- one run to a path
+
+
+HOLD = """
+import sys, time
+from checkpoint import run_lock
+with run_lock(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_path_is_refused_while_another_run_holds_it(unfinished, tmp_path):
+    path, flags = unfinished
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "held\n"
+    link = tmp_path / "link.pt"
+    link.symlink_to(path)
+    for argv in (flags, ["--resume", path], [*flags, "--save", f"{tmp_path}/./run.pt"],
+                 [*flags, "--save", link]):
+        assert "another process is training to it" in refuse(*argv)
+    with run_lock(tmp_path / "other.pt"):
+        pass
+    holder.send_signal(signal.SIGKILL)
+    holder.communicate()
+    succeed("--resume", path)
+    lock = tmp_path / "run.pt.lock"
+    assert not lock.exists()
+    lock.write_text("something else")
+    assert f"{lock} exists and is no lock" in refuse("--resume", path)
+    assert lock.read_text() == "something else"
+
+
+def test_never_two_at_once(tmp_path):
+    """Four threads take and release one lock as fast as they can, its file coming and going."""
+    path = tmp_path / "m.pt"
+
+    def race(end):
+        count = 0
+        while time.monotonic() < end:
+            with contextlib.suppress(InputError), run_lock(path):
+                os.close(os.open(f"{path}.inside", os.O_CREAT | os.O_EXCL))
+                os.unlink(f"{path}.inside")
+                count += 1
+        return count
+
+    with ThreadPoolExecutor(4) as pool:
+        assert min(pool.map(race, [time.monotonic() + 2] * 4)) > 0
+
+
+def test_a_new_run_does_not_destroy_an_unfinished_one(unfinished):
+    path, flags = unfinished
+    before = list(files_at(path).values())
+    kept = path.with_name("run.pt.unfinished")
+    assert f"python main.py --resume {kept} continues it" in succeed(*flags)
+    assert all(content in before for content in files_at(kept).values())
+    succeed("--resume", kept)
+    assert same(outcome(path), outcome(kept))  # the same flags and seed: the same run
+    succeed(*flags)
+    assert not path.with_name("run.pt.unfinished2").exists()  # that one was finished
+
+
+def test_the_shown_command_works_for_names_with_spaces_and_dashes():
+    assert how_to_resume("main.py", "my model.pt") == "python main.py --resume 'my model.pt'"
+    assert how_to_resume("main.py", "-x.pt") == "python main.py --resume=-x.pt"
+
+
+# ---------------------------------------------------------------- bit for bit
+
+
+def train_in_parts(
+    folder, corpus_dir, points, finetuning, optimizer, rnn_type="LSTM", attention="none", **changes
+):
+    """Trains 4 epochs, ended at each of `points` and resumed by objects made anew.
+
+    `changes` are flags that are another way. Returns (last state, checkpoint, log of losses, calls
+    of `check`, number of parts).
+    """
+    folder.mkdir()
+    corpus = Corpus(corpus_dir)
+    path = str(folder / "m.pt")
+    args = arguments(**{
+        "epochs": 4, "nonmono": 1, "save": path, "resume": path, "optimizer": optimizer,
+        "when": [2], "lr": 5.0 if optimizer == "sgd" else 1e-3, **changes,
+    })
+    check, parts = Interrupting(*points), 0
+    while True:
+        seed = 1000 + parts  # what a new process draws has no influence
+        random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
+        params = make_params(
+            rnn_type, len(corpus.dictionary), rate=0.3, splits=(4,), attention=attention
+        )
+        trainer = make_trainer(params, corpus, args, check, finetuning=finetuning)
+        if parts:
+            resume_from(read_state(path), trainer)
+        parts += 1
+        try:
+            trainer.fit()
+        except Preempted:
+            continue
+        return *outcome(path), check.calls, parts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("tries", "how"),
+    [
+        (12, (False, "sgd")), (12, (True, "sgd", "GRU")), (12, (False, "adam", "biLSTM")),
+        (6, (False, "sgd", "biLM")), (6, (False, "sgd", "LSTM", "combined")),
+    ],
+)
+def test_interrupted_anywhere_and_resumed_it_is_the_same_run(
+    tries, how, corpus_dir, tmp_path_factory, monkeypatch
+):
+    """At random batches and evaluation windows, up to five times, averaging switched on between."""
+    finetuning, optimizer, *_ = how
+    if not finetuning:  # SGD is averaged from epoch 3 on
+        monkeypatch.setattr(train, "is_nonmonotone", lambda losses, *_: len(losses) == 1)
+    *whole, calls, parts = train_in_parts(
+        tmp_path_factory.mktemp("runs") / "whole", corpus_dir, (), *how
+    )
+    assert parts == 1
+    assert (whole[0]["average"] is not None) == (finetuning or optimizer == "sgd")
+
+    @settings(parent=repeated, max_examples=TRIES or tries)
+    @given(st.sets(st.integers(1, calls), min_size=1, max_size=5))
+    def check(points):
+        folder = tmp_path_factory.mktemp("runs") / "parts"
+        *found, _, parts = train_in_parts(folder, corpus_dir, points, *how)
+        assert parts > 1
+        assert same(found, whole)
+
+    check()
+
+
+def test_what_is_compared_would_differ_if_anything_did(new_trainer):
+    """The comparison above is no tautology: lose any one part of the state and it fails."""
+    how = {"epochs": 2, "nonmono": 0, "rate": 0.3, "finetuning": True}
+
+    def go_on(**lost):
+        trainer = new_trainer(**how)
+        trainer.load_state_dict(copy.deepcopy({**half, **lost}))
+        trainer.fit()
+        return outcome(trainer.args.save)
+
+    stopped = new_trainer(Interrupting(8), **how)
+    with pytest.raises(Preempted):
+        stopped.fit()
+    half = read_state(stopped.args.save)
+    reference = go_on()
+    assert same(go_on(), reference)
+    for lost in (
+        {"average": {**half["average"], "count": half["average"]["count"] + 1}},
+        {"generators": get_generators(torch.device("cpu"))},
+        {"hidden": map_hidden(torch.zeros_like, half["hidden"])},
+        {"losses": half["losses"][1:]}, {"row": half["row"] + 1},
+    ):
+        assert not same(go_on(**lost), reference), lost.keys()
+
+
+# ---------------------------------------------------------------- when a state is saved
+
+
+def test_the_state_is_due_by_the_clock_and_by_what_saving_costs(new_trainer, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(train.time, "perf_counter", lambda: now[0])
+    trainer = new_trainer()
+    assert trainer.save_state()
+    trainer.saving_seconds = 0.2  # not before 20 s have passed
+    for passed, at_epochs_end, within in [
+        (19.9, False, False), (20.1, True, False), (29.9, True, False), (30.1, True, True)
+    ]:
+        now[0] = 1000 + passed
+        assert (trainer.is_due(), trainer.is_due(30)) == (at_epochs_end, within)
+    trainer.high_loss_streak = 1  # not a good state to come back to
+    assert not trainer.is_due(30)
+    trainer.args.on_divergence = "continue"
+    assert trainer.is_due(30)
+
+
+@pytest.mark.parametrize("minutes", [1e-9, 1000.0])
+def test_mid_epoch_saves_follow_checkpoint_minutes(minutes, new_trainer, monkeypatch):
+    monkeypatch.setattr(train, "SAVING_SHARE", math.inf)
+    trainer = new_trainer(checkpoint_minutes=minutes, epochs=1)
+    rows, save = [], trainer.save_state
+    trainer.save_state = lambda: rows.append(trainer.row) or save()
+    trainer.fit()
+    assert (rows[0], rows[-1]) == (0, 0)  # at the start, and at the epoch's end
+    assert len(rows) == 2 if minutes == 1000 else len(rows) > 20
+    assert rows[1:-1] == sorted(set(rows[1:-1]))
+
+
+def test_a_disk_that_is_full_for_a_while_loses_nothing(new_trainer, tmp_path, capsys, monkeypatch):
+    """From epoch 2 to 4: old files stay, then the best model of then is written."""
+    monkeypatch.setattr(train, "SAVING_SHARE", math.inf)
+    trainer = new_trainer(epochs=5)
+    path = trainer.args.save
+    monkeypatch.setattr(
+        train, "evaluate", lambda *a: {1: 5.0, 2: 3.0, 3: 4.0, 4: 4.0, 5: 4.0}[trainer.epoch]
+    )
+    end_epoch, held = trainer.end_epoch, contextlib.ExitStack()
+
+    def fill_the_disk():
+        if trainer.epoch == 2:
+            held.enter_context(full_disk(4000))
+        if trainer.epoch == 4:
+            assert read_checkpoint(path)["epoch"] == 1
+            assert read_state(path)["epoch"] == 2
+            assert not list(tmp_path.glob("*.tmp"))
+            held.close()
+        end_epoch()
+
+    trainer.end_epoch = fill_the_disk
+    with held:
+        trainer.fit()
+    err = capsys.readouterr().err
+    assert f"Warning: {path}: cannot be written (File too large); the next save tries" in err
+    assert read_checkpoint(path)["epoch"] == 2
+    assert read_state(path)["epoch"] == 6
+    assert len(lines(Path(f"{path}.jsonl").read_text())) == 5
+
+
+def test_a_model_that_is_never_written_is_tested_and_reported(
+    corpus_dir, small, tmp_path, monkeypatch
+):
+    path = tmp_path / "m.pt"
+
+    def write(target, content):
+        if target == str(path):
+            raise InputError(f"{target}: cannot be written (No space left on device)")
+        write_atomically(target, content)
+
+    monkeypatch.setattr(checkpoint, "write_atomically", write)
+    status, out, err = invoke(
+        main.main, "--data", corpus_dir, *small, "--epochs", 2, "--finetune", 1, "--save", path
+    )
+    assert status == 2
+    assert "| End of training | test loss" in out
+    assert err.splitlines()[-1] == (
+        f"main.py: error: {path}: could not be written until the end; make room and train again"
+    )
+    assert not path.exists()
+    # Never newer than the checkpoint of which it speaks.
+    assert read_state(path)["best"] == math.inf
+
+
+# ---------------------------------------------------------------- flags of a resumed run
+
+
+@pytest.fixture
+def unfinished(corpus_dir, small, tmp_path):
+    """A run of three epochs that was ended in its second: (path, its command's flags)."""
+    path = tmp_path / "run.pt"
+    flags = ["--data", corpus_dir, *small, "--epochs", 3, "--nonmono", 0, "--save", path]
+    out = stop([45], *flags)
+    assert f"The state is saved; python main.py --resume {path} goes on from here" in out
+    return path, flags
+
+
+def test_resume_needs_no_other_flag_and_the_same_may_be_repeated(unfinished, tmp_path):
+    path, flags = unfinished
+    twin = tmp_path / "elsewhere" / "run.pt"
+    twin.parent.mkdir()
+    for file in files_at(path):
+        shutil.copy(file, twin.parent)
+    link = tmp_path / "link.pt"  # a symbolic link names the run of its target
+    link.symlink_to(path)
+    out = succeed("--resume", link)
+    assert f"Resuming the run of {path} at epoch 2, batch" in out
+    assert IDENTICAL in out
+    assert out.count("end of epoch") == 2
+    assert not list(tmp_path.glob("link.pt.*"))
+    assert len(lines((tmp_path / "run.pt.jsonl").read_text())) == 3
+    out = succeed(*flags[:-1], twin, "--resume", twin, "--log-interval", 3)
+    assert IDENTICAL in out
+    assert same(outcome(path), outcome(twin))
+
+
+BEFORE = {
+    "lr": 5.0, "bias_lr": 1.0, "wdecay": 1.2e-6, "dropout": 0.4, "dropoute": 0.1, "wdrop": 0.5,
+    "bptt": 10, "nonmono": 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("lr", 1.5), ("bias_lr", 0.5), ("wdecay", 0.0), ("dropout", 0.1), ("dropoute", 0.0),
+     ("wdrop", 0.25), ("bptt", 12), ("nonmono", 7)],
+)
+def test_a_changed_flag_takes_effect_and_is_announced(flag, value, unfinished, monkeypatch):
+    path, _ = unfinished
+    effective = {}
+
+    class Spy(train.Trainer):
+        def train_epoch(self):
+            (others, biases), model = self.optimizer.param_groups, self.params[0]
+            effective.update(
+                lr=others["lr"], bias_lr=biases["lr"] / others["lr"], dropout=model.dropout,
+                wdecay=others["weight_decay"], dropoute=model.dropoute,
+                wdrop=model.rnns[0].dropout, bptt=self.args.bptt, nonmono=self.args.nonmono,
+            )
+            raise OSError  # killed before the next save
+
+    monkeypatch.setattr(main, "Trainer", Spy)
+    status, out, _ = invoke(
+        main.main, "--resume", path, f"--{flag.replace('_', '-')}", value, "--epochs", 9
+    )
+    assert status == 2
+    assert f"Note: {CHANGED}{flag} {BEFORE[flag]} -> {value}\n" in out
+    assert effective == {**BEFORE, flag: value}
+    flags = read_state(path)["flags"]
+    assert {name: flags[name] for name in BEFORE} == effective
+    assert flags["epochs"] == 9
+
+
+@pytest.mark.parametrize(
+    ("change", "epochs"),
+    [(["--epochs", 5], 4), (["--finetune", 1], 3), (["--log-interval", 3], 2),
+     (["--checkpoint-minutes", 0.5], 2), (["--on-divergence", "rollback"], 2)],
+)
+def test_what_changes_freely(change, epochs, unfinished):
+    out = succeed("--resume", unfinished[0], *change)
+    assert IDENTICAL in out
+    assert out.count("end of epoch") == epochs
+
+
+def test_other_threads_or_another_card_are_announced(unfinished, monkeypatch):
+    state, device = read_state(unfinished[0]), torch.device("cuda")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91300)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A")
+    state["environment"] = {**environment(device), "threads": 99}
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA B")
+    found = changes(state, state["flags"], device)
+    assert "hardware cuda (NVIDIA A, cuDNN 91300) -> cuda (NVIDIA B, cuDNN 91300)" in found
+    assert f"threads 99 -> {torch.get_num_threads()}" in found
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("--nhid", 14), ("--model", "GRU"), ("--nlayers", 1), ("--emsize", 10), ("--batch_size", 5),
+     ("--seed", 5), ("--optimizer", "adam"), ("--objective", "cloze"),
+     ("--decoder-bias", "unigram")],
+)
+def test_what_cannot_change_is_refused_by_name(flag, value, unfinished):
+    path, _ = unfinished
+    before = files_at(path)
+    err = refuse("--resume", path, flag, value)
+    assert f"{flag} {value}: " in err and "leave the flag out" in err
+    assert files_at(path) == before
+
+
+@pytest.mark.parametrize(("sentence", "what"), [("the bob", "text"), ("a zebra", "vocabulary")])
+def test_other_data_is_refused_by_name(sentence, what, unfinished, corpus_dir, tmp_path):
+    path, _ = unfinished
+    other = tmp_path / "other"
+    shutil.copytree(corpus_dir, other)
+    with open(other / "train.txt", "a") as file:
+        file.write(f"ann sees {sentence}\n")
+    err = refuse("--resume", path, "--data", other)
+    assert f"--data {other}: its {what} is not that of the run in {path}.state" in err
+    shutil.copy(corpus_dir / "train.txt", other)  # the same text by another name is the same data
+    assert IDENTICAL in succeed("--resume", path, "--data", other)
+
+
+def test_a_warm_start_takes_the_weights_and_the_flags_given(trained, corpus_dir, tmp_path):
+    trained.with_name("trained.pt.state").unlink()
+    save, flags = tmp_path / "new.pt", ["--resume", trained, "--data", corpus_dir, "--epochs", 1]
+    flags += ["--batch_size", 4]
+    out = succeed(*flags, "--save", save, "--lr", 1e-9, "--wdecay", 0)
+    assert f"Warm start from the weights of {trained}: it has no training state" in out
+    before, after = read_checkpoint(trained), read_checkpoint(save)
+    assert after["architecture"] == before["architecture"]
+    assert after["valid_loss"] == pytest.approx(before["valid_loss"], abs=1e-4)
+    assert (after["flags"]["lr"], after["flags"]["bptt"]) == (1e-9, 70)
+    assert "leave it out" in refuse(*flags, "--decoder-bias", "unigram")
+    # Onto itself, it keeps the better model, and its record.
+    content = trained.read_bytes()
+    flags += ["--save", trained, "--on-divergence", "continue"]
+    assert "Saving" not in succeed(*flags, "--lr", 3000)
+    assert trained.read_bytes() == content
+    assert len(trained.with_name("trained.pt.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_finished_run_says_so_and_more_epochs_extend_it(trained, corpus_dir, small, tmp_path):
+    content = trained.read_bytes()
+    out = succeed("--resume", trained)
+    assert "It has come to its end; --epochs asks for more" in out
+    assert "| End of training | test loss" in out
+    assert trained.read_bytes() == content
+    succeed("--resume", trained, "--epochs", 2)  # as if two had been asked for at once
+    whole = tmp_path / "whole.pt"
+    succeed("--data", corpus_dir, *small, "--epochs", 2, "--save", whole)
+    assert same(outcome(trained), outcome(whole))
+
+
+def test_a_fork_leaves_the_first_run_alone_and_replaces_no_model(unfinished, trained, tmp_path):
+    path, _ = unfinished
+    before = files_at(path), files_at(trained)
+    assert f"--save {trained}: exists" in refuse("--resume", path, "--save", trained)
+    fork = tmp_path / "fork.pt"
+    assert IDENTICAL in succeed("--resume", path, "--save", fork)
+    assert (files_at(path), files_at(trained)) == before
+    succeed("--resume", path)
+    assert same(outcome(path), outcome(fork))
+    assert lines((tmp_path / "fork.pt.jsonl").read_text()) == outcome(path)[-1]
+
+
+# ---------------------------------------------------------------- the checkpoint on disk
+
+
+def test_a_run_of_which_only_the_state_exists(corpus_dir, small, tmp_path):
+    """Ended in its first epoch, there is no best model yet; if it has been lost, that is said."""
+    path = tmp_path / "m.pt"
+    stop([5], "--data", corpus_dir, *small, "--epochs", 1, "--save", path)
+    assert [file.name for file in files_at(path)] == ["m.pt.state"]
+    succeed("--resume", path)
+    assert read_checkpoint(path)["epoch"] == 1
+    path.unlink()
+    assert f"{path}: the model of this finished run is gone" in refuse("--resume", path)
+    status, out, err = invoke(main.main, "--resume", path, "--epochs", 2)
+    assert status == 0
+    assert f"Warning: {path} (valid loss " in err
+    assert f"{CHANGED}{path} (valid loss" in out
+    assert read_checkpoint(path)["epoch"] == 2
+
+
+def test_a_checkpoint_of_another_run_or_damaged_is_refused_or_announced(unfinished, tmp_path):
+    path, flags = unfinished
+    other = tmp_path / "other.pt"
+    succeed(*flags[:-1], other, "--nhid", 14)
+    shutil.copy(path, other)
+    err = refuse("--resume", other, "--epochs", 9)
+    assert f"{other}.state: is not of the run that made {other}: another architecture" in err
+    content = path.read_bytes()
+    path.write_bytes(content[:-1])
+    for more in ([], ["--save", tmp_path / "fork.pt"]):
+        assert f"{path}: is damaged" in refuse("--resume", path, *more)
+        assert path.read_bytes() == content[:-1]
+        assert not list(tmp_path.glob("fork*"))
+    path.write_bytes(content)
+    edit(path, valid_loss=read_checkpoint(path)["valid_loss"] + 0.01)
+    out = succeed("--resume", path)
+    assert re.search(rf"{CHANGED}.* is not this run's best \(", out)
+
+
+def test_out_of_memory_in_the_middle_of_a_run_names_what_resumes_it(
+    corpus_dir, small, tmp_path, monkeypatch
+):
+    path, step, left = tmp_path / "m.pt", train.train_step, [0]
+
+    def fail(*args, **kwargs):
+        left[0] -= 1
+        if left[0] == 0:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(train, "train_step", fail)
+    argv = ["--data", corpus_dir, *small, "--epochs", 2, "--save", path]
+    left[0] = 1  # nothing to go on from
+    assert "out of memory; lower --batch_size" in refuse(*argv)
+    left[0] = 50
+    status, _, err = invoke(main.main, *argv)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "out of memory at epoch 2, batch " in err
+    command = re.search(r"python main.py (--resume .*? --bptt 7) goes on", err)[1]
+    out = succeed(*command.split())
+    assert "bptt 10 -> 7" in out and "| End of training |" in out
+
+
+# ---------------------------------------------------------------- fine-tuning
+
+
+@pytest.mark.parametrize(
+    ("flags", "resumes", "decay", "rates"),
+    [
+        ("--optimizer adam --model biLM", [""], 1.2e-6, (30, 0.3)),
+        ("--optimizer adam --model biLM", ["--lr 15"], 1.2e-6, (15, 0.15)),
+        ("--optimizer adam --model biLM", ["--bias-lr 0.5"], 1.2e-6, (30, 15)),
+        ("--optimizer adam --model biLM", ["--lr 15 --bias-lr 0.5"], 1.2e-6, (15, 7.5)),
+        ("--optimizer adamw", ["--wdecay 0.01", ""], 0.01, (30, 30)),
+        ("--optimizer adamw", ["--bias-lr 0.5", "--lr 10"], 1.2e-6, (10, 5)),
+    ],
+)
+def test_what_one_resume_of_fine_tuning_changes_stays_changed(
+    flags, resumes, decay, rates, corpus_dir, small, tmp_path
+):
+    """After adam and adamw, whose own rates and decay are not SGD's."""
+    path = tmp_path / "m.pt"
+    small = [flag for flag in small if flag not in ("--lr", "5")]
+    succeed("--data", corpus_dir, *small, *flags.split(), "--epochs", 1, "--finetune", 1,
+            "--nonmono", 50, "--save", path)
+    for epochs, more in enumerate(resumes, 2):
+        succeed("--resume", path, "--finetune", epochs, *more.split())
+    groups = read_state(path)["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [decay] * 2
+    assert [group["lr"] for group in groups] == pytest.approx(rates)
+
+
+@pytest.mark.parametrize("other", ["objective", "text"])
+def test_the_loss_of_another_objective_or_text_is_not_compared(
+    other, corpus_dir, small, tmp_path
+):
+    """A fine-tuning for something else, interrupted before it has saved a model of its own."""
+    path = tmp_path / "m.pt"
+    succeed("--data", corpus_dir, *small, "--model", "biLM", "--objective", "cloze", "--epochs", 1,
+            "--save", path)
+    edit(path, valid_loss=0.1)  # what it was trained for was easy
+    path.with_name("m.pt.state").unlink()  # from the weights alone, it is for the same
+    assert main.parse_args(["--resume", str(path)])[0].objective == "cloze"
+    more = ["--objective", "lm"]
+    if other == "text":
+        more = ["--data", tmp_path / "other"]
+        shutil.copytree(corpus_dir, tmp_path / "other")
+        file = tmp_path / "other" / "train.txt"
+        file.write_text(file.read_text() * 2)  # the same words
+    out = stop([30], "--save", path, "--epochs", 2, *more, command=finetune.main)
+    assert "Saving" not in out
+    for change in ([], ["--wdecay", 1e-6]):
+        save = tmp_path / f"new{len(change)}.pt"
+        out = succeed("--resume", path, "--save", save, *change, command=finetune.main)
+        assert "is not this run's best" not in out
+        assert (IDENTICAL in out) == (not change)
+        assert "Saving averaged weights (new best validation)" in out
+        assert save.read_bytes() != path.read_bytes()
+
+
+def test_main_resumes_in_its_fine_tuning(corpus_dir, small, tmp_path):
+    whole, parts = (tmp_path / f"{name}.pt" for name in ("whole", "parts"))
+    flags = ["--data", corpus_dir, *small, "--epochs", 3, "--finetune", 3, "--save"]
+    succeed(*flags, whole)
+    stop([115], *flags, parts)
+    assert "at epoch 1 of fine-tuning" in stop([40], "--resume", parts)
+    succeed("--resume", parts)
+    assert same(outcome(whole), outcome(parts))
+    bases = [read_checkpoint(f"{path}.base")["model"] for path in (whole, parts)]
+    assert same(*bases)
+
+
+def test_finetune_resumes_itself_and_names_the_command_for_the_others(unfinished, tmp_path):
+    path, _ = unfinished
+    err = refuse("--resume", path, command=finetune.main)
+    assert f"is of an unfinished run of main.py; python main.py --resume {path} continues" in err
+    # Fine-tuning what was cut short keeps the run, so that it can still go on.
+    out = stop([40], "--save", path, "--epochs", 3, command=finetune.main)
+    assert f"python finetune.py --resume {path} goes on from here" in out
+    assert f"python finetune.py --resume {path} continues it" in refuse("--resume", path)
+    base, whole = path.with_name("run.pt.base"), tmp_path / "whole.pt"
+    shutil.copy(base, whole)
+    out = succeed("--resume", path, command=finetune.main)
+    assert "of fine-tuning, batch" in out and IDENTICAL in out
+    succeed("--save", whole, "--epochs", 3, command=finetune.main)
+    assert same(outcome(path), outcome(whole))
+    assert f"Resuming the run of {base} at epoch 2" in succeed("--resume", base)
+
+
+def test_finetune_from_another_name(trained, tmp_path):
+    """Without a state of its own, finetune.py --resume begins from the weights, in a copy."""
+    content, save = trained.read_bytes(), tmp_path / "tuned.pt"
+    out = succeed("--resume", trained, "--save", save, "--epochs", 1, command=finetune.main)
+    assert f"Warm start from the weights of {trained}" in out
+    assert trained.read_bytes() == save.with_name("tuned.pt.base").read_bytes() == content

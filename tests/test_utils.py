@@ -1,0 +1,160 @@
+"""Signals, kills and logs that cannot be written."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+
+import main
+import train
+from checkpoint import read_checkpoint, read_state
+from conftest import ROOT, invoke
+from kill_loop import kill_loop
+
+TEST = "| End of training | test loss"
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_and_resumed_it_is_the_same_run(tmp_path, corpus_dir, small):
+    """In training, averaging and fine-tuning; now and then by another signal."""
+    flags = ["--data", str(corpus_dir), *small, "--nonmono", "0", "--epochs", "14", "--finetune",
+             "5", "--checkpoint-minutes", "0.0005"]
+    signals, told = [signal.SIGKILL] * 3 + [signal.SIGTERM, signal.SIGINT], []
+    ok = kill_loop(tmp_path / "runs", flags, 30, seconds=0.5, signals=signals, tell=told.append)
+    assert ok, "\n".join(told)
+
+
+# ---------------------------------------------------------------- signals
+
+
+@pytest.fixture
+def flags(corpus_dir, small, tmp_path):
+    return ["--data", corpus_dir, *small, "--epochs", 2, "--log-interval", 1,
+            "--save", tmp_path / "m.pt"]
+
+
+@pytest.fixture
+def send(monkeypatch, request):
+    """A function after whose call this process gets a signal at the given step of training."""
+
+    def send(number, at_step, disposition=signal.SIG_DFL):
+        step, steps = train.train_step, []
+
+        def train_step(*args, **kwargs):
+            steps.append(args)
+            if len(steps) == at_step:
+                signal.raise_signal(number)
+            return step(*args, **kwargs)
+
+        monkeypatch.setattr(train, "train_step", train_step)
+        before = signal.signal(number, disposition)
+        request.addfinalizer(lambda: signal.signal(number, before))
+
+    return send
+
+
+@pytest.mark.parametrize(
+    ("name", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)]
+)
+def test_the_first_signal_saves_and_says_how_to_resume(name, status, send, flags, tmp_path):
+    send(getattr(signal, name), 40)
+    path = tmp_path / "m.pt"
+    found, out, err = invoke(main.main, *flags)
+    assert (found, err) == (status, "")
+    # It is the state after the very batch that was running.
+    last = re.findall(r"epoch +(\d+) \| +(\d+)/", out)[-1]
+    assert f"Exiting from training early ({name}) at epoch {last[0]}, batch {last[1]}\n" in out
+    state = read_state(path)
+    assert (state["epoch"], len(state["losses"])) == tuple(map(int, last))
+    assert f"The state is saved; python main.py --resume {path} goes on from here\n" in out
+    assert (TEST in out) == (name == "SIGINT")
+    assert {file.name for file in tmp_path.glob("m.*")} == {"m.pt", "m.pt.jsonl", "m.pt.state"}
+
+
+def test_nohup_is_respected(send, flags):
+    send(signal.SIGHUP, 10, signal.SIG_IGN)
+    assert invoke(main.main, *flags)[0] == 0
+
+
+def test_ctrl_c_in_the_first_epoch_does_not_test_an_older_runs_model(
+    trained, send, flags, tmp_path
+):
+    path = shutil.move(trained, tmp_path / "m.pt")
+    content = path.read_bytes()
+    send(signal.SIGINT, 3)
+    status, out, err = invoke(main.main, *flags)
+    assert (status, err) == (130, "")
+    assert "No epoch was finished, so there is no model to test" in out
+    assert TEST not in out
+    assert path.read_bytes() == content
+
+
+def test_a_signal_during_the_evaluation_does_not_wait_for_its_end(flags, tmp_path, monkeypatch):
+    """Stopped between two windows of it; resumed, it evaluates anew and goes on."""
+    evaluate = train.evaluate
+
+    def slow(params, ids, batch_size, bptt, check):
+        def signalled():  # a second one would end this process
+            signal.raise_signal(signal.SIGTERM)
+            check()
+
+        return evaluate(params, ids, batch_size, 1, signalled)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate", slow)
+        status, out, err = invoke(main.main, *flags)
+    assert (status, err) == (143, "")
+    batch = int(re.search(r"at epoch 1, batch (\d+)\n", out)[1])
+    assert len(read_state(tmp_path / "m.pt")["losses"]) == batch
+    status, out, _ = invoke(main.main, "--resume", tmp_path / "m.pt")
+    assert status == 0
+    assert "| epoch   1 |" not in out  # no batch was left
+    assert "end of epoch   1" in out
+
+
+SECOND = """
+import signal, sys
+from utils import Preemption
+with Preemption():
+    signal.raise_signal(signal.SIGINT)
+    print("waits", flush=True)
+    signal.raise_signal(int(sys.argv[1]))
+    print("too late", flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_the_process_at_once(number):
+    done = subprocess.run(
+        [sys.executable, "-c", SECOND, str(int(number))], cwd=ROOT, text=True, capture_output=True
+    )
+    assert (done.stdout, done.stderr, done.returncode) == ("waits\n", "", 128 + number)
+
+
+# ---------------------------------------------------------------- logs
+
+
+@pytest.mark.parametrize("reason", ["No space left on device", "Broken pipe"])
+def test_a_log_that_cannot_be_written_does_not_end_the_run(reason, flags, tmp_path):
+    if reason == "Broken pipe":  # as when Ctrl-C ends `| tee log` too
+        reader, output = os.pipe()
+        os.close(reader)
+    elif os.path.exists("/dev/full"):
+        output = os.open("/dev/full", os.O_WRONLY)
+    else:
+        pytest.skip("no /dev/full here")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "main.py"), *map(str, flags), "--epochs", "1"],
+        stdout=output, stderr=subprocess.PIPE, text=True,
+    )
+    os.close(output)
+    assert done.returncode == 0
+    assert done.stderr == (
+        f"Warning: standard output cannot be written ({reason}): lines are lost\n"
+    )
+    assert read_checkpoint(tmp_path / "m.pt")["epoch"] == 1
+    assert read_state(tmp_path / "m.pt")["epoch"] == 2
