@@ -183,7 +183,7 @@ def get_batch(source, i, args, seq_len=None, evaluation=False):
 def exact_windows(ids, batch_size, bptt, columns):
     """Yields windows in which each of the N - 1 ids that follow another is predicted exactly once.
 
-    `ids` [N] is laid out in `batch_size` columns, of which `columns`, a slice, are read; each window
+    `ids` [N] is laid out in `batch_size` columns, of which `columns`, a slice, are read. A window
     is (inputs [T, B], targets [T, B], count), T <= bptt: all but the first `count` of the flattened
     targets are padding.
     """
@@ -263,7 +263,7 @@ def build_sample():
     counts = Counter(token for sentence in splits["train"] for token in sentence)
     return {
         split: [
-            (" ".join(t if counts[t] >= SAMPLE_MIN_COUNT else "<unk>" for t in sentence) + "\n").encode()
+            (" ".join(t if counts[t] >= SAMPLE_MIN_COUNT else UNK for t in sentence) + "\n").encode()
             for sentence in sentences
         ]
         for split, sentences in splits.items()

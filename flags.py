@@ -1,4 +1,4 @@
-"""The flags of main.py and finetune.py: defaults, presets (--recipe), checks; how a command ends."""
+"""The flags of main.py and finetune.py: defaults, presets, checks; how a command ends."""
 
 import argparse
 import errno
@@ -27,9 +27,9 @@ ARCHITECTURE = {  # flag: RNNModel's argument
 OPTIMIZER_DEFAULTS = {
     "sgd": {}, "adam": {"lr": 1e-3}, "adamw": {"lr": 5e-3, "wdecay": 0.02}
 }
-# A recipe sets flags; one that is given overrides just itself. At a rate of 30 GRU's biases diverge,
-# as the report's did, and so do those of the layers that join states (biLM's combiner, attention).
-# AR and TAR are mean squares, and GRU's states, without an output gate, are larger: records/gru.
+# A recipe sets flags; a given flag overrides just itself. At a rate of 30 GRU's biases diverge, as
+# the report's did, and so do those of the layers that join states (biLM's combiner, attention). AR
+# and TAR are mean squares, and GRU's states, without an output gate, are larger: see records/gru.
 RECIPES = {
     "published": {},
     "gru": {"lr": 10.0, "bias_lr": 0.02, "decoder_bias": "unigram", "alpha": 0.5, "beta": 0.25},
@@ -321,8 +321,8 @@ def check_unchanged(given, saved, path):
         if flag in saved and getattr(given, flag, saved[flag]) != saved[flag]:
             raise InputError(
                 f"{format_flag(flag, getattr(given, flag))}: {path} has "
-                f"{format_flag(flag, saved[flag])}; leave the flag out, or copy {path} elsewhere to "
-                "start from its weights alone"
+                f"{format_flag(flag, saved[flag])}; leave the flag out, or copy {path} elsewhere "
+                "to start from its weights alone"
             )
 
 

@@ -352,8 +352,8 @@ class Trainer:
                 raise
             raise InputError(
                 f"device {self.args.device} is out of memory at {self.position()}; "
-                f"{self.run.resume_command()} --bptt {max(1, self.args.bptt * 3 // 4)} goes on from "
-                "the last saved state in shorter windows"
+                f"{self.run.resume_command()} --bptt {max(1, self.args.bptt * 3 // 4)} goes on "
+                "from the last saved state in shorter windows"
             ) from None
 
     def train_epoch(self):
@@ -541,7 +541,7 @@ class Trainer:
         return succeeded
 
     def is_due(self, seconds=0.0):
-        """Whether the state of `seconds` ago or more is to be replaced; by the first rank's clock."""
+        """Whether a state that is `seconds` old is to be replaced; by the first rank's clock."""
         since = time.perf_counter() - self.saved_at
         good = self.high_loss_streak == 0 or self.args.on_divergence == "continue"
         due = good and since >= max(seconds, self.saving_seconds / SAVING_SHARE)

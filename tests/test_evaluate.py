@@ -43,7 +43,8 @@ def logprob_of(params, ids):
 def loss_of(path, text):
     """(The mean loss of a text, which an <eos> precedes, by the model at `path`; its tokens)."""
     ids = [load(path)[1].word2idx[word] for word in ("<eos>", *text.split())]
-    return -logprob_of(build_params(read_checkpoint(path)).eval(), ids) / (len(ids) - 1), len(ids) - 1
+    logprob = logprob_of(build_params(read_checkpoint(path)).eval(), ids)
+    return -logprob / (len(ids) - 1), len(ids) - 1
 
 
 @pytest.mark.parametrize(
