@@ -1,0 +1,205 @@
+"""main.py and finetune.py from the shell, end to end."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import finetune
+import main
+from checkpoint import load, read_checkpoint
+from conftest import NO_DROPOUT, ROOT, invoke
+from data import SPLITS, Corpus
+
+END_OF_EPOCH = (
+    r"(?m)^\| end of epoch +(\d+) \| time: +[\d.]+s \| valid loss +([\d.]+) \| valid ppl +[\d.]+ "
+    r"\| valid bpc +[\d.]+$"
+)
+END_OF_TRAINING = (
+    r"(?m)^\| End of training \| test loss +[\d.]+ \| test ppl +([\d.]+) \| test bpc +[\d.]+$"
+)
+BATCHES = (
+    r"(?m)^\| epoch +\d+ \| +\d+/ +\d+ batches \| lr [\d.]+ \| ms/batch +[\d.]+ \| loss +[\d.]+ "
+    r"\| ppl +[\d.]+ \| bpc +[\d.]+$"
+)
+PUBLISHED = {
+    "--batch_size 20 --data data/penn --dropouti 0.4 --dropouth 0.25 --seed 141 --epoch 500 "
+    "--save PTB.pt": {
+        "batch_size": 20, "data": "data/penn", "dropouti": 0.4, "dropouth": 0.25, "seed": 141,
+        "epochs": 500, "save": "PTB.pt", "model": "LSTM", "emsize": 400, "nhid": 1150, "nlayers": 3,
+        "lr": 30, "clip": 0.25, "bptt": 70, "dropout": 0.4, "dropoute": 0.1, "wdrop": 0.5,
+        "nonmono": 5, "alpha": 2, "beta": 1, "wdecay": 1.2e-6, "optimizer": "sgd", "when": [-1],
+        "log_interval": 200, "resume": "",
+    },
+    "--epochs 750 --data data/wikitext-2 --save WT2.pt --dropouth 0.2 --seed 1882": {
+        "batch_size": 80, "dropouti": 0.65, "dropouth": 0.2, "lr": 30,
+    },
+    "--epochs 500 --nlayers 3 --emsize 200 --nhid 1000 --alpha 0 --beta 0 --dropoute 0 "
+    "--dropouth 0.25 --dropouti 0.1 --dropout 0.1 --wdrop 0.5 --wdecay 1.2e-6 --bptt 150 "
+    "--batch_size 128 --optimizer adam --lr 2e-3 --data data/pennchar --save PTBC.pt "
+    "--when 300 400": {"lr": 2e-3, "when": [300, 400], "alpha": 0},
+    "": {"seed": 1111, "dropouth": 0.3, "dropouti": 0.65, "epochs": 8000},
+}
+
+
+@pytest.mark.parametrize("command", PUBLISHED)
+def test_published_commands_mean_the_published_run(command, corpus_dir, small, tmp_path):
+    found = vars(main.parse_args(command.split())[0])
+    assert found.items() >= PUBLISHED[command].items()
+    assert found["save"].endswith(".pt")
+    # The same, cut down to a second, run.
+    status, out, err = invoke(main.main, *command.split(), "--data", corpus_dir, *small,
+                              "--epochs", 1, "--save", tmp_path / "m.pt")
+    assert (status, err) == (0, "")
+    assert re.search(END_OF_TRAINING, out)
+
+
+@pytest.mark.slow
+def test_train_finetune_test(cli, corpus_dir, small):
+    """The whole way: train, hand over to fine-tuning, reload the checkpoint elsewhere."""
+    done = cli("main.py", "--data", corpus_dir, *small, *NO_DROPOUT, "--wdrop", 0.2,
+               *"--emsize 16 --nhid 24 --lr 20 --epoch 4 --save m.pt --finetune 2".split())
+    out, folder = done.stdout, cli.folder
+    assert (done.returncode, done.stderr) == (0, "")  # no progress bar but on a terminal
+    assert re.search(BATCHES, out)
+    tests = re.findall(END_OF_TRAINING, out)
+    model, vocabulary = load(folder / "m.pt")
+    assert f"Model total parameters: {sum(p.numel() for p in model.parameters())}\n" in out
+    assert "m.pt.base" in out
+    # It learns that a sentence's shape is certain; no model could know more than that.
+    unigram = float(re.search(r"word frequencies alone .* give test ppl ([\d.]+)", out)[1])
+    limit = math.exp((math.log(4) + math.log(3) + math.log(4)) / 5)
+    assert limit * 0.9 < float(tests[0]) < unigram / 2
+
+    # One JSON line an epoch, as the log has it.
+    lines = (folder / "m.pt.jsonl").read_text() + (folder / "m.pt.finetune.jsonl").read_text()
+    records = [json.loads(line) for line in lines.splitlines()]
+    assert [record["epoch"] for record in records] == [1, 2, 3, 4, 1, 2]
+    assert [record["averaging"] for record in records] == [False] * 4 + [True] * 2
+    logged = [(record["epoch"], f"{record['valid_loss']:.2f}") for record in records]
+    assert logged == [(int(epoch), loss) for epoch, loss in re.findall(END_OF_EPOCH, out)]
+    for record in records:
+        for split in ("train", "valid"):
+            assert record[f"{split}_ppl"] == pytest.approx(math.exp(record[f"{split}_loss"]))
+        assert record["lr"] == 20
+        assert min(record["seconds"], record["tokens_per_s"]) > 0
+
+    # The checkpoint stands alone, under torch's own safe loader.
+    checkpoint = torch.load(folder / "m.pt", weights_only=True)
+    base = read_checkpoint(folder / "m.pt.base")
+    assert (base["finetuned"], base["epoch"] in (3, 4)) == (False, True)
+    assert checkpoint["valid_loss"] <= base["valid_loss"]
+    corpus = Corpus(corpus_dir)
+    assert checkpoint["corpus"]["sha256"] == corpus.digest
+    assert vocabulary.idx2word == corpus.dictionary.idx2word
+    assert (model.training, model.wdrop) == (False, 0.2)
+    output, _ = model(corpus.test[:-1, None], model.init_hidden(1))
+    loss = torch.nn.functional.cross_entropy(model.decoder(output), corpus.test[1:])
+    assert f"{loss.exp():.2f}" == tests[1]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "m.pt", "m.pt.base", "m.pt.finetune.jsonl", "m.pt.jsonl", "m.pt.state",
+    ]
+
+
+def test_same_seed_same_run(cli, corpus_dir, small):
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        cli("main.py", "--data", corpus_dir, *small, "--epochs", 1, "--seed", seed, "--save", name)
+    a, b, c = (read_checkpoint(cli.folder / name) for name in "abc")
+    torch.testing.assert_close(a["model"], b["model"], rtol=0, atol=0)
+    assert a["valid_loss"] == b["valid_loss"] != c["valid_loss"]
+
+
+def test_each_finetuning_keeps_its_base(trained, corpus_dir):
+    contents = [trained.read_bytes()]
+    args, _ = finetune.parse_args(["--save", str(trained), "--dropouth", "0.2"])
+    assert (args.emsize, args.nhid, args.nlayers, args.model) == (8, 12, 2, "LSTM")
+    assert (args.batch_size, args.bptt, args.dropouth) == (4, 10, 0.2)
+    assert (args.data, args.epochs) == (str(corpus_dir), 8000)
+    for suffix in ("", "2"):
+        status, out, _ = invoke(finetune.main, "--save", trained, "--epochs", 1, "--tied")
+        assert status == 0
+        assert "| base model | valid loss" in out
+        assert trained.with_name("trained.pt.base").read_bytes() == contents[0]
+        if contents[-1] != contents[0]:
+            assert trained.with_name(f"trained.pt.base{suffix}").read_bytes() == contents[-1]
+        contents.append(trained.read_bytes())
+
+
+@pytest.mark.parametrize(("flags", "trained", "tuned"), [
+    ("--lr 5", (5, 1, 2), (5, 1, 2)),
+    ("--optimizer adam", (1e-3, 1, 2), (30, 1, 2)),
+    ("--model GRU", (10, 0.02, 0.5), (10, 0.02, 0.5)),
+    ("--model GRU --optimizer adam", (1e-3, 1, 2), (10, 0.02, 2)),
+])
+def test_fine_tuning_takes_sgds_rates(flags, trained, tuned, corpus_dir, small, tmp_path):
+    """Those that the model was trained with, or where that was not SGD, the defaults."""
+    path = tmp_path / "m.pt"
+    plain = [flag for flag in small if flag not in ("--lr", "5")]
+    status, out, _ = invoke(main.main, "--data", corpus_dir, *plain, "--epochs", 1, "--save", path,
+                            "--finetune", 1, *flags.split())
+    assert status == 0
+    rates = re.findall(r"\| lr ([\d.]+) \|", out)
+    assert list(map(float, (rates[0], rates[-1]))) == [trained[0], tuned[0]]
+    args = vars(finetune.parse_args(["--save", str(path)])[0])
+    assert tuple(args[flag] for flag in ("lr", "bias_lr", "alpha")) == tuned
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["gru", "published"])
+def test_a_gru_learns_with_its_own_recipe_and_not_with_the_lstms(recipe, corpus_dir, cli):
+    flags = "--model GRU --emsize 32 --nhid 48 --batch_size 4 --bptt 10 --epochs 8 --save gru.pt"
+    done = cli("main.py", "--data", corpus_dir, *flags.split(), "--on-divergence", "continue",
+               "--recipe", recipe)
+    test, unigram = map(float, re.findall(r"test ppl +([\d.]+)", done.stdout))
+    assert test < unigram / 2 if recipe == "gru" else test > unigram
+
+
+@pytest.mark.parametrize(
+    ("train", "other", "words"),
+    [
+        ("<eos> <eos>\n" * 30, "<eos>\n" * 30, 1),
+        ("\ufeff" + "a b c\r\n" * 30, "a b\r\n" * 30, 4),
+        ("a b c\n" * 30, "a unseen\n" * 30, 5),
+    ],
+    ids=["a vocabulary of one", "BOM and CRLF", "a token unseen in training"],
+)
+def test_odd_corpora_train(train, other, words, tmp_path, small):
+    for split, text in zip(SPLITS, (train, other, other)):
+        (tmp_path / f"{split}.txt").write_text(text, encoding="utf-8", newline="")
+    path = tmp_path / "m.pt"
+    status, out, err = invoke(
+        main.main, "--data", tmp_path, *small, "--epochs", 1, "--save", path, "--finetune", 1
+    )
+    assert (status, err) == (0, "")
+    checkpoint = read_checkpoint(path)
+    assert len(checkpoint["vocabulary"]) == words
+    if words == 1:  # it cannot be wrong
+        assert checkpoint["valid_loss"] == 0
+        assert "test ppl     1.00" in out
+
+
+def test_importing_has_no_side_effects(tmp_path):
+    modules = [path.stem for path in ROOT.glob("*.py")]
+    assert {"main", "finetune", "model", "data", "utils", "splitcross"} <= set(modules)
+    done = subprocess.run(
+        [sys.executable, "-c", f"import {', '.join(modules)}"], cwd=tmp_path, text=True,
+        capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("start", ["zeros", "unigram"])
+def test_the_decoders_bias_begins_where_it_was_asked_to(start, corpus_dir, small, tmp_path):
+    save = tmp_path / "model.pt"
+    flags = "--lr 1e-30 --wdecay 0 --epochs 1 --decoder-bias".split()
+    assert invoke(main.main, "--data", corpus_dir, *small, *flags, start, "--save", save)[0] == 0
+    bias = read_checkpoint(save)["model"]["decoder.bias"]
+    frequencies = torch.bincount(Corpus(corpus_dir).train, minlength=len(bias)) + 1.0
+    expected = (frequencies / frequencies.sum()).log()
+    torch.testing.assert_close(bias, expected if start == "unigram" else torch.zeros_like(bias))
