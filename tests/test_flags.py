@@ -34,6 +34,7 @@ BAD_FLAGS = [
     ("--model biLSTM --nhid 13", "--nhid 13 is odd"),
     ("--model biLSTM --emsize 13", "--emsize 13 is odd"),
     ("--model biLSTM --attention single", "--attention looks back only: leave it out with biLSTM"),
+    ("--attention-window 5", "--attention-window 5: for --attention only"),
     ("--objective cloze", "--objective cloze: for --model biLM only"),
     ("--recipe short", "--schedule onecycle: goes over the --epochs of the run; name them"),
     ("--regularization-ramp 2 1", "--regularization-ramp 2 1: SHARE must be a number in [0, 1]"),
