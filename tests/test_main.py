@@ -45,16 +45,17 @@ PUBLISHED = {
     "--when 300 400": {"lr": 2e-3, "when": [300, 400], "alpha": 0},
     "": {"seed": 1111, "dropouth": 0.3, "dropouti": 0.65, "epochs": 8000},
 }
+CUT_DOWN = "--emsize 8 --nhid 12 --nlayers 2 --batch_size 4 --bptt 10 --epochs 1".split()
 
 
 @pytest.mark.parametrize("command", PUBLISHED)
-def test_published_commands_mean_the_published_run(command, corpus_dir, small, tmp_path):
+def test_published_commands_mean_the_published_run(command, corpus_dir, tmp_path):
     found = vars(main.parse_args(command.split())[0])
     assert found.items() >= PUBLISHED[command].items()
     assert found["save"].endswith(".pt")
     # The same, cut down to a second, run.
-    status, out, err = invoke(main.main, *command.split(), "--data", corpus_dir, *small,
-                              "--epochs", 1, "--save", tmp_path / "m.pt")
+    status, out, err = invoke(main.main, *command.split(), *CUT_DOWN, "--data", corpus_dir,
+                              "--save", tmp_path / "m.pt")
     assert (status, err) == (0, "")
     assert re.search(END_OF_TRAINING, out)
 
@@ -102,10 +103,11 @@ def test_train_finetune_test(cli, corpus_dir, small):
     loss = torch.nn.functional.cross_entropy(model.decoder(output), corpus.test[1:])
     assert f"{loss.exp():.2f}" == tests[1]
     assert sorted(p.name for p in folder.iterdir()) == [
-        "m.pt", "m.pt.base", "m.pt.finetune.jsonl", "m.pt.jsonl", "m.pt.state",
+        "m.pt", "m.pt.base", "m.pt.base.state", "m.pt.finetune.jsonl", "m.pt.jsonl", "m.pt.state",
     ]
 
 
+@pytest.mark.slow
 def test_same_seed_same_run(cli, corpus_dir, small):
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         cli("main.py", "--data", corpus_dir, *small, "--epochs", 1, "--seed", seed, "--save", name)
