@@ -133,14 +133,11 @@ def trained_with_unk(small, tmp_path):
 
 def arguments(**changes):
     """The flags of a run, as a Namespace."""
-    return Namespace(**{
-        "lr": 5.0, "bias_lr": 1.0, "clip": 0.25, "epochs": 3, "batch_size": 4, "bptt": 10,
-        "alpha": 2.0, "beta": 1.0, "wdecay": 1.2e-6, "nonmono": 5, "log_interval": 10,
-        "optimizer": "sgd", "when": [-1], "device": torch.device("cpu"), "save": None, "resume": "",
-        "on_divergence": "stop", "checkpoint_minutes": 10.0, "dropout": 0.2,
-        "precision": "fp32", "objective": "lm", "schedule": "constant", "regularization_ramp": None,
-        **changes,
-    })
+    args, _ = main.parse_args(
+        "--lr 5 --epochs 3 --batch_size 4 --bptt 10 --dropout 0.2 --log-interval 10 --device cpu"
+        .split()
+    )
+    return Namespace(**{**vars(args), "save": None, **changes})
 
 
 def make_params(

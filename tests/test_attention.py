@@ -3,12 +3,8 @@
 import pytest
 import torch
 
-import main
 from attention import KINDS, Attention
-from checkpoint import read_checkpoint
-from conftest import arguments, invoke
-from model import RNNModel
-from splitcross import SplitCrossEntropyLoss
+from conftest import arguments, make_params
 from train import Objective, make_optimizer, train_step
 
 kinds = pytest.mark.parametrize("kind", KINDS[1:])
@@ -70,27 +66,12 @@ def test_another_kind_is_refused():
 @pytest.mark.parametrize("rnn_type", ["LSTM", "GRU"])
 def test_a_step_reaches_every_weight(rnn_type, kind, device):
     with torch.device(device):
-        model = RNNModel(rnn_type, 20, 8, 12, 2, tie_weights=True, attention=kind,
-                         attention_window=4)
-        words, targets = torch.randint(20, (5, 3)), torch.randint(20, (15,))
-    params = torch.nn.ModuleList([model, SplitCrossEntropyLoss(8)])
-    args, hidden = arguments(), model.init_hidden(3)
+        params = make_params(rnn_type, 20, rate=0.1, attention=kind)
+        words, targets = torch.randint(20, (9, 3)), torch.randint(20, (27,))
+    args, hidden = arguments(), params[0].init_hidden(3)
     objective, optimizer = Objective(params), make_optimizer(params, args)
     for _ in range(2):
         loss, hidden = train_step(objective, optimizer, words, targets, hidden, args)
-    assert hidden[-1].shape == (4, 3, 8)
+    assert hidden[-1].shape == (13, 3, 8)  # no more than its window of the 18 states
     assert loss.device.type == device
     assert all(p.grad is not None and (p.is_meta or p.grad.any()) for p in params.parameters())
-
-
-def test_from_the_shell_with_fine_tuning_and_resume(corpus_dir, small, tmp_path):
-    path = tmp_path / "m.pt"
-    flags = "--attention combined --attention-window 13 --epochs 2 --nonmono 0 --finetune 1".split()
-    status, out, err = invoke(main.main, "--data", corpus_dir, *small, "--save", path, *flags)
-    assert (status, err) == (0, "")
-    assert out.count("test ppl") == 4
-    architecture = read_checkpoint(path)["architecture"]
-    assert (architecture["attention"], architecture["attention_window"]) == ("combined", 13)
-    status, _, err = invoke(main.main, "--resume", path, "--attention-window", 9)
-    assert status == 2
-    assert f"--attention-window 9: {path} has --attention-window 13" in err

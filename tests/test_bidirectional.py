@@ -10,7 +10,6 @@ from torch.nn import functional as F
 import bidirectional
 import main
 from bidirectional import OBJECTIVES, BiObjective, evaluate_directions
-from checkpoint import read_checkpoint
 from conftest import NO_DROPOUT, arguments, invoke, make_params
 from data import SPLITS
 from train import make_optimizer, score, train_step
@@ -165,23 +164,6 @@ def test_short_windows_and_the_meta_device(objective, length):
     loss, hidden = step(params, objective, *texts, arguments())
     assert all(tensor.is_meta for tensor in [loss, *sum(hidden, ())])
     assert all(p.grad is not None for p in params.parameters())
-
-
-@objectives
-def test_from_the_shell_with_averaging_and_fine_tuning(objective, corpus_dir, small, tmp_path):
-    path = tmp_path / "m.pt"
-    flags = "--model biLM --epochs 3 --nonmono 0 --finetune 1 --objective".split()
-    status, out, err = invoke(
-        main.main, "--data", corpus_dir, *small, *flags, objective, "--save", path
-    )
-    assert (status, err) == (0, "")
-    last = json.loads((tmp_path / "m.pt.jsonl").read_text().splitlines()[-1])
-    for name in ("forward", "backward", "cloze"):
-        assert out.count(f"| {name} ") == 3 + 1 + 1 + 2  # epochs, base model, fine-tuning, tests
-        assert last[f"{name}_ppl"] < 15 or name not in OBJECTIVES[objective]
-    checkpoint = read_checkpoint(path)
-    assert checkpoint["architecture"]["rnn_type"] == "biLM"
-    assert checkpoint["flags"]["objective"] == objective
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """torchrun with two processes on the CPU: the same run as one, ended together, resumed together."""
 
-import json
 import os
 import re
 import signal
@@ -116,27 +115,17 @@ def test_a_run_of_two_ranks_is_that_of_one(model, begin, corpus_dir, small, tmp_
     """Without dropout: training, the switch to averaging, fine-tuning, the test."""
     flags = [*small, *NO_DROPOUT, "--data", corpus_dir, "--epochs", 3, "--nonmono", 0,
              "--finetune", 1, "--lr", 1, "--model", *model.split()]
-    results, outputs = [], []
-    for name, launch in (("two.pt", TWO_RANKS), ("one.pt", ALONE)):
-        out, _ = finish(begin("main.py", *flags, "--save", name, launch=launch))
-        path = tmp_path / name
-        records = [
-            json.loads(line) for suffix in (".jsonl", ".finetune.jsonl")
-            for line in path.with_name(name + suffix).read_text().splitlines()
-        ]
-        results.append([
-            [[r["averaging"], r["train_loss"], r["valid_loss"]] for r in records],
-            list(map(float, re.findall(r"test loss +([\d.]+)", out))),
-        ])
-        outputs.append(out)
-    assert "2 processes" in outputs[0]
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
-    assert len(results[0][1]) == 2
-    # Every line once, from the first rank.
-    for text in ("| end of epoch   1 ", "| base model |", "Model total parameters"):
-        assert outputs[0].count(text) == outputs[1].count(text) > 0
-    models = (read_checkpoint(tmp_path / name)["model"] for name in ("one.pt", "two.pt"))
-    torch.testing.assert_close(*models, rtol=1e-2, atol=1e-4)
+    two, _ = finish(begin("main.py", *flags, "--save", "two.pt"))
+    one, _ = finish(begin("main.py", *flags, "--save", "one.pt", launch=ALONE))
+    assert "2 processes" in two
+    # Every line once, from the first rank, with the same losses.
+    for text in ("Model total parameters", "Switching to averaged SGD", "End of training"):
+        assert two.count(text) == one.count(text) > 0
+    one, two = (list(map(float, re.findall(r"loss +([\d.]+)", log))) for log in (one, two))
+    assert one == pytest.approx(two, abs=0.011)  # they are rounded
+    one, two = (read_checkpoint(tmp_path / name) for name in ("one.pt", "two.pt"))
+    assert one["valid_loss"] == pytest.approx(two["valid_loss"], rel=1e-4)
+    torch.testing.assert_close(one["model"], two["model"], rtol=1e-2, atol=1e-4)
 
 
 ANNOUNCED = """
@@ -154,6 +143,7 @@ flags.run(main.main)
 """
 
 
+@pytest.mark.slow
 def test_one_process_under_torchrun_takes_the_ranks_way(begin, corpus_dir, small, tmp_path):
     """It has the process group and the replica that two would have, and the same results."""
     script = tmp_path / "announced.py"

@@ -111,30 +111,40 @@ def test_a_diverging_run_says_so(cli, corpus_dir, small):
     assert [path.name for path in cli.folder.iterdir()] == ["m.pt.state"]
 
 
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
-        ("", (30, 1, "zeros", 2, 1)),
-        ("--model biLSTM", (30, 1, "zeros", 2, 1)),
-        ("--model biLM", (30, 0.01, "unigram", 2, 1)),
-        ("--model biLM --lr 5", (5, 0.01, "unigram", 2, 1)),
-        ("--model biLM --optimizer adam", (1e-3, 1, "zeros", 2, 1)),
-        ("--attention single", (30, 0.01, "unigram", 2, 1)),
-        ("--attention single --model GRU", (10, 0.02, "unigram", 0.5, 0.25)),
-        ("--model GRU", (10, 0.02, "unigram", 0.5, 0.25)),
-        # A flag changes what it names and nothing else.
-        ("--model GRU --lr 30", (30, 0.02, "unigram", 0.5, 0.25)),
-        ("--model GRU --bias-lr 0.5 --decoder-bias zeros", (10, 0.5, "zeros", 0.5, 0.25)),
-        ("--model GRU --alpha 3", (10, 0.02, "unigram", 3, 0.25)),
-        ("--model GRU --recipe published", (30, 1, "zeros", 2, 1)),  # as in the report
-        ("--model GRU --optimizer adam", (1e-3, 1, "zeros", 2, 1)),
-        ("--model GRU --optimizer adamw --lr 1e-3", (1e-3, 1, "zeros", 2, 1)),
-        ("--recipe short --epochs 4", (8e-3, 1, "unigram", 2, 1)),
-        ("--recipe short-gru --model GRU --epochs 4", (8e-3, 1, "unigram", 0.5, 0.25)),
-        ("--recipe short-gru --epochs 4 --beta 0", (8e-3, 1, "unigram", 0.5, 0)),
-        ("--bias-lr 0.5 --decoder-bias unigram --alpha 0", (30, 0.5, "unigram", 0, 1)),
-    ],
+PUBLISHED = "--lr 30 --bias-lr 1 --decoder-bias zeros --alpha 2 --beta 1"
+GRU = "--lr 10 --bias-lr 0.02 --decoder-bias unigram --alpha 0.5 --beta 0.25"
+SLOW_BIASES = "--lr 30 --bias-lr 0.01 --decoder-bias unigram --alpha 2 --beta 1"
+SHORT = (
+    "--epochs 4 --optimizer adamw --lr 8e-3 --wdecay 0.1 --schedule onecycle --bias-lr 1 "
+    "--decoder-bias unigram --batch_size 20 --regularization-ramp 0.3 12 --alpha 2 --beta 1"
 )
-def test_what_a_recipe_sets(flags, expected):
-    args, _ = main.parse_args(flags.split())
-    assert (args.lr, args.bias_lr, args.decoder_bias, args.alpha, args.beta) == expected
+
+
+@pytest.mark.parametrize(("flags", "recipe", "all_flags"), [
+    ("", "published", PUBLISHED),
+    ("--model biLSTM", "published", PUBLISHED),
+    ("--model biLM", "slow-biases", SLOW_BIASES),
+    ("--model biLM --lr 5", "slow-biases", SLOW_BIASES),
+    ("--attention single", "slow-biases", SLOW_BIASES),
+    ("--attention single --model GRU", "gru", GRU),
+    ("--model GRU", "gru", GRU),
+    # A flag changes what it names and nothing else.
+    ("--model GRU --lr 30", "gru", GRU),
+    ("--model GRU --bias-lr 0.5 --decoder-bias zeros --alpha 3", "gru", GRU),
+    ("--model GRU --recipe published", "published", PUBLISHED),  # as in the report
+    ("--model GRU --recipe slow-biases", "slow-biases", SLOW_BIASES),
+    # Other optimizers have rates of their own.
+    ("--model biLM --optimizer adam", "published", f"{PUBLISHED} --lr 1e-3"),
+    ("--model GRU --optimizer adamw", "published", f"{PUBLISHED} --lr 5e-3 --wdecay 0.02"),
+    ("--model GRU --optimizer adamw --lr 1e-4", "published", f"{PUBLISHED} --wdecay 0.02"),
+    ("--recipe gru --optimizer adam", "gru", f"{GRU} --lr 1e-3 --bias-lr 1"),
+    ("--recipe short --epochs 4", "short", SHORT),
+    ("--recipe short-gru --model GRU --epochs 9", "short-gru", f"{SHORT} --alpha .5 --beta .25"),
+    ("--recipe short --epochs 4 --beta 0 --lr 1", "short", SHORT),
+])
+def test_a_recipe_is_the_flags_that_it_sets(flags, recipe, all_flags):
+    found, _ = main.parse_args([*flags.split(), "--save", "m.pt"])
+    assert found.recipe == recipe
+    # The same, spelled out, but for what is given.
+    spelled_out = [*all_flags.split(), *flags.split(), "--save", "m.pt", "--recipe", recipe]
+    assert found == main.parse_args(spelled_out)[0]

@@ -55,9 +55,9 @@ def test_interface(rnn_type):
     output, new_hidden = model(words, hidden)
     assert output.shape == (7 * 4, E)
     assert len(hidden) == len(new_hidden) == 3
-    assert map_hidden(lambda h: h.shape, hidden) == map_hidden(lambda h: h.shape, new_hidden)
-    map_hidden(lambda h: pytest.fail() if h.any() else h, hidden)
-    map_hidden(lambda h: pytest.fail() if h.requires_grad else h, repackage_hidden(new_hidden))
+    detached = repackage_hidden(tuple(new_hidden))
+    map_hidden(torch.Tensor.numpy, detached)  # which is refused where a gradient is attached
+    torch.testing.assert_close(tuple(hidden), map_hidden(torch.zeros_like, detached))
     output, _, raw_outputs, outputs = model(words, hidden, return_h=True)
     assert [tuple(h.shape) for h in raw_outputs] == [(7, 4, 12), (7, 4, 12), (7, 4, E)]
     assert torch.equal(output, outputs[-1].flatten(0, 1))
@@ -112,9 +112,7 @@ def test_a_gradient_reaches_every_parameter(rnn_type):
     ("arguments", "message"),
     [
         (("QRNN", 50, 8, 12, 3), "QRNN is not supported yet"),
-        (("TRANSFORMER", 50, 8, 12, 3), "TRANSFORMER is unknown"),
         (("biLSTM", 50, 8, 13, 3), "nhid 13 is odd"),
-        (("biLSTM", 50, 9, 12, 3), "emsize 9 is odd"),
     ],
 )
 def test_what_cannot_be_built_is_named(arguments, message):
@@ -192,19 +190,3 @@ def test_within_the_reports_bilstm_the_forward_half_leaks_from_the_second_layer_
         forward, backward = (before[4] == after[4]).chunk(2, dim=-1)
         assert forward.all() == (layer == 0)
         assert not backward.all()
-
-
-@torch.no_grad()
-def test_the_stacks_of_bilm_never_mix_below_the_output():
-    """The forward model is the same whatever the backward stack's weights, and the reverse."""
-    model = small("biLM")
-    words = torch.randint(V, (T, B))
-    for logits, own, other in (
-        (forward_logits, model.rnns, model.backward_rnns),
-        (backward_logits, model.backward_rnns, model.rnns),
-    ):
-        before = logits(model, words)
-        for stack in (other, own):
-            for parameter in stack.parameters():
-                nn.init.normal_(parameter)
-            assert torch.equal(logits(model, words), before) == (stack is other)

@@ -50,8 +50,9 @@ def test_it_is_torchs_layer_with_the_dropped_weights(kind, bidirectional, record
         torch.testing.assert_close(output.double(), twin(x.double())[0], rtol=0, atol=1e-6)
 
 
-def test_the_gradient_reaches_the_raw_weight_and_is_zero_where_it_was_dropped(recorded):
-    module = nn.LSTM(5, 7)
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_the_gradient_reaches_the_raw_weight_and_is_zero_where_it_was_dropped(kind, recorded):
+    module = kind(5, 7)
     layer = WeightDrop(module, NAMES[:1], dropout=0.5)
     layer(torch.randn(6, 3, 5))[0].pow(2).sum().backward()
     raw, [dropped] = module.weight_hh_l0, recorded
@@ -75,11 +76,9 @@ def test_the_rate_at_each_position_modulo_4(rate):
     assert covariance.abs().max() < 5 * variance / math.sqrt(n)
 
 
-def test_it_keeps_the_expectation_and_differs_from_call_to_call():
-    weight = torch.ones(1000, 1000)
-    first, second = drop_weight(weight, 0.3), drop_weight(weight, 0.3)
-    assert not torch.equal(first, second)
-    assert first.mean() == pytest.approx(1, abs=5e-3)
+def test_it_differs_from_call_to_call_and_is_finite_at_any_rate():
+    weight = torch.ones(100, 100)
+    assert not torch.equal(drop_weight(weight, 0.3), drop_weight(weight, 0.3))
     assert drop_weight(weight, 0.999999).isfinite().all()
 
 
