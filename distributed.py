@@ -51,9 +51,12 @@ def process_group(device):
     on_cuda = device.type == "cuda"
     if on_cuda:
         torch.cuda.set_device(device)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if on_cuda else "gloo", device_id=device if on_cuda else None
-    )
+    try:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_cuda else "gloo", device_id=device if on_cuda else None
+        )
+    except RuntimeError as error:  # gloo's errors have no type of their own
+        raise dist.DistError(str(error)) from None
     yield
     dist.destroy_process_group()  # not after an error: it would wait for the other ranks
 

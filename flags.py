@@ -210,6 +210,8 @@ def resolve_flags(given, defaults, saved=None):
         args.save = f"{time.time():.6f}".replace(".", "") + ".pt"
     if args.resume and os.path.realpath(args.resume) == os.path.realpath(args.save):
         args.resume = args.save  # two spellings of one file
+    if args.attention == "none" and "attention_window" in given:
+        raise InputError(f"--attention-window {args.attention_window}: for --attention only")
     check_flags(args)
     return args
 

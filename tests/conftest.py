@@ -18,12 +18,14 @@ import flags
 import main
 from bidirectional import make_model
 from checkpoint import Run
+from data import SPLITS
 from splitcross import SplitCrossEntropyLoss
 from utils import Preempted
 from train import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("AWD_LSTM_DATA", ROOT / "data"))
+NO_DROPOUT = "--dropout 0 --dropouth 0 --dropouti 0 --dropoute 0 --wdrop 0".split()
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +41,7 @@ def corpus_dir(tmp_path):
     names, verbs = ["ann", "bob", "cat", "dog"], ["sees", "hears", "likes"]
     folder = tmp_path / "corpus"
     folder.mkdir()
-    for split, lines in (("train", 250), ("valid", 40), ("test", 30)):
+    for split, lines in zip(SPLITS, (250, 40, 30)):
         text = [
             f"{generator.choice(names)} {generator.choice(verbs)} the {generator.choice(names)}"
             for _ in range(lines)
@@ -89,8 +91,9 @@ def await_line(process, pattern):
 @pytest.fixture
 def small():
     """Flags of a model that trains in a second."""
-    flags = "--emsize 8 --nhid 12 --nlayers 2 --batch_size 4 --bptt 10 --lr 5 --log-interval 20"
-    return flags.split()
+    return (
+        "--emsize 8 --nhid 12 --nlayers 2 --batch_size 4 --bptt 10 --lr 5 --log-interval 20"
+    ).split()
 
 
 def invoke(main_function, *argv):
@@ -105,15 +108,17 @@ def invoke(main_function, *argv):
     return exit.value.code or 0, out.getvalue(), err.getvalue()
 
 
+def train_to(path, folder, small):
+    """Trains a model for one epoch; returns the path of its checkpoint."""
+    status, _, err = invoke(main.main, "--data", folder, *small, "--epochs", 1, "--save", path)
+    assert status == 0, err
+    return path
+
+
 @pytest.fixture
 def trained(corpus_dir, small, tmp_path):
     """The path of a checkpoint, trained for one epoch."""
-    path = tmp_path / "trained.pt"
-    status, _, err = invoke(
-        main.main, "--data", corpus_dir, *small, "--epochs", 1, "--save", path
-    )
-    assert status == 0, err
-    return path
+    return train_to(tmp_path / "trained.pt", corpus_dir, small)
 
 
 @pytest.fixture
@@ -121,26 +126,18 @@ def trained_with_unk(small, tmp_path):
     """The path of a checkpoint whose vocabulary has <unk>."""
     folder = tmp_path / "unk"
     folder.mkdir()
-    for split in ("train", "valid", "test"):
+    for split in SPLITS:
         (folder / f"{split}.txt").write_text("ann sees <unk>\nbob hears the cat\n" * 30)
-    path = tmp_path / "unk.pt"
-    status, _, err = invoke(
-        main.main, "--data", folder, *small, "--epochs", 1, "--save", path
-    )
-    assert status == 0, err
-    return path
+    return train_to(tmp_path / "unk.pt", folder, small)
 
 
 def arguments(**changes):
     """The flags of a run, as a Namespace."""
-    return Namespace(**{
-        "lr": 5.0, "bias_lr": 1.0, "clip": 0.25, "epochs": 3, "batch_size": 4, "bptt": 10,
-        "alpha": 2.0, "beta": 1.0, "wdecay": 1.2e-6, "nonmono": 5, "log_interval": 10,
-        "optimizer": "sgd", "when": [-1], "device": torch.device("cpu"), "save": None, "resume": "",
-        "on_divergence": "stop", "checkpoint_minutes": 10.0, "dropout": 0.2,
-        "precision": "fp32", "objective": "lm", "schedule": "constant", "regularization_ramp": None,
-        **changes,
-    })
+    args, _ = main.parse_args(
+        "--lr 5 --epochs 3 --batch_size 4 --bptt 10 --dropout 0.2 --log-interval 10 --device cpu"
+        .split()
+    )
+    return Namespace(**{**vars(args), "save": None, **changes})
 
 
 def make_params(

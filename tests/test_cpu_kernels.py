@@ -10,130 +10,72 @@ from torch import nn
 
 import cpu_kernels
 from conftest import ROOT
-from cpu_kernels import Cell, product, product_of_transposed
-from weight_drop import WeightDrop, call_recurrent
+from cpu_kernels import Cell
+from weight_drop import WeightDrop
 
 
-def twins(dtype, sizes=(5, 7)):
-    """A layer as the model calls it, and one with the same weights as torch does."""
-    a, b = WeightDrop(nn.GRU(*sizes), []).to(dtype), nn.GRU(*sizes).to(dtype)
-    b.load_state_dict(a.module.state_dict())
-    return a, b
-
-
-def everything(layer, steps, rows, dtype, with_state=True):
+def everything(layer, steps, rows, with_state=True):
     """Outputs and all gradients of a random function of all outputs."""
     torch.manual_seed(1)
-    inner = getattr(layer, "module", layer)
-    x = torch.randn(steps, rows, inner.input_size, dtype=dtype, requires_grad=True)
-    h = torch.randn(1, rows, inner.hidden_size, dtype=dtype, requires_grad=True)
-    out, last = layer(x, h) if with_state else layer(x)
-    loss = (out * torch.randn_like(out)).sum() + (last * torch.randn_like(last)).sum()
-    loss.backward()
-    leaves = [x, *([h] if with_state else []), *layer.parameters()]
-    return [out.detach(), last.detach()] + [leaf.grad for leaf in leaves]
+    w_ih, w_hh, *_ = weights = list(layer.parameters())
+    x = torch.randn(steps, rows, w_ih.size(1)).to(w_ih).requires_grad_()
+    state = [torch.randn(1, rows, w_hh.size(1)).to(w_ih).requires_grad_()] * with_state
+    outputs = layer(x, *state)
+    loss = sum((output * torch.randn_like(output)).sum() for output in outputs)
+    return [*outputs, *torch.autograd.grad(loss, [x, *state, *weights])]
 
 
-@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-12), (torch.float32, 2e-5)])
-@pytest.mark.parametrize(("steps", "rows"), [(1, 1), (4, 3), (30, 2)])
+@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("with_state", [True, False])
-def test_outputs_and_gradients_are_torchs(dtype, rtol, steps, rows, with_state):
-    a, b = twins(dtype)
-    found = everything(a, steps, rows, dtype, with_state)
-    expected = everything(b, steps, rows, dtype, with_state)
-    assert len(found) == len(expected)
-    for f, e in zip(found, expected):
-        assert f.shape == e.shape
-        torch.testing.assert_close(f, e, rtol=rtol, atol=rtol * float(e.abs().max()))
-
-
-def test_at_a_size_where_kernels_block_and_thread():
-    a, b = twins(torch.float32, (130, 270))
-    for f, e in zip(everything(a, 9, 20, torch.float32), everything(b, 9, 20, torch.float32)):
-        torch.testing.assert_close(f, e, rtol=1e-4, atol=1e-5 * float(e.abs().max()))
-
-
-def test_gradients_are_the_derivatives():
-    layer = nn.GRU(3, 4).double()
-    x = torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True)
-    names = [name for name, _ in layer.named_parameters()]
-
-    def run(x, *weights):
-        return call_recurrent(layer, dict(zip(names, weights)), x)
-
-    assert torch.autograd.gradcheck(run, (x, *layer.parameters()))
-
-
-def test_without_gradients_it_computes_the_same():
-    a, b = twins(torch.float32)
-    x = torch.randn(6, 3, 5)
-    for without in (torch.no_grad, torch.inference_mode):
-        with without():
-            torch.testing.assert_close(a(x)[0], b(x)[0])
-
-
-def test_products_are_plain_products():
-    x, w, bias = torch.randn(11, 30), torch.randn(13, 30), torch.randn(13)
-    torch.testing.assert_close(product(x, w), x @ w.t())
-    torch.testing.assert_close(product(x, w, bias), x @ w.t() + bias)
-    torch.testing.assert_close(product_of_transposed(x, x), x.t() @ x)
-
-
-def test_without_onednn_it_is_the_same(monkeypatch):
-    a, b = twins(torch.float32)
-    monkeypatch.setattr(cpu_kernels, "has_onednn", lambda tensor: False)
-    for f, e in zip(everything(a, 5, 3, torch.float32), everything(b, 5, 3, torch.float32)):
-        torch.testing.assert_close(f, e)
+@pytest.mark.parametrize(
+    ("sizes", "steps", "rows"),
+    [((5, 7), 1, 1), ((5, 7), 30, 2), ((130, 270), 9, 20)],  # in the last, kernels block and thread
+)
+def test_a_gru_layer_is_torchs(sizes, steps, rows, with_state, dtype, onednn, monkeypatch):
+    layer = nn.GRU(*sizes).to(dtype)
+    expected = everything(layer, steps, rows, with_state)
+    if not onednn:
+        monkeypatch.setattr(cpu_kernels, "has_onednn", lambda tensor: False)
+    found = everything(WeightDrop(layer, []), steps, rows, with_state)
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-5
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, e, rtol=tolerance, atol=tolerance * e.abs().max().item())
+    x = torch.randn(steps, rows, sizes[0], dtype=dtype)
+    for without_gradients in (torch.no_grad, torch.inference_mode):
+        with without_gradients():
+            torch.testing.assert_close(WeightDrop(layer, [])(x)[0], layer(x)[0])
 
 
 @pytest.mark.parametrize("options", [
-    {"num_layers": 2}, {"bidirectional": True}, {"batch_first": True}, {"bias": False}
+    {"num_layers": 2}, {"bidirectional": True}, {"batch_first": True}, {"bias": False},
+    {"device": "meta"},
 ])
 def test_other_layers_are_torchs_own(options):
-    layer = nn.GRU(5, 7, **options)
-    x = torch.randn(4, 3, 5)
-    for found, expected in zip(WeightDrop(layer, [])(x), layer(x)):
-        torch.testing.assert_close(found, expected)
+    layer, x = nn.GRU(5, 7, **options), torch.randn(4, 3, 5, device=options.get("device"))
+    torch.testing.assert_close(WeightDrop(layer, [])(x), layer(x))
 
 
-def test_elsewhere_it_is_torchs_own(monkeypatch):
-    called = []
-    gru = torch.gru
-    monkeypatch.setattr(torch, "gru", lambda *args: called.append(args) or gru(*args))
-    with torch.device("meta"):
-        assert WeightDrop(nn.GRU(5, 7), [])(torch.empty(4, 3, 5))[0].shape == (4, 3, 7)
-    assert len(called) == 1
-
-
+@torch.no_grad()
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_cell_is_its_layer(kind, dtype):
-    layer = kind(5, 7).to(dtype)
-    x = torch.randn(9, 1, 5, dtype=dtype)
-    state = torch.randn(1, 1, 7, dtype=dtype)
-    state = (state, torch.randn_like(state)) if kind is nn.LSTM else state
-    with torch.no_grad():
-        expected = layer(x, state)
-        cell = Cell(layer)
-        torch.testing.assert_close(cell(x, state), expected)
-        outputs = []
-        for x_t in x:
-            output, state = cell(x_t.unsqueeze(0), state)
-            outputs.append(output)
-        torch.testing.assert_close((torch.cat(outputs), state), expected)
-
-
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
-def test_a_cell_is_on_its_layers_device(kind):
-    layer = kind(5, 7).to("meta")
-    state = torch.zeros(1, 1, 7, device="meta")
-    state = (state, state) if kind is nn.LSTM else state
-    with torch.no_grad():
-        assert Cell(layer)(torch.zeros(2, 1, 5, device="meta"), state)[0].is_meta
+@pytest.mark.parametrize(
+    ("dtype", "device"),
+    [(torch.float32, "cpu"), (torch.float64, "cpu"), (torch.float32, "meta")],
+)
+def test_a_cell_is_its_layer(kind, dtype, device):
+    settings = {"dtype": dtype, "device": device}
+    layer = kind(5, 7, **settings)
+    x, state = torch.randn(9, 1, 5, **settings), torch.randn(2, 1, 1, 7, **settings)
+    state = tuple(state) if kind is nn.LSTM else state[0]
+    expected, cell = layer(x, state), Cell(layer)
+    torch.testing.assert_close(cell(x, state), expected)
+    first, state = cell(x[:4], state)
+    rest, state = cell(x[4:], state)
+    torch.testing.assert_close((torch.cat([first, rest]), state), expected)
 
 
 @pytest.mark.parametrize("options", [{"num_layers": 2}, {"bidirectional": True}])
-def test_other_layers_are_refused(options):
+def test_a_cell_of_more_is_refused(options):
     with pytest.raises(ValueError, match="one layer"):
         Cell(nn.LSTM(5, 7, **options))
 
@@ -155,14 +97,11 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
 def test_memory_that_is_kept_is_not_asked_for_again():
-    faults = {}
-    for how in ("keep", "leave"):
-        done = subprocess.run(
-            [sys.executable, "-c", FAULTS, how], cwd=ROOT, capture_output=True, text=True,
-            check=True,
-        )
-        faults[how] = int(done.stdout)
-    if faults["leave"] == 0:
+    keep, leave = (
+        int(subprocess.check_output([sys.executable, "-c", FAULTS, how], cwd=ROOT))
+        for how in ("keep", "leave")
+    )
+    if leave == 0:
         pytest.skip("this system does not count page faults")
-    assert faults["keep"] < 10_000  # pages of 4 KiB; 200 MB have 50,000
-    assert faults["leave"] > 3 * faults["keep"]
+    assert keep < 10_000  # pages of 4 KiB; 200 MB have 50,000
+    assert leave > 3 * keep

@@ -1,14 +1,20 @@
-"""The stack: sizes, initialization, interface, and the regularizers' places in it."""
+"""The stack: sizes, initialization, interface, the regularizers' places, and what it has seen."""
 
 import pytest
 import torch
+from torch import nn
 
+from bidirectional import make_model
 from model import RNNModel
-from utils import repackage_hidden
+from utils import map_hidden, repackage_hidden
+
+T, B, V, E = 9, 2, 30, 8
+ZERO = dict.fromkeys(("dropout", "dropouth", "dropouti", "dropoute", "wdrop"), 0)
+rnn_types = pytest.mark.parametrize("rnn_type", ["LSTM", "GRU", "biLSTM"])
 
 
-def parameters(model):
-    return sum(p.numel() for p in model.parameters())
+def small(rnn_type="LSTM", nlayers=3, **settings):
+    return make_model(rnn_type, V, E, 12, nlayers, tie_weights=True, **{**ZERO, **settings})
 
 
 @pytest.mark.parametrize(
@@ -26,109 +32,161 @@ def parameters(model):
 def test_published_parameter_counts(rnn_type, ntoken, nlayers, expected):
     with torch.device("meta"):
         model = RNNModel(rnn_type, ntoken, 400, 1150, nlayers, tie_weights=True)
-    assert parameters(model) == expected
-
-
-def small(rnn_type="LSTM", **rates):
-    rates = {"dropout": 0, "dropouth": 0, "dropouti": 0, "dropoute": 0, "wdrop": 0, **rates}
-    return RNNModel(rnn_type, 50, 8, 12, 3, tie_weights=True, **rates)
+    assert sum(p.numel() for p in model.parameters()) == expected
 
 
 def test_initialization():
     model = RNNModel("LSTM", 5000, 20, 30, 2, tie_weights=True)
     assert model.decoder.weight is model.encoder.weight
-    weight = model.encoder.weight.detach()
-    assert weight.abs().max() <= 0.1
-    assert weight.mean().abs() < 1e-3
-    assert weight.std() == pytest.approx(0.2 / 12**0.5, rel=0.02)  # of a uniform distribution
-    assert (model.decoder.bias == 0).all()
-    untied = RNNModel("LSTM", 5000, 20, 30, 2)
-    assert untied.decoder.weight.shape == (5000, 30)
-    assert 0.099 < untied.decoder.weight.abs().max() <= 0.1
+    assert not model.decoder.bias.any()
+    untied = RNNModel("LSTM", 5000, 20, 30, 2).decoder.weight
+    assert untied.shape == (5000, 30)
+    for weight in (model.encoder.weight, untied):
+        assert weight.abs().max() <= 0.1
+        assert weight.mean().abs() < 1e-3
+        assert weight.std().item() == pytest.approx(0.2 / 12**0.5, rel=0.02)  # if uniform
 
 
-@pytest.mark.parametrize("rnn_type", ["LSTM", "GRU", "biLSTM"])
+@rnn_types
 def test_interface(rnn_type):
     model = small(rnn_type, dropout=0.5)
     hidden = model.init_hidden(4)
-    words = torch.randint(50, (7, 4))
+    words = torch.randint(V, (7, 4))
     output, new_hidden = model(words, hidden)
-    assert output.shape == (7 * 4, 8)
+    assert output.shape == (7 * 4, E)
     assert len(hidden) == len(new_hidden) == 3
-    for before, after in zip(hidden, new_hidden):
-        pairs = [(before, after)] if rnn_type == "GRU" else zip(before, after)
-        for b, a in pairs:
-            assert b.shape == a.shape
-            assert not b.any()
+    detached = repackage_hidden(tuple(new_hidden))
+    map_hidden(torch.Tensor.numpy, detached)  # which is refused where a gradient is attached
+    torch.testing.assert_close(tuple(hidden), map_hidden(torch.zeros_like, detached))
     output, _, raw_outputs, outputs = model(words, hidden, return_h=True)
-    assert [tuple(h.shape) for h in raw_outputs] == [(7, 4, 12), (7, 4, 12), (7, 4, 8)]
-    assert torch.equal(output, outputs[-1].view(28, 8))
+    assert [tuple(h.shape) for h in raw_outputs] == [(7, 4, 12), (7, 4, 12), (7, 4, E)]
+    assert torch.equal(output, outputs[-1].flatten(0, 1))
     assert torch.equal(outputs[0], raw_outputs[0])  # dropouth is 0
     kept = outputs[-1] != 0
-    torch.testing.assert_close(outputs[-1][kept], raw_outputs[-1][kept] * 2)
+    torch.testing.assert_close(outputs[-1], raw_outputs[-1] * kept * 2)
     assert not kept.all()
-    detached = repackage_hidden(new_hidden)
-    assert not any(t.requires_grad for state in detached for t in state)
 
 
 @pytest.mark.parametrize("rnn_type", ["LSTM", "GRU"])
-def test_state_carries_the_context_over_windows(rnn_type):
-    model = small(rnn_type).eval()
-    words = torch.randint(50, (12, 3))
+def test_the_state_carries_the_context_over_windows(rnn_type):
+    model = small(rnn_type)
+    words = torch.randint(V, (12, 3))
     whole, _ = model(words, model.init_hidden(3))
     first, hidden = model(words[:5], model.init_hidden(3))
     second, _ = model(words[5:], hidden)
     torch.testing.assert_close(torch.cat([first, second]), whole)
 
 
-@pytest.mark.parametrize("rnn_type", ["LSTM", "GRU", "biLSTM"])
-@pytest.mark.parametrize("rate", ["dropout", "dropouth", "dropouti", "dropoute", "wdrop"])
+@torch.no_grad()
+@rnn_types
+@pytest.mark.parametrize("rate", ZERO)
 def test_each_rate_acts_in_training_and_not_in_evaluation(rnn_type, rate):
-    model = small(rnn_type, **{rate: 0.5})
-    words = torch.randint(50, (6, 3))
-    hidden = model.init_hidden(3)
-    with torch.no_grad():
-        plain = model.eval()(words, hidden)[0]
-        assert torch.equal(model(words, hidden)[0], plain)
-        first, second = (model.train()(words, hidden)[0] for _ in range(2))
-        assert not torch.allclose(first, second)
-        assert not torch.allclose(first, plain)
-        assert torch.equal(model.eval()(words, hidden)[0], plain)
-        undropped = small(rnn_type)
-        undropped.load_state_dict(model.state_dict())
-        torch.testing.assert_close(undropped.train()(words, hidden)[0], plain)
+    model, undropped = small(rnn_type, **{rate: 0.5}), small(rnn_type)
+    undropped.load_state_dict(model.state_dict())
+    words, hidden = torch.randint(V, (6, 3)), model.init_hidden(3)
+    plain = undropped(words, hidden)[0]
+    first, second = (model(words, hidden)[0] for _ in range(2))
+    assert not torch.allclose(first, second)
+    assert not torch.allclose(first, plain)
+    torch.testing.assert_close(model.eval()(words, hidden)[0], plain)
 
 
 def test_bilstm_drops_the_recurrent_weights_of_both_directions():
-    model = small("biLSTM", wdrop=0.5)
-    for rnn in model.rnns:
-        assert rnn.weights == ["weight_hh_l0", "weight_hh_l0_reverse"]
+    for rnn in small("biLSTM", wdrop=0.5).rnns:
         x = torch.randn(5, 2, rnn.module.input_size)
-        forward, backward = (rnn(x)[0] - rnn(x)[0]).abs().amax(dim=1).chunk(2, dim=1)
+        forward, backward = (rnn(x)[0] != rnn(x)[0]).any(dim=1).chunk(2, dim=1)
         # Each direction's first step, at its own end of the sequence, has no state to drop from.
-        assert (forward.amax(dim=1) > 0).tolist() == [False, True, True, True, True]
-        assert (backward.amax(dim=1) > 0).tolist() == [True, True, True, True, False]
+        assert forward.any(dim=1).tolist() == [False, True, True, True, True]
+        assert backward.any(dim=1).tolist() == [True, True, True, True, False]
 
 
-def test_gradient_reaches_every_parameter():
-    for rnn_type in ("LSTM", "GRU", "biLSTM"):
-        model = RNNModel(rnn_type, 50, 8, 12, 3, 0.4, 0.3, 0.4, 0.1, 0.5, tie_weights=True)
-        output, _ = model(torch.randint(50, (6, 3)), model.init_hidden(3))
-        model.decoder(output).logsumexp(dim=1).sum().backward()
-        for name, parameter in model.named_parameters():
-            assert parameter.grad is not None, name
-            assert parameter.grad.any(), name
+@rnn_types
+def test_a_gradient_reaches_every_parameter(rnn_type):
+    model = small(rnn_type, **dict.fromkeys(ZERO, 0.2))
+    output, _ = model(torch.randint(V, (6, 3)), model.init_hidden(3))
+    model.decoder(output).logsumexp(dim=1).sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("QRNN", 50, 8, 12, 3), "QRNN is not supported yet"),
-        (("TRANSFORMER", 50, 8, 12, 3), "TRANSFORMER is unknown"),
         (("biLSTM", 50, 8, 13, 3), "nhid 13 is odd"),
-        (("biLSTM", 50, 9, 12, 3), "emsize 9 is odd"),
     ],
 )
 def test_what_cannot_be_built_is_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         RNNModel(*arguments, tie_weights=True)
+
+
+# ------------------------------------------------------------ no leak
+
+
+def forward_logits(model, words):
+    return model.decoder(model(words, model.init_hidden(B))[0]).view(T, B, V)
+
+
+def backward_logits(model, words):
+    """The backward language model's, at the places of the text, which it reads from its end."""
+    hidden = model.init_hidden(B)[len(model.rnns) :]
+    return model.decoder(model.read_backward(words.flip(0), hidden)[0]).view(T, B, V).flip(0)
+
+
+def cloze_logits(model, words):
+    """At t: of word t + 1, from the words up to t and from t + 2 on."""
+    layers, hidden = len(model.rnns), model.init_hidden(B)
+    before = model(words, hidden[:layers])[0].view(T, B, E)
+    after = model.read_backward(words.flip(0), hidden[layers:])[0].view(T, B, E).flip(0)
+    after = torch.cat([after[2:], after.new_zeros(2, B, E)])
+    return model.decoder(model.combine(before, after))
+
+
+def seen(model, logits, place):
+    """The places of the input that the logits at `place` depend on: (by gradient, by change).
+
+    Each check alone can miss a leak: by change is found what a detached path hides.
+    """
+    shuffled = torch.randperm(V)
+    words = shuffled[: T * B].view(T, B)  # each word once, so its gradient tells its place
+    found = logits(model, words)[place]
+    [gradient] = torch.autograd.grad(found.square().sum(), [model.encoder.weight])
+    by_gradient = set(gradient[words].abs().sum((1, 2)).nonzero().flatten().tolist())
+    by_change = set()
+    for t in range(T):
+        changed = words.clone()
+        changed[t] = shuffled[-B:]
+        if not torch.equal(logits(model, changed)[place], found):
+            by_change.add(t)
+    return by_gradient, by_change
+
+
+ONE_WAY = (forward_logits, lambda t: range(t + 1))  # predicts word t + 1
+
+
+@pytest.mark.parametrize(("rnn_type", "attention", "logits", "sees"), [
+    ("LSTM", "none", *ONE_WAY), ("GRU", "none", *ONE_WAY), ("LSTM", "single", *ONE_WAY),
+    ("LSTM", "combined", *ONE_WAY), ("GRU", "combined", *ONE_WAY), ("biLM", "none", *ONE_WAY),
+    ("biLM", "none", backward_logits, lambda t: range(t, T)),  # predicts word t - 1
+    ("biLM", "none", cloze_logits, lambda t: {*range(T)} - {t + 1}),
+    ("biLSTM", "none", forward_logits, lambda t: range(T)),  # the report's has seen its answer
+])
+def test_a_prediction_has_seen_all_of_its_context_and_nothing_else(
+    rnn_type, attention, logits, sees
+):
+    model = small(rnn_type, 2, attention=attention, attention_window=4).double()
+    model.decoder.weight = nn.Parameter(model.decoder.weight.detach().clone())  # untied
+    for place in (0, 4, T - 2, T - 1):
+        assert seen(model, logits, place) == (set(sees(place)),) * 2
+
+
+def test_within_the_reports_bilstm_the_forward_half_leaks_from_the_second_layer_on():
+    model = small("biLSTM")
+    words = torch.randint(V, (T, B))
+    changed = words.clone()
+    changed[5] = (words[5] + 1) % V
+    layers = (model(w, model.init_hidden(B), return_h=True)[2] for w in (words, changed))
+    for layer, (before, after) in enumerate(zip(*layers)):
+        forward, backward = (before[4] == after[4]).chunk(2, dim=-1)
+        assert forward.all() == (layer == 0)
+        assert not backward.all()

@@ -1,0 +1,150 @@
+"""What flags mean, and what is said to bad ones: one line, exit code 2, nothing lost."""
+
+import re
+
+import pytest
+import torch
+
+import finetune
+import main
+from conftest import invoke
+
+BAD_FLAGS = [
+    ("--model QRNN", "--model: model QRNN is not supported yet; choose from LSTM"),
+    ("--model lstm2", "--model: model lstm2 is unknown"),
+    ("--emsize -5", "--emsize: must be a whole number in [1, 2.14748e+09), not -5"),
+    ("--nhid 0", "--nhid: must be"),
+    ("--nhid 100000000000", "--nhid: must be a whole number in [1, 2.14748e+09)"),
+    ("--nhid 2000000", "out of memory; lower"),
+    ("--nlayers two", "--nlayers: 'two' is not a whole number"),
+    ("--batch_size 0", "--batch_size: must be"),
+    ("--batch_size 5000", "--batch_size 5000: the training split has 1250 tokens"),
+    ("--bptt -1", "--bptt: must be"),
+    ("--epochs 0", "--epochs: must be"),
+    ("--dropout 1", "--dropout: must be a number in [0, 1), not 1"),
+    ("--wdrop -0.1", "--wdrop: must be a number in [0, 1)"),
+    ("--dropouti nan", "--dropouti: must be"),
+    ("--lr 0", "--lr: must be a number in (0, 1e+30)"),
+    ("--lr 1e39", "--lr: must be a number in (0, 1e+30), not 1e39"),
+    ("--wdecay 1e300", "--wdecay: must be a number in [0, 1e+30)"),
+    ("--clip -1", "--clip: must be"),
+    ("--seed -1", "--seed: must be"),
+    ("--device tpu", "--device: must be cpu, cuda, cuda:N or mps"),
+    ("--device cpu:1", "--device: must be cpu, cuda, cuda:N or mps"),
+    ("--model biLSTM --nhid 13", "--nhid 13 is odd"),
+    ("--model biLSTM --emsize 13", "--emsize 13 is odd"),
+    ("--model biLSTM --attention single", "--attention looks back only: leave it out with biLSTM"),
+    ("--attention-window 5", "--attention-window 5: for --attention only"),
+    ("--objective cloze", "--objective cloze: for --model biLM only"),
+    ("--recipe short", "--schedule onecycle: goes over the --epochs of the run; name them"),
+    ("--regularization-ramp 2 1", "--regularization-ramp 2 1: SHARE must be a number in [0, 1]"),
+    ("--checkpoint-minutes 0", "--checkpoint-minutes: must be a number above 0"),
+    ("--on-divergence pray", "--on-divergence: invalid choice: 'pray'"),
+    ("--no-such-flag", "unrecognized arguments: --no-such-flag"),
+    ("--data absent", "train.txt: no such file; --data wants a folder"),
+    ("--resume absent.pt", "absent.pt: no such checkpoint"),
+    ("--resume notes.txt", "notes.txt: is damaged, or no checkpoint of main.py"),
+    ("--save absent/m.pt", "--save absent/m.pt: the folder absent does not exist"),
+    ("--save .", "--save .: is a folder"),
+    ("--save new/", "--save new/: is a folder"),
+    ("--save " + "n" * 240, "cannot be written (File name too long)"),
+    ("--save notes.txt", "notes.txt exists and is not of a run"),
+    ("--save run", "run.jsonl exists and is not of a run"),
+    ("--save run2", "run2.jsonl exists and is not of a run"),
+    ("--save s.pt", "s.pt.state exists and is not of a run"),
+    ("--save l.pt", "l.pt.lock exists and is no lock"),
+    ("--save w.pt --when 3 1", "w.pt.e1 exists and is not of a run"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), BAD_FLAGS)
+def test_bad_input_is_one_line_and_changes_no_file(
+    flags, message, corpus_dir, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("notes.txt", "run.jsonl", "w.pt.e1", "s.pt.state", "l.pt.lock"):
+        (tmp_path / name).write_text("precious")
+    (tmp_path / "run2.jsonl").mkdir()
+
+    def files():
+        return {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+
+    before = files()
+    status, out, err = invoke(main.main, "--data", corpus_dir, *flags.split())
+    assert status == 2
+    assert err.startswith("main.py: error: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert "end of epoch" not in out
+    assert files() == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+@pytest.mark.parametrize("flags", ["--cuda", "--device cuda", "--device cuda:1"])
+def test_cuda_where_there_is_none(flags, corpus_dir):
+    status, _, err = invoke(main.main, "--data", corpus_dir, *flags.split())
+    assert (status, err.count("\n")) == (2, 1)
+    assert f"{flags.split()[0]}: " in err
+
+
+def test_finetune_names_what_does_not_fit(trained, tmp_path):
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"{split}.txt").write_text("quite another text\n" * 40)
+    for flags, message in [
+        (["--save", trained, "--nhid", 20], "--nhid 20: .* has --nhid 12"),
+        (["--save", trained, "--data", tmp_path], "its vocabulary is not that of"),
+        ([], "--save: name the checkpoint"),
+    ]:
+        status, _, err = invoke(finetune.main, *flags)
+        assert (status, err.count("\n")) == (2, 1)
+        assert re.search(message, err)
+
+
+def test_a_diverging_run_says_so(cli, corpus_dir, small):
+    done = cli("main.py", "--data", corpus_dir, *small, "--clip", 0, "--lr", 1e29, "--save", "m.pt")
+    assert done.returncode == 2
+    assert re.fullmatch(
+        r"main\.py: error: epoch 1, lr 1e\+29: the loss is (nan|inf) at batch \d+; try a lower "
+        r"--lr or --clip 0\.25; no model was saved; python main\.py --resume m\.pt --lr 5e\+28 "
+        r"goes on from the last good state \(epoch 1, batch 0\)\n", done.stderr,
+    )
+    assert [path.name for path in cli.folder.iterdir()] == ["m.pt.state"]
+
+
+PUBLISHED = "--lr 30 --bias-lr 1 --decoder-bias zeros --alpha 2 --beta 1"
+GRU = "--lr 10 --bias-lr 0.02 --decoder-bias unigram --alpha 0.5 --beta 0.25"
+SLOW_BIASES = "--lr 30 --bias-lr 0.01 --decoder-bias unigram --alpha 2 --beta 1"
+SHORT = (
+    "--epochs 4 --optimizer adamw --lr 8e-3 --wdecay 0.1 --schedule onecycle --bias-lr 1 "
+    "--decoder-bias unigram --batch_size 20 --regularization-ramp 0.3 12 --alpha 2 --beta 1"
+)
+
+
+@pytest.mark.parametrize(("flags", "recipe", "all_flags"), [
+    ("", "published", PUBLISHED),
+    ("--model biLSTM", "published", PUBLISHED),
+    ("--model biLM", "slow-biases", SLOW_BIASES),
+    ("--model biLM --lr 5", "slow-biases", SLOW_BIASES),
+    ("--attention single", "slow-biases", SLOW_BIASES),
+    ("--attention single --model GRU", "gru", GRU),
+    ("--model GRU", "gru", GRU),
+    # A flag changes what it names and nothing else.
+    ("--model GRU --lr 30", "gru", GRU),
+    ("--model GRU --bias-lr 0.5 --decoder-bias zeros --alpha 3", "gru", GRU),
+    ("--model GRU --recipe published", "published", PUBLISHED),  # as in the report
+    ("--model GRU --recipe slow-biases", "slow-biases", SLOW_BIASES),
+    # Other optimizers have rates of their own.
+    ("--model biLM --optimizer adam", "published", f"{PUBLISHED} --lr 1e-3"),
+    ("--model GRU --optimizer adamw", "published", f"{PUBLISHED} --lr 5e-3 --wdecay 0.02"),
+    ("--model GRU --optimizer adamw --lr 1e-4", "published", f"{PUBLISHED} --wdecay 0.02"),
+    ("--recipe gru --optimizer adam", "gru", f"{GRU} --lr 1e-3 --bias-lr 1"),
+    ("--recipe short --epochs 4", "short", SHORT),
+    ("--recipe short-gru --model GRU --epochs 9", "short-gru", f"{SHORT} --alpha .5 --beta .25"),
+    ("--recipe short --epochs 4 --beta 0 --lr 1", "short", SHORT),
+])
+def test_a_recipe_is_the_flags_that_it_sets(flags, recipe, all_flags):
+    found, _ = main.parse_args([*flags.split(), "--save", "m.pt"])
+    assert found.recipe == recipe
+    # The same, spelled out, but for what is given.
+    spelled_out = [*all_flags.split(), *flags.split(), "--save", "m.pt", "--recipe", recipe]
+    assert found == main.parse_args(spelled_out)[0]
