@@ -1,4 +1,4 @@
-# Two commands that set up all they need: `make demo` and `make test`.
+# Commands that set up all they need: `make demo`, `make test`, and `make test-slow` for what takes long.
 # `make test TORCH=2.11.0` has another torch than constraints.txt, in an environment of its own.
 PYTHON ?= python3
 VENV = .venv$(TORCH:%=-%)
@@ -10,7 +10,10 @@ demo: $(VENV)/ready
 
 test: $(VENV)/ready
 	$(VENV)/bin/ruff check .
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto -m "not slow"
+
+test-slow: $(VENV)/ready
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto -m slow
 
 $(VENV)/ready: requirements.txt requirements-plot.txt requirements-dev.txt constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
@@ -19,4 +22,4 @@ $(VENV)/ready: requirements.txt requirements-plot.txt requirements-dev.txt const
 	$(VENV)/bin/python -m pip install --quiet -r requirements-dev.txt -c $(VENV)/constraints.txt
 	touch $@
 
-.PHONY: demo test
+.PHONY: demo test test-slow
