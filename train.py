@@ -503,7 +503,8 @@ class Trainer:
         self.start_clock(state["seconds"])
         set_generators(state["generators"], args.device)
         whole = model.init_hidden(args.batch_size) if self.row else None
-        shapes = [map_hidden(lambda h: h.shape, h) for h in (state["hidden"], whole)]
+        # [B, H] alone: the states that attention remembers grow in number.
+        shapes = [map_hidden(lambda h: h.shape[1:], h) for h in (state["hidden"], whole)]
         if not (
             self.epoch > 0 and 0 <= self.row < len(self.source) and shapes[0] == shapes[1]
             and bool(self.row) == bool(self.losses.on_host)
