@@ -261,9 +261,10 @@ def build_sample():
         split = {8: "valid", 9: "test"}.get(number % 10, "train")
         splits[split] += tokenize_sample(paragraph)
     counts = Counter(token for sentence in splits["train"] for token in sentence)
+    known = {token for token, count in counts.items() if count >= SAMPLE_MIN_COUNT}
     return {
         split: [
-            (" ".join(t if counts[t] >= SAMPLE_MIN_COUNT else UNK for t in sentence) + "\n").encode()
+            (" ".join(t if t in known else UNK for t in sentence) + "\n").encode()
             for sentence in sentences
         ]
         for split, sentences in splits.items()

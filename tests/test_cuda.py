@@ -25,11 +25,11 @@ from checkpoint import build_params, read_checkpoint, read_state
 from conftest import ROOT, Interrupting, arguments, invoke, make_params, make_trainer
 from cpu_kernels import use_expandable_segments
 from data import Dictionary, get_batch
-from dynamic_evaluation import Rule, read_dynamically, root_mean_square
+from dynamic_evaluation import Rule, read, root_mean_square
 from flags import has_precision
 from generate import Generator
 from model import DROPOUTS
-from pointer import evaluate_cache, read
+from pointer import evaluate_cache
 from train import (
     Average, evaluate, make_objective, make_optimizer, random_seq_len, score, settings_at,
     train_step,
@@ -344,8 +344,8 @@ def test_cache_and_dynamic_evaluation_are_the_cpus(device, trained):
         params = build_params(read_checkpoint(path, on))
         cache = evaluate_cache(read(params, ids, 100), 0.7, 0.2, 50)
         statistics = root_mean_square(params, run.corpus.train, 3)
-        rule = Rule(params, "rms", 5e-5, 2e-3, root_mean_square=statistics)
-        dynamic = evaluate_cache(read_dynamically(params, ids, 5, rule), 0.7, 0.2, 50)
+        rule = Rule(params, 5e-5, 2e-3, root_mean_square=statistics)
+        dynamic = evaluate_cache(read(params, ids, 5, rule), 0.7, 0.2, 50)
         found.append([*cache, *dynamic])
     assert found[0][:2] == pytest.approx(found[1][:2], rel=1e-5)
     assert found[0][2:] == pytest.approx(found[1][2:], rel=1e-4)

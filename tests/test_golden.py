@@ -284,8 +284,8 @@ def test_a_run_matches_the_restatement(kind, tmp_path, monkeypatch, capsys):
     write_corpus(folder)
     weights, masks = spy_on_weights(monkeypatch), spy_on_masks(monkeypatch)
     flags = [f"--{flag}={value}" for flag, value in CASES[kind].items()]
-    assert main.main([f"--data={folder}", f"--model={kind}", f"--save={save}", *flags,
-                      "--device=cpu"]) == 0
+    assert main.main([f"--data={folder}", f"--model={kind}", "--recipe=published", *flags,
+                      f"--save={save}", "--device=cpu"]) == 0
     printed = capsys.readouterr().out
     records = [json.loads(line) for line in (tmp_path / "golden.pt.jsonl").read_text().splitlines()]
 

@@ -39,11 +39,11 @@ run_entry() {
 
 # Seconds after the start when training stops and when all ends; seconds that a command takes to
 # start. The time after training has three parts: the cache on two splits, dynamic evaluation.
-stop=420 end=550 startup=15 parts=3
+stop=420 end=550 testing=180 startup=15 parts=3
 precisions=(tf32 bf16 fp32)
 tiny=() tiny_bench=() on=() reading=
 if [ -n "${REHEARSE:-}" ]; then
-    stop=12 end=200 reading=2
+    stop=30 end=500 testing=400 reading=15
     precisions=(fp32 bf16)
     on=(--device cpu --data sample)
     tiny=("${on[@]}" --emsize 16 --nhid 24 --log-interval 20)
@@ -115,10 +115,10 @@ share() { # COMMAND...: in the next of these shares
 
 check() {
     cd "$root" # so that pytest prints paths from there
-    logged 0 180 -m pytest -q -p no:cacheprovider tests/test_cuda.py
+    logged 0 "$testing" -m pytest -q -p no:cacheprovider tests/test_cuda.py
     cd "$tmp"
     local sizes recipe batch model precision until=$((end - 45)) # the rest is the profile's
-    [ -z "${REHEARSE:-}" ] || until=$((SECONDS + 48))
+    [ -z "${REHEARSE:-}" ] || until=$((SECONDS + 70))
     # The published batch sizes first.
     for sizes in ptb:20 wt2:80 ptb:20:GRU ptb:80 wt2:20 ptb:80:GRU; do
         IFS=: read -r recipe batch model <<<"$sizes"
