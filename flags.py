@@ -64,7 +64,7 @@ class Parser(argparse.ArgumentParser):
         self.defaults[dest] = default
         if dest in self.inherited:
             help = f"{help.partition(' (default:')[0]} (default: as the model was trained)"
-        elif default not in (None, False, ""):
+        elif not (default in (None, "") or isinstance(default, bool) or "(default:" in help):
             shown = " ".join(map(str, default)) if isinstance(default, list) else default
             help = f"{help} (default: {shown})"
         self.add_argument(name, default=argparse.SUPPRESS, help=help, **kwargs)

@@ -34,7 +34,7 @@ def rehearse(entry, tmp_path):
     """Runs an entry; returns its log and its table."""
     done = subprocess.run(
         command(entry, tmp_path / "out"), env=environment(tmp_path), cwd=tmp_path,
-        capture_output=True, text=True, timeout=220,
+        capture_output=True, text=True, timeout=560,
     )
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
     assert sum(file.stat().st_size for file in (tmp_path / "out").iterdir()) < 1e6

@@ -118,11 +118,12 @@ check() {
     logged 0 "$testing" -m pytest -q -p no:cacheprovider tests/test_cuda.py
     cd "$tmp"
     local sizes recipe batch model precision until=$((end - 45)) # the rest is the profile's
-    [ -z "${REHEARSE:-}" ] || until=$((SECONDS + 70))
+    [ -z "${REHEARSE:-}" ] || until=$((SECONDS + 55))
     # The published batch sizes first.
     for sizes in ptb:20 wt2:80 ptb:20:GRU ptb:80 wt2:20 ptb:80:GRU; do
         IFS=: read -r recipe batch model <<<"$sizes"
         for precision in "${precisions[@]}"; do
+            [ "$model-$precision${REHEARSE:+-cpu}" != GRU-bf16-cpu ] || continue # a CPU has none
             set -- --recipe "$recipe" --batch_size "$batch" --model "${model:-LSTM}" \
                 --precision "$precision"
             if ((SECONDS + 40 > until)); then

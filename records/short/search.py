@@ -19,8 +19,8 @@ from pathlib import Path
 REDUCED = "--data data/penn --emsize 200 --nhid 400 --dropouti 0.4 --dropouth 0.25"
 SHORT = f"{REDUCED} --recipe short"
 # The recipe, before: weight decay 0.02, and the regularizers whole after 64 epochs, then 32.
-RAMP_16 = f"{SHORT} --wdecay 0.02 --regularization-ramp 0.3 16"
-RAMP_8 = f"{SHORT} --wdecay 0.02 --regularization-ramp 0.3 8"
+RAMP_16 = f"{SHORT} --wdecay 0.02 --regularization-ramp 0.3 64"
+RAMP_8 = f"{SHORT} --wdecay 0.02 --regularization-ramp 0.3 32"
 PUBLISHED = f"{REDUCED} --batch_size 20"
 VARIANTS = {  # name -> flags
     "published": PUBLISHED,
@@ -32,14 +32,14 @@ VARIANTS = {  # name -> flags
     "ramp-16-lr-5e-3-bptt-35": f"{RAMP_16} --lr 5e-3 --bptt 35",
     "ramp-16-lr-3e-3-bptt-35": f"{RAMP_16} --lr 3e-3 --bptt 35",
     "share-0.5-lr-5e-3-bptt-35":
-        f"{SHORT} --wdecay 0.02 --regularization-ramp 0.5 16 --lr 5e-3 --bptt 35",
+        f"{SHORT} --wdecay 0.02 --regularization-ramp 0.5 64 --lr 5e-3 --bptt 35",
     "ramp-8": RAMP_8,
     "ramp-8-wdecay-0.1": f"{RAMP_8} --wdecay 0.1",
     "ramp-8-wdecay-0.3": f"{RAMP_8} --wdecay 0.3",
-    "share-0.15": f"{SHORT} --regularization-ramp 0.15 3",
+    "share-0.15": f"{SHORT} --regularization-ramp 0.15 12",
     "no-ramp": f"{SHORT} --regularization-ramp 1 1",
-    "ramp-to-half": f"{SHORT} --regularization-ramp 0.15 2.43",  # 0.15 + 0.85 / 2.43 = 0.5
-    "ramp-to-whole": f"{SHORT} --regularization-ramp 0.3 1",
+    "ramp-to-half": f"{SHORT} --regularization-ramp 0.15 9.72",  # 0.15 + 0.85 * 4 / 9.72 = 0.5
+    "ramp-to-whole": f"{SHORT} --regularization-ramp 0.3 4",
     "batch-10": f"{SHORT} --batch_size 10",
     "batch-40": f"{SHORT} --batch_size 40",
     "batch-grows": f"{SHORT} --batch_size 10",
