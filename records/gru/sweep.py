@@ -19,9 +19,9 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from bidirectional import make_model
 from data import Corpus, batchify, get_batch, unigram
-from hidden import repackage_hidden
 from splitcross import SplitCrossEntropyLoss
 from train import Objective, evaluate, random_seq_len
+from utils import repackage_hidden
 
 SETTINGS = {
     "lstm": 0,  # 1: an LSTM instead

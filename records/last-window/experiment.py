@@ -24,7 +24,9 @@ import torch
 
 from data import Corpus, batchify, get_batch
 from train import evaluate, make_optimizer, train_step
-from utils import RATES, build, read_checkpoint, repackage_hidden
+from checkpoint import build_params, read_checkpoint
+from model import DROPOUTS
+from utils import repackage_hidden
 
 POINTS, STEPS_BETWEEN, VALID_TOKENS = 8, 3, 10_000
 
@@ -34,7 +36,7 @@ args = Namespace(**checkpoint["flags"])
 print(f"checkpoint: epoch {checkpoint['epoch']}, valid loss {checkpoint['valid_loss']:.4f}")
 for seed in (random.seed, np.random.seed, torch.manual_seed):
     seed(0)
-params = build(checkpoint, **{rate: getattr(args, rate) for rate in RATES})
+params = build_params(checkpoint, **{rate: getattr(args, rate) for rate in DROPOUTS})
 optimizer = make_optimizer(params, args)
 source = batchify(corpus.train, args.batch_size)
 tail = source[-25:]  # the last 24 predictions of the training text, as in epoch 2

@@ -54,7 +54,7 @@ VARIANTS = {  # name -> flags
     "averaging": SHORT,
     "constant": f"{SHORT} --schedule constant --lr 2e-3",
     "constant-averaging": f"{SHORT} --schedule constant --lr 2e-3",
-    "gru": f"{SHORT} --model GRU",
+    "gru": f"{SHORT}-gru --model GRU",
     "gru-whole-penalties": f"{SHORT} --model GRU --alpha 2 --beta 1",
     "gru-published": f"{PUBLISHED} --model GRU",
     "attention": f"{SHORT} --attention single",
@@ -67,43 +67,41 @@ VARIANTS = {  # name -> flags
 def patch(variant):
     """Changes what no flag does."""
     import torch
-    from torch.optim.swa_utils import AveragedModel
 
     import data
-    import schedule
     import train
-    import trainer
 
     if variant == "up-0.3":
-        schedule.UP = 0.3
+        train.UP = 0.3
     if variant == "betas-0.9-0.999":
         train.OPTIMIZERS["adamw"] = (torch.optim.AdamW, {"betas": (0.9, 0.999)})
-    train_epoch, seq_len, at = trainer.Trainer.train_epoch, trainer.random_seq_len, schedule.at
+    train_epoch, seq_len = train.Trainer.train_epoch, train.random_seq_len
+    settings_at = train.settings_at
     if variant.endswith("averaging"):  # the mean of the weights over the last epoch
 
         def averaged_epoch(self):
-            if self.epoch == self.args.epochs and self.averaged is None:
-                self.averaged = AveragedModel(self.params)
+            if self.epoch == self.args.epochs and self.average is None:
+                self.average = train.Average(self.params)
             train_epoch(self)
 
-        trainer.Trainer.train_epoch = averaged_epoch
+        train.Trainer.train_epoch = averaged_epoch
     if variant == "batch-grows":  # four times as large in the second half of the run
 
         def larger_epoch(self):
-            if self.progress() == 0.5:
+            if self.epochs_read() == self.args.epochs / 2:
                 self.args.batch_size *= 4
                 self.source = data.batchify(self.corpus.train, self.args.batch_size)
             train_epoch(self)
 
-        trainer.Trainer.train_epoch = larger_epoch
+        train.Trainer.train_epoch = larger_epoch
     if variant == "window-grows":  # from half of --bptt to one and a half of it
 
-        def growing(progress, args, model):
-            trainer.random_seq_len = lambda bptt: seq_len(round(bptt * (0.5 + progress)))
-            return at(progress, args, model)
+        def growing(epochs, args, model):
+            share = 0.5 + epochs / args.epochs
+            train.random_seq_len = lambda bptt: seq_len(round(bptt * share))
+            return settings_at(epochs, args, model)
 
-        trainer.random_seq_len = lambda bptt: seq_len(bptt // 2)  # the first
-        schedule.at = growing
+        train.settings_at = growing
 
 
 def parts(name):
