@@ -193,7 +193,7 @@ def test_a_set_up_that_fails_names_its_cause(begin, corpus_dir):
                     GLOO_SOCKET_IFNAME="nowhere")
     _, err = finish(process, 1)
     assert re.search("^main.py: error: the processes cannot communicate: .*nowhere", err, re.M)
-    assert f'File "{ROOT}' not in err
+    assert not re.search(rf'File "{re.escape(str(ROOT))}/\w+\.py', err)  # torchrun's own stands
 
 
 def test_a_batch_takes_one_exchange_between_the_hosts(corpus_dir, monkeypatch):
