@@ -1,5 +1,5 @@
 # Commands that set up all they need: `make demo`, `make test`, and `make test-slow` for what takes long.
-# `make test TORCH=2.11.0` has another torch than constraints.txt, in an environment of its own.
+# `make test TORCH=2.11.0` uses another torch than constraints.txt, in an environment of its own.
 PYTHON ?= python3
 VENV = .venv$(TORCH:%=-%)
 

@@ -1,4 +1,4 @@
-"""An honest bidirectional model: two language models, and words predicted from both their contexts.
+"""Two language models, one in each direction, and words predicted from both contexts.
 
 A forward and a backward stack never mix below the output, so neither has seen the word it predicts:
 its perplexity is that of a language model, of the text as it stands or read from its end. For cloze
@@ -15,7 +15,7 @@ from model import RNNModel, activation_regularization
 from utils import Losses, float32_products
 
 CONTEXT = 10  # a window's word is scored in training with so many words of the window after it
-# What is minimized, a sum, and reported, their mean.
+# The losses of which each objective minimizes the sum and reports the mean.
 OBJECTIVES = {
     "lm": ("forward", "backward"), "cloze": ("cloze",), "both": ("forward", "backward", "cloze")
 }

@@ -28,7 +28,7 @@ from utils import Preemption, environment, is_device_error, log, plain, set_up_d
 
 try:
     import fcntl
-except ImportError:  # no POSIX system: there is no lock, all else holds
+except ImportError:  # not POSIX: there is no lock; all else works
     fcntl = None
 
 STATE, RECORDS, FINETUNE_RECORDS = ".state", ".jsonl", ".finetune.jsonl"  # after the path
@@ -47,7 +47,7 @@ FORMATS = {"checkpoint": CHECKPOINT, "training state": TRAINING_STATE}
 VERSION = 4
 SEAL = b"sha256:"
 DIGEST = 64  # characters of a SHA-256 in hexadecimal
-# What changes nothing in what is computed; `data` is compared by its content.
+# Flags that do not change what is computed; `data` is compared by its content.
 FREE_FLAGS = (
     "data", "save", "resume", "epochs", "finetune", "log_interval", "cuda", "device", "tied",
     "checkpoint_minutes", "on_divergence",
@@ -414,7 +414,7 @@ def check_writable(path, others=()):
     folder = Path(path).parent
     if not folder.is_dir():
         raise InputError(f"--save {path}: the folder {folder} does not exist; create it")
-    probe = f"{path}{FINETUNE_RECORDS}.tmp"  # the longest name
+    probe = f"{path}{FINETUNE_RECORDS}.probe"  # longer than any name of a run
     try:
         Path(probe).touch()
         os.unlink(probe)
@@ -440,7 +440,7 @@ def refuse_foreign(path, file):
         yield
     except (InputError, OSError):
         raise InputError(
-            f"--save {path}: {file} exists and is not of a run, or damaged; name another path"
+            f"--save {path}: {file} is damaged, or not a file of a run; name another path"
         ) from None
 
 
@@ -495,7 +495,8 @@ def resume_from(state, trainer):
     with validate_state(args.resume):
         trainer.load_state_dict(state)
         changed = changes(state, run.flags, args.device)
-    trainer.saved = args.resume == args.save and state["flags"] == run.flags
+    same = {**state["flags"], "resume": args.resume, "cuda": args.cuda} == run.flags
+    trainer.saved = args.resume == args.save and same
     log(f"Resuming the run of {args.save} at {trainer.position()}")
     changed += compare_checkpoint(state, trainer, bool(changed))
     if changed:
@@ -583,7 +584,7 @@ class Run:
     def save_state(self, params, corpus, progress):
         """Writes the training state; returns whether no file is left waiting.
 
-        Never before the checkpoint of which it speaks: on disk the state is not the newer one.
+        The checkpoint it refers to is written first, so the state is never newer than that.
         """
         succeeded = self.saver.retry()
         if succeeded and distributed.is_first():
@@ -644,7 +645,7 @@ def open_run(args, command):
 def set_aside(path):
     """Keeps the unfinished run at `path` under another name when a new one begins there.
 
-    Not one of less than a minute and an epoch.
+    A run of less than a minute and less than an epoch is not kept.
     """
     state = read_state(path)
     if state and not is_finished(state) and (state["valid_losses"] or state["seconds"] > 60):

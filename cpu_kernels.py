@@ -39,7 +39,7 @@ class Packed:
         """x [rows, K] @ w.T (+ bias [N]) -> [rows, N]."""
         if self.onednn:
             if bias is not None:
-                bias = bias.contiguous()  # the kernel takes it to be
+                bias = bias.contiguous()  # the kernel assumes it
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, bias, "none", [], "")
         return x @ self.weight if bias is None else torch.addmm(bias, x, self.weight)
 

@@ -68,7 +68,7 @@ class Corpus:
                 return self._encode(lines, path)
         except FileNotFoundError:
             raise InputError(
-                f"{path}: no such file; --data wants a folder with train.txt, valid.txt and "
+                f"{path}: no such file; --data takes a folder with train.txt, valid.txt and "
                 "test.txt (./getdata.sh fetches two), or 'sample'"
             ) from None
         except OSError as error:

@@ -3,8 +3,8 @@
     torchrun --nproc_per_node=2 main.py --data data/penn --batch_size 20
 
 All ranks read the same windows of the text; DistributedDataParallel averages their gradients, so
-all take the same step. A process that torchrun did not start is the only rank: there is nothing to
-exchange then, and every function here returns what it was given.
+all take the same step. A process that torchrun did not start is the only rank, and nothing is
+exchanged.
 """
 
 import contextlib

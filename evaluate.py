@@ -69,8 +69,8 @@ def score_text(params, dictionary, path, lines, args):
     if set(words) <= {EOS}:
         raise InputError(f"{path}: holds no words")
     ids, unknown = encode([EOS, *words], dictionary, args.checkpoint)
-    settings = Namespace(bptt=BPTT, objective="cloze")
-    columns = min(args.batch_size, len(words))
+    columns = min(args.batch_size, len(ids) - 1)
+    settings = Namespace(bptt=max(1, BPTT // columns), objective="cloze")
     loss, parts = score(params, torch.tensor(ids), settings, batch_size=columns)
     named = f" ({name_commonest(unknown)})" if unknown else ""
     log(f"| {path} | {loss_columns(loss)} | {len(words):,} tokens, "

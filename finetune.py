@@ -98,10 +98,10 @@ def main(argv=None):
     with open_run(args, COMMAND) as run:
         corpus = prepare(args)
         if state:
+            state = read_state(args.resume, COMMAND)  # now that no other process writes it
             check_corpus(state, corpus, args)
         elif args.resume:
-            log(f"Warm start from the weights of {args.resume}: it has no training state to go on "
-                "from")
+            log(f"Warm start from the weights of {args.resume}: no run of {COMMAND} to resume")
         if args.resume:
             copy_model(args.resume, args.save)
         return finetune(corpus, args, run, state)

@@ -64,7 +64,7 @@ class Parser(argparse.ArgumentParser):
         self.defaults[dest] = default
         if dest in self.inherited:
             help = f"{help.partition(' (default:')[0]} (default: as the model was trained)"
-        elif not (default in (None, "") or isinstance(default, bool) or "(default:" in help):
+        elif not (default in (None, "", []) or isinstance(default, bool) or "(default:" in help):
             shown = " ".join(map(str, default)) if isinstance(default, list) else default
             help = f"{help} (default: {shown})"
         self.add_argument(name, default=argparse.SUPPRESS, help=help, **kwargs)
@@ -177,7 +177,8 @@ def make_parser(description, inherited=()):
     add("--log-interval", 200, "batches between log lines", type=count, metavar="N")
     add("--cuda", False, "require CUDA (without this flag it is used where there is one)",
         action="store_true")
-    add("--device", None, "cpu, cuda, cuda:N or mps (default: cuda where there is one, else cpu)",
+    add("--device", None, "cpu, cuda, cuda:N or mps (default: cuda where there is one, else "
+        "cpu; under torchrun each process has its own)",
         type=device)
     add("--precision", None, "of training: fp32; tf32, all products with factors of 10 bits, on "
         "CUDA; or bf16, the recurrent layers and the decoder's product in bfloat16 (on a CPU not "
@@ -317,9 +318,9 @@ def check_flags(args):
         )
 
 
-def check_unchanged(given, saved, path):
-    """Raises InputError where a flag that is `given` cannot be changed in the run at `path`."""
-    for flag in FIXED_FLAGS:
+def check_unchanged(given, saved, path, fixed=FIXED_FLAGS):
+    """Raises InputError where a `fixed` flag that is `given` is not the run's at `path`."""
+    for flag in fixed:
         if flag in saved and getattr(given, flag, saved[flag]) != saved[flag]:
             raise InputError(
                 f"{format_flag(flag, getattr(given, flag))}: {path} has "

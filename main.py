@@ -66,6 +66,9 @@ def parse_args(argv=None):
     if state:
         saved = flags_of_run(state, path)
         check_unchanged(given, saved, path)
+        if state["finetuning"]:
+            schedule = ("epochs", "when", "schedule", "regularization_ramp")
+            check_unchanged(given, saved, path, schedule)
     elif path:
         checkpoint = read_checkpoint(path)
         saved = model_flags(checkpoint)
@@ -77,7 +80,7 @@ def parse_args(argv=None):
     endless = "epochs" not in given and args.epochs == parser.defaults["epochs"]
     if endless and args.schedule not in ("constant", saved.get("schedule")):
         raise InputError(
-            f"--schedule {args.schedule}: goes over the --epochs of the run; name them"
+            f"--schedule {args.schedule}: needs --epochs, the length of the run"
         )
     if not state and (described := describe_recipe(args, given)):
         log(described)
@@ -90,6 +93,7 @@ def main(argv=None):
     with open_run(args, COMMAND) as run:
         corpus = prepare(args)
         if state:
+            state = read_state(args.resume, COMMAND)  # now that no other process writes it
             check_corpus(state, corpus, args)
             copy_model(args.resume, args.save)
         if not (state and state["finetuning"]):
@@ -113,7 +117,7 @@ def start(corpus, args, run, state):
             criterion.init_bias(unigram(corpus.train, len(corpus.dictionary)), model.decoder.bias)
     else:
         params = saved_params(args.resume, corpus, args)
-        log(f"Warm start from the weights of {args.resume}: it has no training state to go on from")
+        log(f"Warm start from the weights of {args.resume}: no run of {COMMAND} to resume")
     log(f"Model total parameters: {sum(p.numel() for p in params.parameters())}")
     if not state and args.resume == args.save:
         # The file is only replaced by something better than what it holds.

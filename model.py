@@ -29,7 +29,7 @@ def check_architecture(rnn_type, ninp, nhid, attention="none"):
         for name, size in (("nhid", nhid), ("emsize", ninp)):
             if size % 2:
                 raise ValueError(
-                    f"{name} {size} is odd; biLSTM wants it even, each direction has half of it"
+                    f"{name} {size} is odd; biLSTM needs an even size, half for each direction"
                 )
 
 

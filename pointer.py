@@ -177,7 +177,7 @@ def report(reader, ids, split, args):
         loss = mean_loss(pieces)
     losses = {"model alone": loss}
     if args.dynamic:
-        fixed = read(reader.params, ids[: reader.words + 1], args.bptt)
+        fixed = read(reader.params, ids[: reader.words + 1], min(args.bptt, LONGEST))
         losses = {"model alone": mean_loss(fixed), "dynamic": loss}
     if args.lambdasm:
         losses["dynamic and cache" if args.dynamic else "with cache"] = with_cache

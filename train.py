@@ -27,7 +27,7 @@ from weight_drop import WeightDrop
 
 EVAL_BATCH_SIZE, TEST_BATCH_SIZE = 10, 1  # as in the reference
 EVAL_TOKENS = 2000  # in a window of an evaluation: long windows keep a GPU busy
-LONGER = 25  # than bptt a window can be: five standard deviations, one draw in 3.5 million
+LONGER = 25  # the most by which a window exceeds bptt: five standard deviations
 REGULARIZERS = (*DROPOUTS, "alpha", "beta")
 UP = 0.1  # the share of a run over which one cycle's rate rises
 FIRST, LAST = 1 / 25, 1 / 250_000  # one cycle's first and last rate, as shares of its highest
@@ -348,7 +348,9 @@ class Trainer:
             self.save_at_exit(stop)
             raise
         except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error) or (self.epoch, self.row) == (1, 0):
+            evaluating = self.row == len(self.source) - 1  # in windows that --bptt does not shorten
+            begun = (self.epoch, self.row) != (1, 0)
+            if not is_out_of_memory(error) or evaluating or not begun:
                 raise
             raise InputError(
                 f"device {self.args.device} is out of memory at {self.position()}; "
@@ -444,7 +446,10 @@ class Trainer:
     # -------------------------------------------------------- files
 
     def save_model(self, params, loss):
-        """Saves `params` where `loss` is the lowest yet, and after the epochs of --when."""
+        """Saves `params` if `loss` is the lowest yet, and after the epochs of --when.
+
+        There the learning rate is divided by 10 too.
+        """
         path, paths = self.args.save, []
         if loss < self.best:
             self.best, paths = loss, [path]

@@ -154,8 +154,8 @@ else:
 def set_products(precision):
     """Has CUDA make products as `precision` says: "fp32", "tf32" (factors of 10 bits) or "bf16".
 
-    With bf16 those of float32 stay float32's; cuDNN, which has none then, must not be held to them:
-    it would leave out the tensor cores.
+    With bf16, products of float32 stay float32's. cuDNN's setting must still allow TF32 then:
+    "ieee" would keep its bf16 layers off the tensor cores.
     """
     for setting, lower in zip(PRODUCTS, [("tf32",), ("tf32", "bf16")]):
         setattr(*setting, TF32 if precision in lower else FLOAT32)
@@ -217,7 +217,7 @@ def plain(args):
 def prepare(args):
     """Sets up the device, seeds the generators, reads and returns the corpus; logs what will run.
 
-    Raises InputError, before anything is written.
+    Raises InputError, before training begins.
     """
     corpus = Corpus(args.data)
     if len(corpus.train) // args.batch_size < 2:

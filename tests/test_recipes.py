@@ -40,7 +40,7 @@ def test_the_log_names_what_the_recipe_set_alone(capsys):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("--schedule onecycle", "--schedule onecycle: goes over the --epochs of the run; name"),
+        ("--schedule onecycle", "--schedule onecycle: needs --epochs"),
         ("--regularization-ramp 0.5 0", "EPOCHS one above 0"),
         ("--regularization-ramp nan 1", "SHARE must be a number in [0,"),
         ("--regularization-ramp 0.5 inf", "EPOCHS one above 0"),
@@ -94,7 +94,7 @@ def test_a_schedule_given_at_a_resume_needs_an_end(begin):
     state["flags"]["epochs"] = 8000
     path.with_name("m.pt.state").write_bytes(pack("training state", state))
     status, _, err = invoke(main.main, "--resume", path, "--schedule", "onecycle")
-    assert status == 2 and "--schedule onecycle: goes over the --epochs of the run; name" in err
+    assert status == 2 and "--schedule onecycle: needs --epochs" in err
 
 
 def test_fine_tuning_after_the_short_recipe(begin, monkeypatch):
