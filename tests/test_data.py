@@ -46,7 +46,7 @@ def test_edited_text_is_read_anew(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, r"valid\.txt: no such file; --data wants a folder"),
+        (None, r"valid\.txt: no such file; --data takes a folder"),
         ("a folder", r"valid\.txt: cannot be read"),
         (b"", r"valid\.txt: holds no words"),
         (b"\n\n \n", r"valid\.txt: holds no words"),
