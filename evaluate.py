@@ -105,7 +105,10 @@ def parse_args(argv=None):
         help="parts in which a whole text is read side by side; more are faster, but each but the "
              "first begins without its context (default: 1)")
     add_device_flags(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.text.count("-") > 1:
+        parser.error("-: standard input can be read once; name it once")
+    return args
 
 
 def main(argv=None):

@@ -322,10 +322,11 @@ def check_unchanged(given, saved, path, fixed=FIXED_FLAGS):
     """Raises InputError where a `fixed` flag that is `given` is not the run's at `path`."""
     for flag in fixed:
         if flag in saved and getattr(given, flag, saved[flag]) != saved[flag]:
+            weights = f", or copy {path} elsewhere to start from its weights alone"
             raise InputError(
                 f"{format_flag(flag, getattr(given, flag))}: {path} has "
-                f"{format_flag(flag, saved[flag])}; leave the flag out, or copy {path} elsewhere "
-                "to start from its weights alone"
+                f"{format_flag(flag, saved[flag])}; leave the flag out"
+                + weights * (flag not in ARCHITECTURE)
             )
 
 
@@ -342,8 +343,9 @@ def format_flag(flag, value):
 def run(main):
     """Calls `main()` and exits with its status: one line and 2 for bad input, 128 + a signal's."""
     keep_freed_memory()
-    if sys.stdout is None:  # closed
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - to the end
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - to the end
     if hasattr(sys.stdout, "reconfigure"):  # a name the terminal cannot show must not end a run
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -363,6 +365,9 @@ def run(main):
         sys.stdout.flush()
     except OSError:  # reported when it began, see utils.log; Python would say it once more
         os._exit(status)
+    if distributed.is_distributed():  # at Python's own end gloo's threads can abort the process
+        sys.stderr.flush()
+        os._exit(status or 0)
     sys.exit(status)
 
 

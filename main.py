@@ -117,13 +117,16 @@ def start(corpus, args, run, state):
             criterion.init_bias(unigram(corpus.train, len(corpus.dictionary)), model.decoder.bias)
     else:
         params = saved_params(args.resume, corpus, args)
-        log(f"Warm start from the weights of {args.resume}: no run of {COMMAND} to resume")
+        log(
+            f"Warm start from the weights of {args.resume}: no run of {COMMAND} to resume; saving to "
+            f"{args.save}"
+        )
     log(f"Model total parameters: {sum(p.numel() for p in params.parameters())}")
     if not state and args.resume == args.save:
         # The file is only replaced by something better than what it holds.
         best, _ = score(params, corpus.valid, args, run.check)
         if os.path.exists(f"{args.save}{RECORDS}"):
-            records = Path(f"{args.save}{RECORDS}").read_text(encoding="utf-8")
+            records = Path(f"{args.save}{RECORDS}").read_text("utf-8", errors="replace")
     elif not state and os.path.exists(args.save):
         log(f"Note: {args.save} exists; the model of the first epoch will replace it")
     trainer = Trainer(params, corpus, args, run, best=best, records=records)
