@@ -118,8 +118,8 @@ def start(corpus, args, run, state):
     else:
         params = saved_params(args.resume, corpus, args)
         log(
-            f"Warm start from the weights of {args.resume}: no run of {COMMAND} to resume; saving to "
-            f"{args.save}"
+            f"Warm start from the weights of {args.resume}: no run of {COMMAND} to resume; saving "
+            f"to {args.save}"
         )
     log(f"Model total parameters: {sum(p.numel() for p in params.parameters())}")
     if not state and args.resume == args.save:
