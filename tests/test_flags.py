@@ -37,6 +37,7 @@ BAD_FLAGS = [
     ("--attention-window 5", "--attention-window 5: for --attention only"),
     ("--objective cloze", "--objective cloze: for --model biLM only"),
     ("--recipe short", "--schedule onecycle: needs --epochs"),
+    ("--bptt 65500", "--bptt: must be a whole number in [1, 65500), not 65500"),
     ("--regularization-ramp 2 1", "--regularization-ramp 2 1: SHARE must be a number in [0, 1]"),
     ("--checkpoint-minutes 0", "--checkpoint-minutes: must be a number above 0"),
     ("--on-divergence pray", "--on-divergence: invalid choice: 'pray'"),

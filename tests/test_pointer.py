@@ -113,6 +113,20 @@ def ppls(out, name):
     return [float(ppl) for ppl in re.findall(rf"\| {name} \|.* (?:valid|test) ppl +(\S+)", out)]
 
 
+def test_windows_longer_than_cudnn_takes_are_split(run, monkeypatch):
+    lengths, real = [], pointer.read
+
+    def recorded(params, ids, length, *rule):
+        lengths.append(length)
+        return real(params, ids, length, *rule)
+
+    monkeypatch.setattr(pointer, "LONGEST", 7)
+    monkeypatch.setattr(pointer, "read", recorded)
+    status, _, err = run("--bptt", 1000, "--dynamic", "--split", "test")
+    assert (status, err) == (0, "")
+    assert sorted(lengths) == [5, 7]  # a segment of dynamic evaluation, a window of the model alone
+
+
 def test_the_published_command(trained, corpus_dir, cli):
     before = trained.read_bytes()
     flags = "--lambdasm 0.1279 --theta 0.662 --window 3785 --bptt 2000 --model LSTM".split()
