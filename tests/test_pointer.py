@@ -122,7 +122,7 @@ def test_windows_longer_than_cudnn_takes_are_split(run, monkeypatch):
 
     monkeypatch.setattr(pointer, "LONGEST", 7)
     monkeypatch.setattr(pointer, "read", recorded)
-    status, _, err = run("--bptt", 1000, "--dynamic", "--split", "test")
+    status, _, err = run("--bptt", "1000", "--dynamic", "--split", "test")
     assert (status, err) == (0, "")
     assert sorted(lengths) == [5, 7]  # a segment of dynamic evaluation, a window of the model alone
 
