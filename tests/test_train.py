@@ -11,150 +11,104 @@ import torch
 from torch import nn
 
 import train
-from checkpoint import build_params, read_checkpoint, read_state
-from conftest import Interrupting, arguments, make_params, make_trainer
+from checkpoint import read_checkpoint, read_state
+from conftest import Interrupting, arguments, make_params, make_trainer, reversed_text
 from data import Dictionary, InputError
 from kill_loop import lines, same
-from model import DROPOUTS
-from splitcross import SplitCrossEntropyLoss
+from model import DROPOUTS, RNN_TYPES
 from train import (
-    OPTIMIZERS, Average, Diverged, Objective, evaluate, is_nonmonotone, make_optimizer,
-    random_seq_len, rate_share, settings_at, train_step,
+    Average, Diverged, evaluate, is_nonmonotone, make_objective, make_optimizer, random_seq_len,
+    rate_share, score, settings_at, train_step,
 )
-from utils import Losses, Preempted, loss_columns, map_hidden, perplexity
+from utils import Losses, Preempted, loss_columns, perplexity
 from weight_drop import WeightDrop
 
 # ------------------------------------------------------------ one step
 
 
-def test_the_lengths_of_windows(monkeypatch):
-    lengths = np.array([random_seq_len(70) for _ in range(40_000)])
-    short = lengths < 52  # 3.5 deviations from either mean
-    assert short.mean() == pytest.approx(0.05, abs=5 * math.sqrt(0.05 * 0.95 / 40_000))
-    # int() cuts half a token off on average.
-    assert lengths[~short].mean() == pytest.approx(69.5, abs=0.15)
-    assert lengths[~short].std() == pytest.approx(5, rel=0.03)
-    assert lengths[short].mean() == pytest.approx(34.5, abs=0.6)
-    assert lengths[short].std() == pytest.approx(5, rel=0.1)
+def test_windows_are_neither_too_short_nor_too_long(monkeypatch):
     assert min(random_seq_len(3) for _ in range(200)) == 5
     monkeypatch.setattr(np.random, "normal", lambda mean, deviation: mean + 100 * deviation)
     assert random_seq_len(70) == 95
 
 
-@pytest.mark.parametrize("kind", ["LSTM", "GRU", "biLSTM", "biLM"])
-def test_the_biases_below_the_decoder_have_a_rate_of_their_own(kind):
-    params = make_params(kind, splits=(20, 30), attention="none" if "bi" in kind else "combined")
-    optimizer = make_optimizer(params, arguments(lr=4.0, bias_lr=0.5))
-    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-    assert len(rates) == len(list(params.parameters()))
-    for name, parameter in params.named_parameters():
-        slow = ".bias" in name and name not in ("0.decoder.bias", "1.tail_bias")
-        assert rates[id(parameter)] == (2.0 if slow else 4.0), name
-    assert set(rates.values()) == {2.0, 4.0}
-
-
 @pytest.mark.parametrize(
-    ("clip", "bias_lr", "share", "alpha", "beta"),
-    [(0.0, 1.0, 1.0, 2.0, 1.0), (0.05, 1.0, 0.5, 0.0, 3.0), (0.05, 0.25, 1.0, 2.0, 0.0)],
+    ("rnn_type", "attention", "clip", "bias_lr", "share"),
+    [
+        ("LSTM", "none", 0.0, 1.0, 1.0), ("biLSTM", "none", 0.05, 1.0, 0.5),
+        ("GRU", "combined", 0.05, 0.25, 1.0), ("biLM", "none", 0.05, 0.25, 0.5),
+    ],
 )
-def test_a_step_is_the_update_of_the_paper(clip, bias_lr, share, alpha, beta):
-    """w <- w - lr * L / bptt * (clipped gradient of NLL + AR + TAR, + wdecay * w), in float64.
+def test_a_step_follows_the_clipped_gradient(rnn_type, attention, clip, bias_lr, share):
+    """w <- w - lr * share * L / bptt * (clipped gradient + wdecay * w), the criterion included.
 
-    The rate is a schedule's share of lr, and that of the recurrent layers' biases a share of it.
+    The biases below the decoder have a rate of their own.
     """
-    params = make_params(splits=(20, 30), dtype=torch.float64)
-    args = arguments(
-        clip=clip, wdecay=0.01, bptt=10, lr=3.0, bias_lr=bias_lr, alpha=alpha, beta=beta
-    )
+    params = make_params(rnn_type, splits=(20, 30), attention=attention, dtype=torch.float64)
+    args = arguments(clip=clip, wdecay=0.01, bptt=10, lr=3.0, bias_lr=bias_lr, objective="both")
+    objective, optimizer = make_objective(params, args), make_optimizer(params, args)
     words, targets = torch.randint(50, (7, 4)), torch.randint(50, (28,))
-    before = [weight.detach().clone() for weight in params.parameters()]
-
-    # The same loss from parts that the step does not use: logprob, and plain means.
-    model, criterion = params
-    hidden = map_hidden(torch.randn_like, model.init_hidden(4))
-    output, _, raw, dropped = model(words, hidden, return_h=True)
-    logprob = criterion.logprob(model.decoder.weight, model.decoder.bias, output)
-    nll = -logprob[torch.arange(28), targets].mean()
-    ar, tar = (dropped[-1] ** 2).mean(), (raw[-1].diff(dim=0) ** 2).mean()
-    gradients = torch.autograd.grad(nll + alpha * ar + beta * tar, list(params.parameters()))
-    norm = torch.cat([gradient.flatten() for gradient in gradients]).norm().item()
+    hidden, more = params[0].init_hidden(4), reversed_text(params, words, targets)
+    before = copy(params.parameters())
+    total, *_ = objective(words, targets, hidden, args.alpha, args.beta, **more)
+    gradients = torch.autograd.grad(total, list(params.parameters()))
+    norm = nn.utils.get_total_norm(gradients).item()
     assert norm > clip
     scale = clip / norm if clip else 1.0
 
-    optimizer = make_optimizer(params, args)
-    loss, _ = train_step(Objective(params), optimizer, words, targets, hidden, args, share)
-    assert loss.item() == pytest.approx(nll.item())  # without AR and TAR
+    train_step(objective, optimizer, words, targets, hidden, args, share, **more)
     for (name, weight), old, gradient in zip(params.named_parameters(), before, gradients):
         assert gradient.any(), name
-        rate = 2.1 * share * (bias_lr if "rnns" in name and "bias" in name else 1)
+        is_slow = ".bias" in name and name != "0.decoder.bias"
+        rate = 3.0 * share * 7 / 10 * (bias_lr if is_slow else 1)
         expected = old - rate * (gradient * scale + 0.01 * old)
         torch.testing.assert_close(weight.detach(), expected, rtol=1e-5, atol=1e-7)
     assert [group["lr"] for group in optimizer.param_groups] == [3.0, 3.0 * bias_lr]
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "mean", "square_mean"), [("adam", 0.9, 0.999), ("adamw", 0.8, 0.99)]
+    ("name", "kind", "betas"),
+    [("adam", torch.optim.Adam, (0.9, 0.999)), ("adamw", torch.optim.AdamW, (0.8, 0.99))],
 )
-def test_adam_is_the_papers(optimizer, mean, square_mean):
-    """m, v: means of g and g^2; w <- w - rate * m' / (sqrt(v') + eps).
-
-    Weight decay is part of Adam's g; AdamW takes rate * decay * w away.
-    """
-    params = make_params(dtype=torch.float64)
-    args = arguments(optimizer=optimizer, lr=0.01, wdecay=0.3, clip=0, alpha=0, beta=0)
-    steps = make_optimizer(params, args)
-    weight = params[0].rnns[0].module.weight_ih_l0
-    w, m, v = weight.detach().clone(), 0.0, 0.0
-    for step in (1, 2, 3):
-        words, targets = torch.randint(50, (10, 4)), torch.randint(50, (40,))
-        train_step(Objective(params), steps, words, targets, params[0].init_hidden(4), args)
-        decay = 0.3 * w
-        g = weight.grad + decay * (optimizer == "adam")
-        m, v = mean * m + (1 - mean) * g, square_mean * v + (1 - square_mean) * g * g
-        scaled = (m / (1 - mean**step)) / ((v / (1 - square_mean**step)).sqrt() + 1e-8)
-        w = w - 0.01 * (scaled + decay * (optimizer == "adamw"))
-        torch.testing.assert_close(weight.detach(), w)
+def test_adam_and_adamw_are_torchs(name, kind, betas):
+    optimizer = make_optimizer(make_params(), arguments(optimizer=name, lr=0.01, wdecay=0.3))
+    assert type(optimizer) is kind
+    for group in optimizer.param_groups:
+        assert (group["lr"], group["betas"], group["weight_decay"]) == (0.01, betas, 0.3)
 
 
-def test_the_average_is_the_mean_of_the_iterates(monkeypatch):
-    """Its recurrent weights lie in one piece: else cuDNN copies them, and warns, at every call."""
-    params, flattened = make_params(splits=(20, 30)), []
+def test_the_average_is_laid_out_for_cudnn_and_has_no_gradients(monkeypatch):
+    """Recurrent weights that do not lie in one piece are copied, with a warning, at every call."""
+    params, flattened = make_params(), []
     params[0].encoder.weight.grad = torch.ones_like(params[0].encoder.weight)
-    monkeypatch.setattr(nn.RNNBase, "flatten_parameters", lambda layer: flattened.append(layer))
-    average, iterates = Average(params), []
-    assert flattened == [rnn.module for rnn in average.params[0].rnns]
-    for _ in range(4):
-        for weight in params.parameters():
-            nn.init.normal_(weight.data)
-        average.update(params)
-        iterates.append([weight.detach().double() for weight in params.parameters()])
-    assert_mean(average.params.parameters(), iterates)
-    assert all(weight.grad is None for weight in average.params.parameters())
+    monkeypatch.setattr(nn.RNNBase, "flatten_parameters", lambda rnn: flattened.append(rnn))
+    average = Average(params).params
+    assert flattened == [rnn.module for rnn in average[0].rnns]
+    assert all(weight.grad is None for weight in average.parameters())
 
 
-@pytest.mark.parametrize("rnn_type", ["LSTM", "GRU", "biLSTM"])
-def test_nothing_is_left_on_the_cpu_by_accident(rnn_type, monkeypatch):
-    with torch.device("meta"):
-        params = make_params(rnn_type, rate=0.3)
-        words, targets = torch.randint(50, (10, 4)), torch.randint(50, (40,))
-    hidden, average, devices = params[0].init_hidden(4), Average(params), set()
-
-    def record(tensor):
-        devices.add(tensor.device.type)
-        return tensor
-
-    for kind in OPTIMIZERS:
-        args = arguments(optimizer=kind)
-        optimizer = make_optimizer(params, args)
-        loss, hidden = train_step(Objective(params), optimizer, words, targets, hidden, args)
-        average.update(params)
-        weights = list(params.parameters())
-        map_hidden(record, (loss, hidden, *weights, *(weight.grad for weight in weights)))
-    monkeypatch.setattr(SplitCrossEntropyLoss, "forward", lambda self, *inputs: (
-        map_hidden(record, inputs) and torch.zeros(())
-    ))
-    evaluate(params, torch.randint(50, (101,)), 10, 4)
-    assert devices == {"meta"}
+@pytest.mark.parametrize(("device", "length"), [("cpu", 9), ("meta", 9), ("meta", 2), ("meta", 1)])
+@pytest.mark.parametrize(
+    ("rnn_type", "attention"),
+    [(kind, "none") for kind in RNN_TYPES]
+    + [(kind, attention) for kind in ("LSTM", "GRU") for attention in ("single", "combined")],
+)
+def test_a_step_reaches_every_weight_on_its_device(rnn_type, attention, device, length):
+    """On `meta`, a tensor that is left on the CPU is an error."""
+    with torch.device(device):
+        params = make_params(rnn_type, rate=0.1, attention=attention)
+        words, targets = torch.randint(50, (length, 3)), torch.randint(50, (length * 3,))
+    args, hidden = arguments(objective="both"), params[0].init_hidden(3)
+    objective, optimizer = make_objective(params, args), make_optimizer(params, args)
+    more = reversed_text(params, words, targets)
+    for _ in range(2):
+        loss, hidden = train_step(objective, optimizer, words, targets, hidden, args, **more)
+    assert loss.device.type == device
+    assert all(p.grad is not None and (p.is_meta or p.grad.any()) for p in params.parameters())
+    Average(params).update(params)
+    if device == "meta":
+        with pytest.raises(RuntimeError, match="meta"):  # only the result is copied to the host
+            score(params, words.flatten().repeat(20), args)
 
 
 def test_a_gpu_is_not_waited_for_within_a_step():
@@ -214,8 +168,6 @@ def test_one_cycle_is_torchs():
         optimizer.step()
         if step < steps:
             theirs.step()
-    corners = [rate_share("onecycle", p) for p in (0, train.UP / 2, train.UP, 1, 1.5)]
-    assert corners == pytest.approx([0.04, 0.52, 1, 4e-6, 4e-6])
     assert rate_share("constant", 0.7) == 1
 
 
@@ -223,22 +175,14 @@ def test_one_cycle_is_torchs():
 def test_the_ramp_reaches_every_regularizer(kind):
     model = make_params(kind, rate=0.5)[0]
     rates = dict(zip(DROPOUTS, (0.4, 0.3, 0.2, 0.1, 0.5)))
-    args = arguments(alpha=2.0, beta=1.0, **rates)
-    assert settings_at(0.5, args, model)[0] is args
-    assert model.dropout == model.rnns[0].dropout == 0.5  # without a ramp the model is left alone
-    args.regularization_ramp = [0.0, 2.0]
-    words, hidden = torch.randint(50, (6, 3)), model.init_hidden(3)
+    args = arguments(alpha=2.0, beta=1.0, regularization_ramp=[0.0, 2.0], **rates)
     for epochs, strength in ((0.0, 0.0), (0.5, 0.25), (3.0, 1.0)):
         now, share = settings_at(epochs, args, model)
-        assert share == 1
-        assert (now.alpha, now.beta) == pytest.approx((2 * strength, strength))
+        assert (now.alpha, now.beta, share) == pytest.approx((2 * strength, strength, 1))
         for name, rate in rates.items():
             assert getattr(model, name) == getattr(now, name) == pytest.approx(strength * rate)
         drops = [m.dropout for m in model.modules() if isinstance(m, WeightDrop)]
         assert drops == pytest.approx([strength * 0.5] * (4 if kind == "biLM" else 2))
-        trained, evaluated = (model.train(mode)(words, hidden)[0] for mode in (True, False))
-        assert torch.equal(trained, evaluated) == (strength == 0)
-    assert (args.alpha, args.wdrop) == (2, 0.5)  # the flags stay what they are
 
 
 # ------------------------------------------------------------ a run
@@ -267,6 +211,10 @@ def begin(tmp_path):
     return begin
 
 
+def copy(weights):
+    return [weight.detach().clone() for weight in weights]
+
+
 @pytest.fixture
 def spy(monkeypatch):
     """Has `steps` and `evaluated`, (number of steps, weights), of what runs; gives other losses.
@@ -280,24 +228,17 @@ def spy(monkeypatch):
         lr = optimizer.param_groups[0]["lr"]
         loss, hidden = step(objective, optimizer, *inputs)
         assert all(module.training for module in objective.modules())
-        weights = [p.detach().double().clone() for p in objective.parameters()]
-        spy.steps.append(Step(*inputs, lr, hidden, weights))
+        spy.steps.append(Step(*inputs, lr, hidden, copy(objective.parameters())))
         return loss * 0 + spy.losses.get(len(spy.steps), loss), hidden
 
     def recorded_score(params, *rest):
-        spy.evaluated.append((len(spy.steps), [p.detach().clone() for p in params.parameters()]))
+        spy.evaluated.append((len(spy.steps), copy(params.parameters())))
         found = score(params, *rest)
         return (spy.valid_losses.pop(0), {}) if spy.valid_losses else found
 
     monkeypatch.setattr(train, "train_step", recorded_step)
     monkeypatch.setattr(train, "score", recorded_score)
     return spy
-
-
-def assert_mean(found, iterates):
-    for weight, *each in zip(found, *iterates):
-        mean = sum(each) / len(each)
-        torch.testing.assert_close(weight.double(), mean.double(), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("rnn_type", ["LSTM", "GRU"])
@@ -313,8 +254,6 @@ def test_an_epoch_reads_every_token_once_and_carries_the_hidden_state(rnn_type, 
         assert same(spy.steps[0].hidden, run.params[0].init_hidden(2))
         for before, after in pairwise(spy.steps):
             assert same(before.left, after.hidden) and not same(before.hidden, after.hidden)
-        assert math.isfinite(run.losses.mean())
-        assert all(weight.isfinite().all() for weight in spy.steps[-1].weights)
         last.add(len(spy.steps[-1].data))
     assert 1 in last  # a last window of one step was among them
 
@@ -341,33 +280,15 @@ def test_trigger_on_hand_made_losses(losses, nonmono, switch):
     assert (fired[0] if fired else None) == switch
 
 
-def test_nt_asgd_evaluates_and_saves_the_mean_since_the_switch(begin, spy):
-    spy.valid_losses = [5, 4, 6, 3, 2]
-    run = begin(make_params(rate=0.2, splits=(20,)), epochs=5, nonmono=1)
-    run.fit()
-    assert not spy.valid_losses
-    iterates = [step.weights for step in spy.steps]
-    since = spy.evaluated[2][0]
-    for epoch, (steps, weights) in enumerate(spy.evaluated, 1):
-        # SGD: the last iterate; epoch 3, at 6, is worse than 5 and switches. From then on the mean
-        # of all iterates since, the criterion's parameters included.
-        averaged = epoch > 3
-        assert_mean(weights, iterates[since if averaged else steps - 1 : steps])
-        far = any((w - i).abs().max() > 1e-4 for w, i in zip(weights, iterates[steps - 1]))
-        assert far == averaged
-    checkpoint = read_checkpoint(run.args.save)
-    assert (checkpoint["epoch"], checkpoint["valid_loss"], checkpoint["averaged"]) == (5, 2, True)
-    assert_mean(build_params(checkpoint).parameters(), [spy.evaluated[-1][1]])
-
-
 def test_finetuning_averages_from_its_first_step_and_stops_at_the_trigger(begin, spy):
     spy.valid_losses = [3, 4, 5, 9, 9]
     run = begin(epochs=5, nonmono=1, finetuning=True)
     run.best = 3.5
     run.fit()
     assert len(spy.evaluated) == 3  # 5 is worse than the best of all but the last: 3
-    for steps, weights in spy.evaluated:
-        assert_mean(weights, [step.weights for step in spy.steps[:steps]])
+    for count, weights in spy.evaluated:
+        for weight, *iterates in zip(weights, *(step.weights for step in spy.steps[:count])):
+            torch.testing.assert_close(weight, sum(iterates) / count, rtol=1e-4, atol=1e-6)
     assert read_checkpoint(run.args.save)["valid_loss"] == 3
 
 
@@ -385,11 +306,11 @@ def test_only_improvements_are_saved_and_when_divides_the_rate(begin, spy):
 
 
 def test_a_run_follows_its_schedule_interrupted_or_not(begin, spy):
-    run = begin(make_params(rate=0.3), epochs=2, **CYCLE)
+    run = begin(epochs=2, **CYCLE)
     run.run.check = Interrupting(9)
     with pytest.raises(Preempted):
         run.fit()
-    run = begin(make_params(rate=0.3), epochs=2, **CYCLE)
+    run = begin(epochs=2, **CYCLE)
     run.load_state_dict(read_state(run.args.save))
     run.fit()
     rows = accumulate((len(step.data) for step in spy.steps), initial=0)
@@ -455,7 +376,7 @@ def test_twenty_batches_in_a_row_with_too_high_a_loss_stop_the_run(begin, spy):
 def test_continue_lets_a_finite_explosion_run_on_but_not_an_infinite_one(begin, spy):
     spy.losses = dict.fromkeys(range(30), 1e9) | {30: math.inf}
     with pytest.raises(InputError, match="the loss is inf at batch 30"):
-        begin(bptt=1, epochs=1, on_divergence="continue").fit()
+        begin(bptt=1, on_divergence="continue").fit()
 
 
 def test_rollback_halves_the_rate_three_times_at_most(begin, spy, capsys):
@@ -466,7 +387,6 @@ def test_rollback_halves_the_rate_three_times_at_most(begin, spy, capsys):
     out = capsys.readouterr().out
     assert "epoch 1, lr 5: the loss is nan at batch 6\n" in out
     assert "back to epoch 1, batch 3 with learning rate 2.5 (1 of 3 times)" in out
-    assert "epoch 1, lr 2.5: the loss is nan at batch 5\n" in out
     assert "back to epoch 1, batch 3 with learning rate 1.25 (2 of 3 times)" in out
     assert run.optimizer.param_groups[0]["lr"] == 1.25
     assert len(run.records.splitlines()) == 3
