@@ -1,6 +1,4 @@
-"""biLM: its three losses against plain restatements, what each objective trains, a whole run."""
-
-import json
+"""biLM: its three losses against plain restatements, and what each objective trains."""
 
 import pytest
 import torch
@@ -8,14 +6,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import bidirectional
-import main
 from bidirectional import OBJECTIVES, BiObjective, evaluate_directions
-from conftest import NO_DROPOUT, arguments, invoke, make_params
-from data import SPLITS
+from conftest import arguments, make_params, reversed_text
 from train import make_optimizer, score, train_step
 
 V, E = 20, 8
-objectives = pytest.mark.parametrize("objective", OBJECTIVES)
 
 
 @pytest.fixture
@@ -31,15 +26,6 @@ def states(model, words, backward=False):
 
 def nll(model, output, targets):
     return F.cross_entropy(model.decoder(output).flatten(0, -2), targets.flatten())
-
-
-def step(params, objective, words, turned, args):
-    """A training step on the first window of two texts [T + 1, B]; returns (loss, hidden)."""
-    return train_step(
-        BiObjective(params, objective), make_optimizer(params, args), words[:-1],
-        words[1:].flatten(), params[0].init_hidden(words.size(1)), args,
-        backward=(turned[:-1], turned[1:].flatten()), begins=True,
-    )
 
 
 def test_evaluation_is_over_the_whole_text(params):
@@ -93,7 +79,7 @@ def test_evaluation_in_columns_predicts_every_word_once(params, columns, monkeyp
         assert found[name] != loss  # a column's context begins with the column
 
 
-@objectives
+@pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("begins", [False, True])
 def test_a_step_minimizes_what_the_objective_names(params, objective, begins):
     model, _ = params
@@ -140,7 +126,12 @@ def test_with_lm_the_combiner_learns_and_the_language_models_do_not_notice(objec
         combiner = params[0].combiner
         combiner.weight.data.mul_(scale)
         before = combiner.weight.clone()
-        step(params, objective, *torch.randint(V, (2, 22, 3)), arguments(clip=0.05))
+        words, targets = torch.randint(V, (21, 3)), torch.randint(V, (63,))
+        args = arguments(clip=0.05)
+        train_step(
+            BiObjective(params, objective), make_optimizer(params, args), words, targets,
+            params[0].init_hidden(3), args, **reversed_text(params, words, targets),
+        )
         assert not torch.equal(before, combiner.weight)
         assert nn.utils.get_total_norm([p.grad for p in combiner.parameters()]) < 0.0501
         after.append([p for name, p in params.named_parameters() if "combiner" not in name])
@@ -153,32 +144,3 @@ def test_its_forward_half_alone(params):
     assert half.rnn_type == "LSTM"
     words = torch.randint(V, (9, 2))
     torch.testing.assert_close(states(half, words), states(params[0], words))
-
-
-@objectives
-@pytest.mark.parametrize("length", [1, 2, 5])
-def test_short_windows_and_the_meta_device(objective, length):
-    with torch.device("meta"):
-        params = make_params("biLM", V, rate=0.2)
-        texts = torch.randint(V, (2, length + 1, 3))
-    loss, hidden = step(params, objective, *texts, arguments())
-    assert all(tensor.is_meta for tensor in [loss, *sum(hidden, ())])
-    assert all(p.grad is not None for p in params.parameters())
-
-
-@pytest.mark.slow
-def test_cloze_is_better_than_either_side_where_both_tell(tmp_path):
-    """Lines whose middle word tells both its neighbours, and needs both to be told."""
-    for split, count in zip(SPLITS, (4000, 300, 300)):
-        pairs = torch.randint(4, (count, 2)).tolist()
-        (tmp_path / f"{split}.txt").write_text("".join(f"l{a} m{a}{b} r{b}\n" for a, b in pairs))
-    flags = "--emsize 16 --nhid 32 --nlayers 1 --batch_size 8 --bptt 35 --lr 10 --nonmono 50 " \
-        "--model biLM --objective both --epochs 6"
-    status, _, err = invoke(main.main, "--data", tmp_path, *flags.split(), *NO_DROPOUT,
-                            "--save", tmp_path / "m.pt")
-    assert (status, err) == (0, "")
-    last = json.loads((tmp_path / "m.pt.jsonl").read_text().splitlines()[-1])
-    # One side leaves two words of a line's four to chance, of 4 each: exp(2 ln(4) / 4) = 2.
-    assert last["forward_ppl"] == pytest.approx(2, rel=0.1)
-    assert last["backward_ppl"] == pytest.approx(2, rel=0.1)
-    assert last["cloze_ppl"] < 1.2

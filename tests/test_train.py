@@ -289,7 +289,8 @@ def test_finetuning_averages_from_its_first_step_and_stops_at_the_trigger(begin,
     for count, weights in spy.evaluated:
         for weight, *iterates in zip(weights, *(step.weights for step in spy.steps[:count])):
             torch.testing.assert_close(weight, sum(iterates) / count, rtol=1e-4, atol=1e-6)
-    assert read_checkpoint(run.args.save)["valid_loss"] == 3
+    checkpoint = read_checkpoint(run.args.save)
+    assert (checkpoint["valid_loss"], checkpoint["averaged"]) == (3, True)
 
 
 def test_only_improvements_are_saved_and_when_divides_the_rate(begin, spy):
