@@ -22,7 +22,9 @@ import main
 import splitcross
 import weight_drop
 from checkpoint import build_params, read_checkpoint, read_state
-from conftest import ROOT, Interrupting, arguments, invoke, make_params, make_trainer
+from conftest import (
+    ROOT, Interrupting, arguments, invoke, make_params, make_trainer, reversed_text, succeed,
+)
 from cpu_kernels import use_expandable_segments
 from data import Dictionary, get_batch
 from dynamic_evaluation import Rule, read, root_mean_square
@@ -84,16 +86,13 @@ def take_step(params, steps, on, dtype, precision="fp32"):
     """The loss and all gradients of one objective, as float64 on the CPU."""
     params = copy.deepcopy(params).to(on, dtype)
     params[0].bf16 = precision == "bf16"
-    generator = torch.Generator().manual_seed(2)
-    words, targets, backward, after = (
-        torch.randint(1000, (steps, 20), generator=generator).to(on) for _ in range(4)
-    )
-    more = {"backward": (backward, after.flatten()), "begins": True}
+    text = torch.randint(1000, (2, steps, 20), generator=torch.Generator().manual_seed(2)).to(on)
+    words, targets = text[0], text[1].flatten()
     objective = make_objective(params, arguments(objective="both"))
     set_products(precision)
     total, loss, _ = objective(
-        words, targets.flatten(), params[0].init_hidden(20), 2.0, 1.0,
-        **more if params[0].rnn_type == "biLM" else {},
+        words, targets, params[0].init_hidden(20), 2.0, 1.0,
+        **reversed_text(params, words, targets),
     )
     total.backward()
     set_products("fp32")
@@ -165,19 +164,12 @@ def test_weight_drop_is_what_the_kernel_computes_with(kind, device, monkeypatch)
     twin = copy.deepcopy(layer.module)
     x = torch.randn(5, 20, 64, device=device)
     with torch.no_grad():
-        plain = twin(x)[0]
-        addresses = [p.data_ptr() for p in layer.parameters()]
-        found = layer(x)[0]
-        assert [p.data_ptr() for p in layer.parameters()] == addresses
-        torch.testing.assert_close(found[0], plain[0], rtol=1e-5, atol=1e-6)
-        assert (found[1] - plain[1]).abs().mean() > 1e-3
-        zeros = (dropped[0] == 0).double().mean().item()
-        assert zeros == pytest.approx(0.5, abs=0.01)
+        torch.testing.assert_close(layer.eval()(x)[0], twin(x)[0], rtol=1e-5, atol=1e-5)
+        found = layer.train()(x)[0]
         twin.weight_hh_l0.copy_(dropped[0])
         torch.testing.assert_close(found, twin(x)[0], rtol=1e-5, atol=1e-5)
-        layer.eval()
-        torch.testing.assert_close(layer(x)[0], plain, rtol=1e-5, atol=1e-5)
-    assert len(dropped) == 1
+    zeros = (dropped[0] == 0).double().mean().item()
+    assert zeros == pytest.approx(0.5, abs=0.01)
 
 
 # ------------------------------------------------------------ a run
@@ -199,7 +191,7 @@ def prepared(device, name="LSTM", batch_size=20, bptt=20, **flags):
     def step(seq_len=None):
         nonlocal hidden
         data, targets = get_batch(source, 0, args, seq_len=seq_len or random_seq_len(args.bptt))
-        more = {"backward": (data, targets), "begins": True} if name == "biLM" else {}
+        more = reversed_text(params, data, targets)
         now, share = settings_at(0.3, args, params[0])
         loss, hidden = train_step(objective, optimizer, data, targets, hidden, now, share, **more)
         losses.add(loss, len(data))
@@ -280,18 +272,12 @@ def make_run(device, save, *points):
     return make_trainer(params, stream(), args, Interrupting(*points), finetuning=True)
 
 
-def test_state_and_checkpoint_are_as_large_as_their_parameters(device, tmp_path):
-    run = make_run(device, tmp_path / "m.pt")
-    run.fit()
-    size = 4 * sum(p.numel() for p in run.params.parameters())
-    assert (tmp_path / "m.pt").stat().st_size == pytest.approx(size, rel=0.05)
-    state = (tmp_path / "m.pt.state").stat().st_size
-    assert state == pytest.approx(2 * size, rel=0.05)  # weights and their mean
-
-
-def test_interrupted_and_resumed_it_is_the_same_run(device, tmp_path):
+def test_a_run_saves_no_more_than_its_weights_and_goes_on_from_them(device, tmp_path):
     whole = make_run(device, tmp_path / "whole.pt")
     whole.fit()
+    size = 4 * sum(p.numel() for p in whole.params.parameters())
+    for file, copies in (("whole.pt", 1), ("whole.pt.state", 2)):  # the weights, and their mean
+        assert (tmp_path / file).stat().st_size == pytest.approx(copies * size, rel=0.05)
     with pytest.raises(Preempted):
         make_run(device, tmp_path / "m.pt", 7).fit()
     resumed = make_run(device, tmp_path / "m.pt")
@@ -312,18 +298,15 @@ def trained(device, tmp_path):
     return tmp_path / "m.pt", run
 
 
-def test_a_checkpoint_is_scored_alike_on_every_device(device, trained):
-    def scored(path, on, ids):
-        return score(build_params(read_checkpoint(path, on)), ids, arguments(bptt=20))[0]
-
-    path, run = trained
-    test, valid = run.corpus.test, run.corpus.valid
+def test_a_checkpoint_is_scored_alike_on_every_device(device, tmp_path):
     set_products("tf32")  # as training does: evaluation does not
-    assert scored(path, device, test) == pytest.approx(scored(path, CPU, test), rel=1e-5)
-    assert scored(path, CPU, valid) == pytest.approx(run.best, rel=1e-5)
-    on_cpu = make_run(CPU, path.with_name("cpu.pt"))
-    on_cpu.fit()
-    assert scored(on_cpu.args.save, device, valid) == pytest.approx(on_cpu.best, rel=1e-5)
+    for trained_on in (device, CPU):
+        run = make_run(trained_on, tmp_path / f"{trained_on}.pt")
+        run.fit()
+        for scored_on in (device, CPU):
+            params = build_params(read_checkpoint(run.args.save, scored_on))
+            found, _ = score(params, run.corpus.valid, run.args)
+            assert found == pytest.approx(run.best, rel=1e-5)
 
 
 def test_evaluation_of_every_model_is_the_cpus(device):
@@ -353,12 +336,10 @@ def test_cache_and_dynamic_evaluation_are_the_cpus(device, trained):
 
 
 def test_generation_is_the_cpus_where_nothing_is_left_to_chance(device, trained):
-    texts = [
-        list(itertools.islice(
-            Generator(build_params(read_checkpoint(trained[0], on)), 1, top_k=1).text([3, 7]), 40
-        ))
-        for on in (device, CPU)
-    ]
+    texts = []
+    for on in (device, CPU):
+        generator = Generator(build_params(read_checkpoint(trained[0], on)), 1, top_k=1)
+        texts.append(list(itertools.islice(generator.text([3, 7]), 40)))
     assert texts[0] == texts[1]
 
 
@@ -377,11 +358,10 @@ def test_a_million_draws_and_none_that_is_banned(device):
 
 
 def test_main_trains_tests_and_names_the_device(device, corpus_dir, small, tmp_path):
-    status, out, err = invoke(
-        main.main, "--data", corpus_dir, *small, "--epochs", 2, "--nonmono", 0, "--finetune", 1,
+    out = succeed(
+        "--data", corpus_dir, *small, "--epochs", 2, "--nonmono", 0, "--finetune", 1,
         "--save", tmp_path / "m.pt", "--device", NAME,
     )
-    assert (status, err) == (0, "")
     assert f"device {describe_device(device)}, " in out
     assert "test ppl" in out
 
