@@ -89,7 +89,8 @@ def test_train_finetune_test(cli, corpus_dir, small):
     assert (done.returncode, done.stderr) == (0, "")  # no progress bar but on a terminal
     assert re.search(BATCHES, out)
     tests = re.findall(END_OF_TRAINING, out)
-    model, vocabulary = load(folder / "m.pt")
+    assert len(tests) == 2
+    model, _ = load(folder / "m.pt")
     assert f"Model total parameters: {sum(p.numel() for p in model.parameters())}\n" in out
     assert "m.pt.base" in out
     # It learns that a sentence's shape is certain; no model could know more than that.
@@ -114,13 +115,8 @@ def test_train_finetune_test(cli, corpus_dir, small):
     base = read_checkpoint(folder / "m.pt.base")
     assert (base["finetuned"], base["epoch"] in (3, 4)) == (False, True)
     assert checkpoint["valid_loss"] <= base["valid_loss"]
-    corpus = Corpus(corpus_dir)
-    assert checkpoint["corpus"]["sha256"] == corpus.digest
-    assert vocabulary.idx2word == corpus.dictionary.idx2word
+    assert checkpoint["corpus"]["sha256"] == Corpus(corpus_dir).digest
     assert (model.training, model.wdrop) == (False, 0.2)
-    output, _ = model(corpus.test[:-1, None], model.init_hidden(1))
-    loss = torch.nn.functional.cross_entropy(model.decoder(output), corpus.test[1:])
-    assert f"{loss.exp():.2f}" == tests[1]
     assert sorted(p.name for p in folder.iterdir()) == [
         "m.pt", "m.pt.base", "m.pt.base.state", "m.pt.finetune.jsonl", "m.pt.jsonl", "m.pt.state",
     ]
