@@ -82,8 +82,16 @@ def files(project):
     return found - {"getdata.sh"}
 
 
-def test_mirrors_are_tried_in_turn_and_a_second_run_does_nothing(project, server):
-    done = run(project, DEAD, f"{server}/absent", f"{server}/corrupt", f"{server}/good")
+@pytest.mark.parametrize("tool", ["curl", "wget"])
+def test_mirrors_are_tried_in_turn_and_a_second_run_does_nothing(tool, project, server, tmp_path):
+    if not shutil.which(tool):
+        pytest.skip(f"{tool} is absent")
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("sh", "dirname", "mkdir", "mv", "rm", "rmdir", "cut", "sha256sum", tool):
+        (tools / name).symlink_to(shutil.which(name))
+    mirrors = DEAD, f"{server}/absent", f"{server}/corrupt", f"{server}/good"
+    done = run(project, *mirrors, PATH=str(tools))
     assert done.returncode == 0, done.stderr
     assert files(project) == FILES
     assert done.stderr.count("wrong SHA-256") == 6
@@ -108,19 +116,6 @@ def test_a_file_that_is_not_the_published_one_is_not_overwritten(project, server
     assert done.returncode == 1
     assert "exists and is not the published file" in done.stderr
     assert mine.read_text() == "my own text\n"
-
-
-@pytest.mark.parametrize("tool", ["curl", "wget"])
-def test_either_downloader_serves(project, server, tmp_path, tool):
-    if not shutil.which(tool):
-        pytest.skip(f"{tool} is absent")
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    for name in ("sh", "dirname", "mkdir", "mv", "rm", "rmdir", "cut", "sha256sum", tool):
-        (tools / name).symlink_to(shutil.which(name))
-    done = run(project, f"{server}/absent", f"{server}/good", PATH=str(tools))
-    assert done.returncode == 0, done.stderr
-    assert files(project) == FILES
 
 
 def test_digests_are_those_of_the_real_corpora(real_corpus):

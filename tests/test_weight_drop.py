@@ -76,10 +76,8 @@ def test_the_rate_at_each_position_modulo_4(rate):
     assert covariance.abs().max() < 5 * variance / math.sqrt(n)
 
 
-def test_it_differs_from_call_to_call_and_is_finite_at_any_rate():
-    weight = torch.ones(100, 100)
-    assert not torch.equal(drop_weight(weight, 0.3), drop_weight(weight, 0.3))
-    assert drop_weight(weight, 0.999999).isfinite().all()
+def test_it_is_finite_at_any_rate():
+    assert drop_weight(torch.ones(100, 100), 0.999999).isfinite().all()
 
 
 def test_variational_drops_whole_rows_and_not_in_evaluation():
