@@ -18,7 +18,8 @@ import flags
 import main
 from bidirectional import is_bilm, make_model
 from checkpoint import Run
-from data import SPLITS
+from data import SPLITS, Dictionary
+from model import RNN_TYPES
 from splitcross import SplitCrossEntropyLoss
 from utils import Preempted
 from train import Trainer
@@ -137,6 +138,11 @@ def trained_with_unk(small, tmp_path):
     return train_to(tmp_path / "unk.pt", folder, small)
 
 
+# The arguments of make_params for a model of each kind.
+MODELS = {kind: {"rnn_type": kind} for kind in RNN_TYPES}
+MODELS |= {f"attention {kind}": {"attention": kind} for kind in ("single", "combined")}
+
+
 def arguments(**changes):
     """The flags of a run, as a Namespace."""
     args, _ = main.parse_args(
@@ -153,6 +159,14 @@ def make_params(
     model = make_model(rnn_type, ntoken, emsize, nhid, 2, *[rate] * 5, tie_weights=True,
                        attention=attention, attention_window=13)
     return nn.ModuleList([model, SplitCrossEntropyLoss(emsize, splits)]).to(dtype)
+
+
+def make_corpus(train, evaluated, ntoken):
+    """A corpus of ids [N], whose words are their ids."""
+    return Namespace(
+        train=train, valid=evaluated, test=evaluated, name="ids", digest="0",
+        dictionary=Dictionary(map(str, range(ntoken))),
+    )
 
 
 def reversed_text(params, words, targets):

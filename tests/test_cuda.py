@@ -11,7 +11,6 @@ import os
 import subprocess
 import sys
 import warnings
-from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -22,10 +21,11 @@ import main
 import splitcross
 from checkpoint import build_params, read_checkpoint, read_state
 from conftest import (
-    ROOT, Interrupting, arguments, invoke, make_params, make_trainer, reversed_text, succeed,
+    MODELS, ROOT, Interrupting, arguments, invoke, make_corpus, make_params, make_trainer,
+    reversed_text, succeed,
 )
 from cpu_kernels import use_expandable_segments
-from data import Dictionary, get_batch
+from data import get_batch
 from dynamic_evaluation import Rule, read, root_mean_square
 from flags import has_precision
 from generate import Generator
@@ -56,29 +56,20 @@ def device():
 
 def published(name, nhid=256, emsize=400, **more):
     """nn.ModuleList([model, criterion]) on the CPU, for the corpus of `stream`."""
-    rnn_type, attention = MODELS[name]
-    return make_params(rnn_type, 1000, attention=attention, emsize=emsize, nhid=nhid, **more)
+    return make_params(**MODELS[name], ntoken=1000, emsize=emsize, nhid=nhid, **more)
 
 
 def stream(length=4000):
     """A corpus whose splits are one text in which words follow one another by a rule."""
     generator = torch.Generator().manual_seed(1)
     ids = (torch.arange(length) * 7 + torch.randint(3, (length,), generator=generator)) % 1000
-    return Namespace(
-        train=ids, valid=ids[:500], test=ids[:500], name="stream", digest="0",
-        dictionary=Dictionary(map(str, range(1000))),
-    )
+    return make_corpus(ids, ids[:500], 1000)
 
 
 # ------------------------------------------------------------ a step
 
 # Relative error of the whole gradient, at least and at most: each excludes the other precisions.
 ERRORS = {"fp32": (0, 1e-5), "tf32": (1e-5, 1e-3), "bf16": (1e-3, 3e-2)}
-MODELS = {
-    "LSTM": ("LSTM", "none"), "GRU": ("GRU", "none"), "biLSTM": ("biLSTM", "none"),
-    "biLM": ("biLM", "none"), "attention single": ("LSTM", "single"),
-    "attention combined": ("LSTM", "combined"),
-}
 
 
 def take_step(params, steps, on, dtype, precision="fp32"):
@@ -114,7 +105,7 @@ def skip_unless(device, precision, rnn_type):
 
 
 def check_step(name, nhid, emsize, steps, precision, device, splits=()):
-    skip_unless(device, precision, MODELS[name][0])
+    skip_unless(device, precision, MODELS[name].get("rnn_type", "LSTM"))
     params, (loss, gradients) = reference(name, nhid, emsize, steps, splits)
     found, found_gradients = take_step(params, steps, device, torch.float32, precision)
     low, high = ERRORS[precision]

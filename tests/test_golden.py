@@ -17,6 +17,7 @@ import torch
 import locked_dropout
 import main
 import model
+import train
 import weight_drop
 
 TOLERANCE = 1e-5  # relative: float32 against float64 over some 150 steps
@@ -127,17 +128,12 @@ def cross_entropy(logits, targets):
 
 def evaluate(net, weights, ids, columns):
     """The mean loss of all tokens but the first, read in columns that start from a zero state."""
-    n = len(ids) - 1
-    lengths = [n // columns + (column < n % columns) for column in range(columns)]
-    starts = [sum(lengths[:column]) for column in range(columns)]
-    places = torch.arange(max(lengths))[:, None] + torch.tensor(starts)
-    words = torch.tensor([*ids, 0])  # a shorter column reads one that is not counted
-    with torch.no_grad():
-        logits, *_ = net.forward(weights, words[places], net.zero_state(columns), False)
-        losses = cross_entropy(logits, words[places + 1].flatten()).view(-1, columns)
-    counted = [losses[:length, column] for column, length in enumerate(lengths)]
-    assert sum(map(len, counted)) == n
-    return math.fsum(torch.cat(counted).tolist()) / n
+    ids, losses = torch.tensor(ids), []
+    for places in np.array_split(np.arange(len(ids) - 1), columns):
+        with torch.no_grad():
+            logits, *_ = net.forward(weights, ids[places][:, None], net.zero_state(1), False)
+        losses += cross_entropy(logits, ids[places + 1]).tolist()
+    return math.fsum(losses) / len(losses)
 
 
 def window_length(random, bptt):
@@ -220,19 +216,16 @@ def write_corpus(folder):
 
 
 def spy_on_weights(monkeypatch):
-    """A list that will hold the initial weights of the first model built."""
-    weights, build = [], model.RNNModel.__init__
+    """A list that will hold the weights with which the run begins."""
+    weights, fit = [], train.Trainer.fit
 
-    def spying(self, *args, **kwargs):
-        build(self, *args, **kwargs)
-        if not weights:
-            named = {name: value.detach().clone() for name, value in self.state_dict().items()}
-            weights.extend([named["encoder.weight"], named["decoder.bias"]])
-            for name in (name for name in named if name.endswith("weight_ih_l0")):
-                for part in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
-                    weights.append(named[name.replace("weight_ih", part)])
+    def spying(trainer):
+        model, _ = trainer.params
+        initial = [model.encoder.weight, model.decoder.bias, *model.rnns.parameters()]
+        weights.extend(weight.detach().clone() for weight in initial)
+        fit(trainer)
 
-    monkeypatch.setattr(model.RNNModel, "__init__", spying)
+    monkeypatch.setattr(train.Trainer, "fit", spying)
     return weights
 
 
