@@ -22,7 +22,7 @@ import splitcross
 from checkpoint import build_params, read_checkpoint, read_state
 from conftest import (
     MODELS, ROOT, Interrupting, arguments, invoke, make_corpus, make_params, make_trainer,
-    reversed_text, succeed,
+    reversed_text,
 )
 from cpu_kernels import use_expandable_segments
 from dynamic_evaluation import Rule, read, root_mean_square
@@ -255,9 +255,6 @@ def test_a_run_saves_no_more_than_its_weights_and_goes_on_from_them(device, tmp_
     assert len(resumed.losses.on_host) == 7
     resumed.fit()
     assert resumed.valid_losses == pytest.approx(whole.valid_losses, rel=1e-4)
-    generators = [read_state(run.args.save)["generators"]["ranks"][0] for run in (whole, resumed)]
-    for name in {"torch", device.type} & set(generators[0]):
-        assert torch.equal(*(state[name] for state in generators)), name
 
 
 @pytest.fixture
@@ -327,15 +324,6 @@ def test_a_million_draws_and_none_that_is_banned(device):
 # ------------------------------------------------------------ the commands
 
 
-def test_main_trains_tests_and_names_the_device(device, corpus_dir, small, tmp_path):
-    out = succeed(
-        "--data", corpus_dir, *small, "--epochs", 2, "--nonmono", 0, "--finetune", 1,
-        "--save", tmp_path / "m.pt", "--device", NAME,
-    )
-    assert f"device {describe_device(device)}, " in out
-    assert "test ppl" in out
-
-
 @cuda_alone
 def test_out_of_memory_is_one_line(device, corpus_dir, small, tmp_path):
     torch.cuda.empty_cache()
@@ -371,8 +359,8 @@ def test_one_process_under_torchrun_trains(device, corpus_dir, small, tmp_path):
     (tmp_path / "start.py").write_text(UNDER_TORCHRUN)
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1",
-         "start.py", "--data", corpus_dir, *small, "--epochs", "1", "--save", "m.pt",
-         "--device", NAME],
+         "start.py", "--data", corpus_dir, *small, *"--epochs 2 --nonmono 0 --finetune 1".split(),
+         "--save", "m.pt", "--device", NAME],
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
         timeout=100,
     )

@@ -143,7 +143,7 @@ def window_length(random, bptt):
 
 
 def train_epoch(net, source, random, case, average):
-    """One epoch of SGD. `average`, [sum of the iterates, their number], is updated unless None."""
+    """One epoch of SGD, whose iterates are added to the list `average` unless that is None."""
     row, losses, state = 0, [], net.zero_state(case.batch_size)
     while row < len(source) - 1:
         length = min(window_length(random, case.bptt), len(source) - 1 - row)
@@ -161,9 +161,8 @@ def train_epoch(net, source, random, case, average):
         with torch.no_grad():
             for weight, gradient in zip(net.weights, gradients):
                 weight -= rate * (shrink * gradient + case.wdecay * weight)
-        if average:
-            average[0] = [s + weight.detach() for s, weight in zip(average[0], net.weights)]
-            average[1] += 1
+        if average is not None:
+            average.append([weight.detach().clone() for weight in net.weights])
         losses += [loss.item()] * (length * case.batch_size)
         row += length
     return math.fsum(losses) / len(losses)
@@ -181,14 +180,14 @@ def trajectory(kind, case, folder, weights, masks):
         train_loss = train_epoch(net, source, random, case, average)
         evaluated = [weight.detach().clone() for weight in net.weights]
         if average:
-            evaluated = [total / average[1] for total in average[0]]
+            evaluated = [sum(iterates) / len(iterates) for iterates in zip(*average)]
         loss = evaluate(net, evaluated, splits["valid"], 10)
         epochs.append((train_loss, loss, average is not None))
         if not logs or loss < min(logs):
             best = evaluated
         before = logs[: len(logs) - case.nonmono] if len(logs) > case.nonmono else []
-        if not average and before and loss > min(before):
-            average = [[torch.zeros_like(weight) for weight in net.weights], 0]
+        if average is None and before and loss > min(before):
+            average = []
         logs.append(loss)
     return epochs, evaluate(net, best, splits["test"], 1)
 

@@ -138,9 +138,8 @@ def test_the_list_names_each_entry_and_the_commit_of_its_log(elsewhere):
     ],
 )
 def test_wrong_use(argv, message, elsewhere, tmp_path):
-    given = {name: value for name, value in os.environ.items() if name != "REHEARSE"}
     done = subprocess.run(
-        command(*argv, script=elsewhere), capture_output=True, text=True, cwd=tmp_path, env=given
+        command(*argv, script=elsewhere), capture_output=True, text=True, cwd=tmp_path
     )
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith(f"run.sh: error: {message}")
