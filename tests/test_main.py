@@ -141,7 +141,6 @@ def test_each_fine_tuning_keeps_its_base(trained, corpus_dir):
 
 @pytest.mark.parametrize(("flags", "rates"), [
     ("--lr 5", "--lr 5 --bias-lr 1 --wdecay 1.2e-06"),
-    ("--optimizer adam", "--lr 30 --bias-lr 1 --wdecay 1.2e-06"),
     ("--model GRU", "--lr 10 --bias-lr 0.02 --wdecay 1.2e-06"),
     ("--model GRU --optimizer adam", "--lr 10 --bias-lr 0.02 --wdecay 1.2e-06"),
 ])

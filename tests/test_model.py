@@ -80,18 +80,20 @@ def forward_logits(model, words):
     return model.decoder(model(words, model.init_hidden(B))[0]).view(T, B, V)
 
 
-def backward_logits(model, words):
-    """The backward language model's, at the places of the text, which it reads from its end."""
+def states_after(model, words):
+    """The backward language model's [T, B, E], at the places of the text, read from its end."""
     hidden = model.init_hidden(B)[len(model.rnns) :]
-    return model.decoder(model.read_backward(words.flip(0), hidden)[0]).view(T, B, V).flip(0)
+    return model.read_backward(words.flip(0), hidden)[0].view(T, B, E).flip(0)
+
+
+def backward_logits(model, words):
+    return model.decoder(states_after(model, words))
 
 
 def cloze_logits(model, words):
     """At t: of word t + 1, from the words up to t and from t + 2 on."""
-    layers, hidden = len(model.rnns), model.init_hidden(B)
-    before = model(words, hidden[:layers])[0].view(T, B, E)
-    after = model.read_backward(words.flip(0), hidden[layers:])[0].view(T, B, E).flip(0)
-    after = torch.cat([after[2:], after.new_zeros(2, B, E)])
+    before = model(words, model.init_hidden(B))[0].view(T, B, E)
+    after = torch.cat([states_after(model, words)[2:], torch.zeros(2, B, E)])
     return model.decoder(model.combine(before, after))
 
 

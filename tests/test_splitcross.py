@@ -26,11 +26,14 @@ def restated(criterion, weight, bias, hiddens):
     if not splits:
         return scores.log_softmax(1)
     head, *tails = scores.tensor_split(splits, dim=1)
-    tombstones = hiddens.double() @ criterion.tail_vectors.double().T + criterion.tail_bias.double()
-    tombstones = tombstones[:, : len(splits)]
-    head = torch.cat([head, tombstones], 1).log_softmax(1)
-    head, *tombstones = head.tensor_split([splits[0], *range(splits[0] + 1, head.size(1))], 1)
-    return torch.cat([head, *(p + t.log_softmax(1) for p, t in zip(tombstones, tails))], 1)
+    tombstones = nn.functional.linear(
+        hiddens.double(), criterion.tail_vectors.double(), criterion.tail_bias.double()
+    )
+    head = torch.cat([head, tombstones[:, : len(splits)]], 1).log_softmax(1)
+    parts = [head[:, : splits[0]]]
+    for number, tail in enumerate(tails, splits[0]):
+        parts.append(head[:, [number]] + tail.log_softmax(1))
+    return torch.cat(parts, 1)
 
 
 # A vocabulary past the last split, ending inside a tail, at a split's edge, inside the head; with
