@@ -1,8 +1,7 @@
 """Mutation check: plants known faults one at a time and runs the test that should catch each.
 
     python tests/faults.py                # all of them
-    python tests/faults.py NAME ...       # some of them
-    python tests/faults.py --list
+    python tests/faults.py NAME ...       # some of them; a name that is unknown lists them
 
 A fault is one edit: a text that occurs exactly once in its file, and its replacement. The script
 works in a temporary copy of the tracked files. It first checks that the tests pass without a
@@ -191,10 +190,10 @@ def is_caught(name, folder):
     """Plants a fault in the copy, runs its test, and says what has come of it."""
     fault = FAULTS[name]
     path = folder / fault.file
-    whole = path.read_text(encoding="utf-8")
-    path.write_text(whole.replace(fault.old, fault.new), encoding="utf-8")
+    whole = path.read_text()
+    path.write_text(whole.replace(fault.old, fault.new))
     status = run_tests(folder, [fault.test])
-    path.write_text(whole, encoding="utf-8")
+    path.write_text(whole)
     caught = status == 1  # another status: no such test, interrupted, ...
     verdict = f"caught by {fault.test}" if caught else f"NOT CAUGHT (pytest: {status})"
     print(f"{fault.file}: {name}: {verdict}", flush=True)
@@ -202,18 +201,16 @@ def is_caught(name, folder):
 
 
 def main(names):
-    if names == ["--list"]:
-        print(*FAULTS, sep="\n")
-        return 0
     if unknown := set(names) - set(FAULTS):
-        print(f"faults.py: error: no fault is called {', '.join(unknown)}; see --list")
+        print(f"faults.py: error: no fault is called {', '.join(unknown)}; there are:")
+        print(*FAULTS, sep="\n")
         return 2
     names = names or list(FAULTS)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         copy_tracked(folder)
         for name in names:
-            if (folder / FAULTS[name].file).read_text("utf-8").count(FAULTS[name].old) != 1:
+            if (folder / FAULTS[name].file).read_text().count(FAULTS[name].old) != 1:
                 print(f"faults.py: error: no longer in the code: {name}")
                 return 2
         tests = sorted({FAULTS[name].test for name in names})

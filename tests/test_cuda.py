@@ -251,7 +251,6 @@ def test_a_run_saves_no_more_than_its_weights_and_goes_on_from_them(device, tmp_
         make_run(device, 7, save=str(tmp_path / "m.pt")).fit()
     resumed = make_run(device, save=str(tmp_path / "m.pt"))
     resumed.load_state_dict(read_state(tmp_path / "m.pt"))
-    assert len(resumed.losses.on_host) == 7
     resumed.fit()
     assert resumed.valid_losses == pytest.approx(whole.valid_losses, rel=1e-4)
 
@@ -308,15 +307,12 @@ def test_generation_is_the_cpus_where_nothing_is_left_to_chance(device, trained)
     assert texts[0] == texts[1]
 
 
-def test_a_million_draws_and_none_that_is_banned(device):
+def test_a_million_draws_and_none_that_is_cut_off(device):
     """pytorch#48841: some devices have drawn words of probability zero."""
-    params = published("LSTM").to(device)
-    generator = Generator(params, 1, top_k=20, banned=[3, 5])
+    generator = Generator(published("LSTM").to(device), 1, top_k=20)
     logits = torch.randn(100, device=device)
-    logits[[3, 5]] = 9
-    allowed = logits.cpu().topk(22).indices.tolist()[2:]
     draws = torch.cat([generator.draw(logits.expand(100_000, -1)) for _ in range(10)])
-    assert set(draws.unique().tolist()) == set(allowed)
+    assert set(draws.unique().tolist()) == set(logits.topk(20).indices.tolist())
 
 
 # ------------------------------------------------------------ the commands

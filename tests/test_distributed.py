@@ -79,12 +79,10 @@ def main():
         for x, y in zip(words[..., mine], targets[..., mine]):
             loss, hidden = train_step(objective, optimizer, x, y.flatten(), hidden, args)
             losses.append(distributed.mean(loss).item())
-        checks = []
         # 107 predictions in 5 columns, the last row of which is not complete; and in one column.
-        ids, count = torch.randint(50, (108,)), lambda: checks.append(1)
-        losses += [evaluate(params, ids, columns, 7, count) for columns in (5, 1)]
-        path = sys.argv[2] + str(distributed.rank())
-        torch.save([losses, len(checks), params.state_dict()], path)
+        ids = torch.randint(50, (108,))
+        losses += [evaluate(params, ids, columns, 7) for columns in (5, 1)]
+        torch.save([losses, params.state_dict()], sys.argv[2] + str(distributed.rank()))
 
 flags.run(main)
 """
@@ -104,8 +102,7 @@ def test_two_ranks_take_the_steps_of_one(model, begin, tmp_path):
     torch.testing.assert_close(lone, one, rtol=0, atol=0)
     torch.testing.assert_close(first, second, rtol=0, atol=0)
     torch.testing.assert_close(first, one, rtol=1e-4, atol=1e-6)
-    assert one[1] == 4 + 16
-    assert one[2]["1.tail_bias"].any()
+    assert one[1]["1.tail_bias"].any()
 
 
 @pytest.mark.slow
@@ -116,7 +113,6 @@ def test_a_run_of_two_ranks_is_that_of_one(model, begin, corpus_dir, small, tmp_
              "--finetune", 1, "--lr", 1, "--model", *model.split()]
     two, _ = finish(begin("main.py", *flags, "--save", "two.pt"))
     one, _ = finish(begin("main.py", *flags, "--save", "one.pt", launch=ALONE))
-    assert "2 processes" in two
     assert one.count("Switching to averaged SGD") == two.count("Switching to averaged SGD") == 1
     # Every line once, from the first rank, with the same losses.
     one, two = (list(map(float, re.findall(r"loss +([\d.]+)", log))) for log in (one, two))

@@ -285,8 +285,7 @@ def test_a_run_matches_the_restatement(kind, tmp_path, monkeypatch, capsys):
     case = SimpleNamespace(**CASES[kind])
     epochs, test_loss = trajectory(kind, case, folder, weights, pending)
 
-    assert len(records) == len(epochs)
-    for record, (train_loss, valid_loss, averaging) in zip(records, epochs):
+    for record, (train_loss, valid_loss, averaging) in zip(records, epochs, strict=True):
         assert record["train_loss"] == pytest.approx(train_loss, rel=TOLERANCE)
         assert record["valid_loss"] == pytest.approx(valid_loss, rel=TOLERANCE)
         assert record["averaging"] == averaging

@@ -79,8 +79,7 @@ def test_models_share_the_time(tmp_path):
     found = rows(table)
     assert list(found) == ["lstm", "gru", "bilm", "attention"]
     for epochs, _, *ppls in found.values():
-        assert epochs == "1"
-        assert all(1 < float(ppl) < 2000 for ppl in ppls[:4])
+        assert epochs == "1" and all(1 < float(ppl) < 2000 for ppl in ppls[:4])
 
 
 @pytest.mark.slow
@@ -108,8 +107,7 @@ def test_the_log_survives_a_kill(tmp_path):
     table = subprocess.check_output([sys.executable, GPU / "table.py", log], text=True)
     epochs, _, best, test, *_ = rows(table)["ptb"]
     assert int(epochs) >= 1
-    assert float(best) > 1
-    assert test == ""
+    assert best and not test
 
 
 @pytest.fixture
@@ -134,7 +132,6 @@ def test_the_list_names_each_entry_and_the_commit_of_its_log(elsewhere):
     [
         ([], "usage: "), (["ptb"], "usage: "), (["nonsense", "out"], "usage: "),
         (["ptb-80", "out"], "data/penn is missing; "),
-        (["wt2-short", "out"], "data/wikitext-2 is missing; "),
     ],
 )
 def test_wrong_use(argv, message, elsewhere, tmp_path):

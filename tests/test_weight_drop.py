@@ -18,22 +18,20 @@ def test_it_is_torchs_layer_with_the_dropped_weights(kind, bidirectional):
     module = kind(5, 7, bidirectional=bidirectional)
     layer, twin = WeightDrop(module, names, dropout=0.4), copy.deepcopy(module)
     x = torch.randn(6, 3, 5)
-    for seed in (1, 2):  # it comes back after evaluation
-        torch.testing.assert_close(layer.eval()(x), module(x))
-        torch.manual_seed(seed)
-        found = layer.train()(x)[0]
-        torch.manual_seed(seed)
-        raw = module.state_dict()
-        twin.load_state_dict(raw | {name: drop_weight(raw[name], 0.4) for name in names})
-        expected = twin(x)[0]
-        torch.testing.assert_close(found, expected)
-        layer.zero_grad(), twin.zero_grad()
-        found.pow(2).sum().backward()
-        expected.pow(2).sum().backward()
-        for name, dropped in twin.named_parameters():
-            scale = dropped / raw[name]  # 0, or 1 / (1 - rate) where it was kept
-            assert scale.all() == (name not in names)
-            torch.testing.assert_close(module.get_parameter(name).grad, dropped.grad * scale)
+    torch.testing.assert_close(layer.eval()(x), module(x))
+    torch.manual_seed(1)
+    found = layer.train()(x)[0]
+    torch.manual_seed(1)
+    raw = module.state_dict()
+    twin.load_state_dict(raw | {name: drop_weight(raw[name], 0.4) for name in names})
+    expected = twin(x)[0]
+    torch.testing.assert_close(found, expected)
+    found.pow(2).sum().backward()
+    expected.pow(2).sum().backward()
+    for name, dropped in twin.named_parameters():
+        scale = dropped / raw[name]  # 0, or 1 / (1 - rate) where it was kept
+        assert scale.all() == (name not in names)
+        torch.testing.assert_close(module.get_parameter(name).grad, dropped.grad * scale)
 
 
 @pytest.mark.parametrize("rate", [0.5, 0.2, 0.35])
