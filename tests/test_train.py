@@ -19,7 +19,7 @@ from model import DROPOUTS
 from splitcross import SplitCrossEntropyLoss
 from train import (
     OPTIMIZERS, Average, Diverged, Objective, evaluate, is_nonmonotone, make_optimizer,
-    random_seq_len, rate_share, settings_at, train_step,
+    random_seq_len, scheduled_share, settings_at, train_step,
 )
 from utils import Losses, Preempted, loss_columns, map_hidden, perplexity
 from weight_drop import WeightDrop
@@ -209,14 +209,14 @@ def test_one_cycle_is_torchs():
         div_factor=25, final_div_factor=1e4,
     )
     for step in range(steps + 1):
-        ours = 3.0 * rate_share("onecycle", step / steps)
+        ours = 3.0 * scheduled_share("onecycle", step / steps)
         assert ours == pytest.approx(theirs.get_last_lr()[0], rel=1e-6, abs=0.01)  # a step off
         optimizer.step()
         if step < steps:
             theirs.step()
-    corners = [rate_share("onecycle", p) for p in (0, train.UP / 2, train.UP, 1, 1.5)]
+    corners = [scheduled_share("onecycle", p) for p in (0, train.UP / 2, train.UP, 1, 1.5)]
     assert corners == pytest.approx([0.04, 0.52, 1, 4e-6, 4e-6])
-    assert rate_share("constant", 0.7) == 1
+    assert scheduled_share("constant", 0.7) == 1
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "biLSTM", "biLM"])
@@ -396,12 +396,12 @@ def test_a_run_follows_its_schedule_interrupted_or_not(begin, spy):
     for step, row in zip(spy.steps, rows):
         epochs = row / (len(run.source) - 1)
         strength = min(1, 0.25 + 0.75 * epochs)
-        assert step.share == pytest.approx(rate_share("onecycle", epochs / 2))
+        assert step.share == pytest.approx(scheduled_share("onecycle", epochs / 2))
         assert step.args.wdrop == pytest.approx(strength * 0.4)
         assert (step.args.alpha, step.args.beta) == pytest.approx((2 * strength, strength))
     assert epochs > 1.8
     found = [record["lr"] for record in lines(run.records)]
-    assert found == pytest.approx([0.01 * rate_share("onecycle", 0.5), 0.01 * train.LAST])
+    assert found == pytest.approx([0.01 * scheduled_share("onecycle", 0.5), 0.01 * train.LAST])
 
 
 @pytest.mark.parametrize("rnn_type", ["LSTM", "biLM"])
