@@ -29,7 +29,7 @@ except ImportError:  # not POSIX: there is no lock; all else works
     fcntl = None
 
 STATE, RECORDS, FINETUNE_RECORDS = ".state", ".jsonl", ".finetune.jsonl"  # after the path
-VERSION = 4
+VERSION = 5
 SEAL = b"sha256:"
 DIGEST = 64  # characters of a SHA-256 in hexadecimal
 

@@ -196,10 +196,10 @@ def evaluate(params, ids, batch_size, bptt, check=None):
     model, criterion = params
     params.eval()
     weight, bias = model.decoder.weight, model.decoder.bias
-    mine = distributed.columns(batch_size)
-    hidden = model.init_hidden(mine.stop - mine.start)
+    columns = distributed.columns(batch_size)
+    hidden = model.init_hidden(columns.stop - columns.start)
     losses = Losses()
-    for data, targets, count in exact_windows(ids.to(weight.device), batch_size, bptt, mine):
+    for data, targets, count in exact_windows(ids.to(weight.device), batch_size, bptt, columns):
         if count:
             output, hidden = model(data, hidden)
             losses.add(criterion(weight, bias, output[:count], targets.flatten()[:count]), count)
@@ -316,8 +316,8 @@ class Trainer:
 
     def columns_of(self, ids):
         """This rank's columns of a text, on its device."""
-        mine = distributed.columns(self.args.batch_size)
-        return batchify(ids, self.args.batch_size)[:, mine].to(self.args.device).contiguous()
+        columns = distributed.columns(self.args.batch_size)
+        return batchify(ids, self.args.batch_size)[:, columns].to(self.args.device).contiguous()
 
     def start_clock(self, seconds):
         self.seconds_before, self.started = seconds, time.perf_counter()
@@ -518,9 +518,9 @@ class Trainer:
         self.losses = Losses(state["losses"])
         self.start_clock(state["seconds"])
         set_generators(state["generators"], args.device)
-        mine = distributed.columns(args.batch_size)
+        columns = distributed.columns(args.batch_size)
         self.hidden = map_hidden(
-            lambda h: h[:, mine].to(args.device, copy=True).contiguous(), state["hidden"]
+            lambda h: h[:, columns].to(args.device, copy=True).contiguous(), state["hidden"]
         )
 
     def set_rates(self):
