@@ -39,6 +39,10 @@ RECIPES = {
         "optimizer": "adamw", "lr": 8e-3, "wdecay": 0.1, "schedule": "onecycle",
         "decoder_bias": "unigram", "batch_size": 20, "regularization_ramp": [0.3, 12.0],
     },
+    "fast": {
+        "optimizer": "adamw", "lr": 3e-3, "wdecay": 0.075, "schedule": "trapezoid",
+        "decoder_bias": "unigram", "batch_size": 20, "partial_shuffle": True,
+    },
 }
 RECIPES["short-gru"] = {**RECIPES["short"], "alpha": 0.5, "beta": 0.25}
 # What cannot change in the middle of a run: the position in the text, the optimizer's state or the
@@ -160,6 +164,8 @@ def make_parser(description, inherited=()):
     add("--alpha", 2.0, "coefficient of activation regularization (AR)", type=coefficient)
     add("--beta", 1.0, "coefficient of temporal activation regularization (TAR)", type=coefficient)
     add("--wdecay", 1.2e-6, "weight decay (default: 1.2e-06; 0.02 with adamw)", type=coefficient)
+    add("--partial-shuffle", False, "at each epoch, begin to read each column at a random place",
+        action="store_true")
     add("--nonmono", 5, "non-monotone interval of the trigger, in epochs", type=number(int, 0))
     add("--seed", 1111, "random seed", type=number(int, 0, 2**32))
     add("--save", None, "path of the best model (default: a name made from the time)",

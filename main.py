@@ -34,16 +34,18 @@ def parse_args(argv=None):
     parser = make_parser(__doc__.splitlines()[0])
     parser.add(
         "--recipe", None, "preset of flags: published, gru, slow-biases, short (for runs of few "
-        "--epochs) or short-gru; a flag that is given overrides just itself (default: gru for GRU, "
-        "slow-biases for biLM and with attention, else published)", choices=list(RECIPES),
+        "epochs), short-gru or fast (for 40 epochs or more); a flag that is given overrides just "
+        "itself (default: gru for GRU, slow-biases for biLM and with attention, else published)",
+        choices=list(RECIPES),
     )
     parser.add(
         "--optimizer", "sgd", "sgd (with NT-ASGD), adam, or adamw (decoupled weight decay, betas "
         "0.8 and 0.99)", choices=list(OPTIMIZERS),
     )
     parser.add(
-        "--schedule", "constant", "the learning rate over the --epochs: constant, or onecycle, up "
-        f"to --lr over a share of {UP:g}, then down to nothing", choices=["constant", "onecycle"],
+        "--schedule", "constant", "the learning rate over the --epochs: constant; onecycle, up to "
+        f"--lr over a share of {UP:g}, then down to nothing; or trapezoid, up over a share of "
+        "0.08, constant up to 0.48, then down", choices=["constant", "onecycle", "trapezoid"],
     )
     parser.add(
         "--regularization-ramp", None, "all dropouts, weight drop, AR and TAR begin at SHARE of "

@@ -34,6 +34,7 @@ LONGER = 25  # the most by which a window exceeds bptt: five standard deviations
 REGULARIZERS = (*DROPOUTS, "alpha", "beta")
 UP = 0.1  # the share of a run over which one cycle's rate rises
 FIRST, LAST = 1 / 25, 1 / 250_000  # one cycle's first and last rate, as shares of its highest
+TRAPEZOID = (0, 0.08, 0.48, 0.92, 1), (0.1, 1, 1, 0.1, 0)  # shares of the run, and of the rate then
 OPTIMIZERS = {
     "sgd": (torch.optim.SGD, {}),
     "adam": (torch.optim.Adam, {}),
@@ -232,9 +233,13 @@ def scheduled_share(schedule, progress):
     onecycle (Smith and Topin 2017, 1708.07120): half a cosine wave from FIRST up to 1 over UP of
     the run, and another from there down to LAST. torch's OneCycleLR with pct_start=UP has the same
     waves, but counts steps, whose number random windows do not tell beforehand.
+
+    trapezoid: straight lines between the points of TRAPEZOID.
     """
     if schedule == "constant":
         return 1.0
+    if schedule == "trapezoid":
+        return float(np.interp(progress, *TRAPEZOID))
     if progress < UP:
         return half_cosine(FIRST, 1.0, progress / UP)
     return half_cosine(1.0, LAST, min(1.0, (progress - UP) / (1 - UP)))
@@ -275,6 +280,15 @@ def settings_at(epochs, args, model):
 # ------------------------------------------------------------ a run
 
 
+def roll_columns(text, offsets):
+    """`text` [rows, B] with each column read from its offset [B] on, then from its start.
+
+    Partial shuffle (Press 2019, 1903.04167), when the offsets are drawn anew at each epoch.
+    """
+    rows = torch.arange(len(text), device=text.device).unsqueeze(1)
+    return text.gather(0, (rows + offsets) % len(text))
+
+
 class Trainer:
     """A run of NT-ASGD that can end at any batch and go on as if it had not.
 
@@ -291,15 +305,17 @@ class Trainer:
     # What the training state holds of the trainer itself, as plain data.
     PROGRESS = (
         "finetuning", "epoch", "row", "valid_losses", "best", "records", "done",
-        "high_loss_streak", "rollbacks", "rate_divisor",
+        "high_loss_streak", "rollbacks", "rate_divisor", "offsets",
     )
 
     def __init__(self, params, corpus, args, run, finetuning=False, best=math.inf, records=""):
         self.params, self.corpus, self.args, self.run = params, corpus, args, run
         self.finetuning = finetuning
-        self.source = self.columns_of(corpus.train)  # [rows, columns]
         # biLM reads the text from its end as well.
-        self.reversed = self.columns_of(corpus.train.flip(0)) if is_bilm(params) else None
+        texts = [corpus.train, corpus.train.flip(0)] if is_bilm(params) else [corpus.train]
+        self.texts = [self.columns_of(ids) for ids in texts]  # each [rows, columns]
+        self.rows = len(self.texts[0])
+        self.set_offsets(None)
         self.objective = distributed.replicate(make_objective(params, args))
         self.optimizer = make_optimizer(params, args)
         self.average = Average(params) if finetuning else None
@@ -319,6 +335,14 @@ class Trainer:
         columns = distributed.columns(self.args.batch_size)
         return batchify(ids, self.args.batch_size)[:, columns].to(self.args.device).contiguous()
 
+    def set_offsets(self, offsets):
+        """Has this epoch read the columns from `offsets`, one for each of the batch; None for 0."""
+        self.offsets, self.streams = offsets, self.texts
+        if offsets is not None:
+            mine = torch.tensor(offsets, device=self.args.device)
+            mine = mine[distributed.columns(self.args.batch_size)]
+            self.streams = [roll_columns(text, mine) for text in self.texts]
+
     def start_clock(self, seconds):
         self.seconds_before, self.started = seconds, time.perf_counter()
 
@@ -331,7 +355,7 @@ class Trainer:
 
     def epochs_read(self):
         """How often the text has been read, a number with a fraction."""
-        return self.epoch - 1 + self.row / (len(self.source) - 1)
+        return self.epoch - 1 + self.row / (self.rows - 1)
 
     def position(self):
         """Where the run is, in words."""
@@ -347,7 +371,7 @@ class Trainer:
         signal, when the state is saved.
         """
         try:
-            if self.source.is_cuda and not self.is_over():
+            if self.args.device.type == "cuda" and not self.is_over():
                 self.try_longest_window()
             while not self.is_over():
                 try:
@@ -374,12 +398,14 @@ class Trainer:
 
     def train_epoch(self):
         """What is left of a pass over the text. Raises Diverged, or Preempted."""
-        args, source = self.args, self.source
+        args = self.args
         self.params.train()
-        if self.hidden is None:
-            self.hidden = self.params[0].init_hidden(source.size(1))
+        if self.row == 0:
+            self.hidden = self.params[0].init_hidden(self.texts[0].size(1))
+            if args.partial_shuffle:
+                self.set_offsets(np.random.randint(self.rows, size=args.batch_size).tolist())
         with EpochLog(self) as epoch_log:
-            while self.row < len(source) - 1:
+            while self.row < self.rows - 1:
                 settings, share = settings_at(self.epochs_read(), args, self.params[0])
                 data, targets, more = self.window(self.row, random_seq_len(args.bptt))
                 loss, self.hidden = train_step(
@@ -440,11 +466,10 @@ class Trainer:
 
     def window(self, row, seq_len):
         """Words [L, B] and targets [L*B] from `row` on, and what else the objective takes."""
-        data, targets = get_batch(self.source, row, self.args, seq_len=seq_len)
-        if self.reversed is None:
-            return data, targets, {}
-        backward = get_batch(self.reversed, row, self.args, seq_len=seq_len)
-        return data, targets, {"backward": backward, "begins": row == 0}
+        (data, targets), *backward = (
+            get_batch(stream, row, self.args, seq_len=seq_len) for stream in self.streams
+        )
+        return data, targets, {"backward": backward[0], "begins": row == 0} if backward else {}
 
     def try_longest_window(self):
         """Computes the gradients of the longest window there can be, and forgets them.
@@ -452,11 +477,11 @@ class Trainer:
         So what windows need of memory runs out now, not hours into the run. Neither weights nor
         random numbers change.
         """
-        args, source = self.args, self.source
+        args = self.args
         self.params.train()
-        data, targets, more = self.window(0, min(args.bptt + LONGER, len(source) - 1))
-        with torch.random.fork_rng([args.device] if source.is_cuda else []):
-            hidden = self.params[0].init_hidden(source.size(1))
+        data, targets, more = self.window(0, min(args.bptt + LONGER, self.rows - 1))
+        with torch.random.fork_rng([args.device] if data.is_cuda else []):
+            hidden = self.params[0].init_hidden(data.size(1))
             total, *_ = self.objective(data, targets, hidden, args.alpha, args.beta, **more)
             total.backward()
         self.optimizer.zero_grad()
@@ -512,6 +537,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         for name in self.PROGRESS:
             setattr(self, name, state[name])
+        self.set_offsets(self.offsets)
         if args.lr != state["flags"]["lr"]:
             self.rate_divisor = 1
         self.set_rates()
@@ -694,14 +720,14 @@ class EpochLog:
 
     def __init__(self, trainer):
         self.trainer = trainer
-        args, source = trainer.args, trainer.source
+        args = trainer.args
         # On a CPU a loss is there at once. Elsewhere the newest stays on its way, so that the host
         # can queue the next step while this one runs.
-        self.ahead = 0 if source.device.type == "cpu" else 1
+        self.ahead = 0 if args.device.type == "cpu" else 1
         self.batches = self.logged = len(trainer.losses.on_host)
         self.since = time.perf_counter()
         self.bar = tqdm(
-            desc=f"epoch {trainer.epoch}", total=(len(source) - 1) * args.batch_size,
+            desc=f"epoch {trainer.epoch}", total=(trainer.rows - 1) * args.batch_size,
             initial=trainer.row * args.batch_size, unit=" tokens", unit_scale=True, leave=False,
             file=sys.stderr, disable=not (sys.stderr.isatty() and distributed.is_first()),
         )
@@ -726,7 +752,7 @@ class EpochLog:
             now = time.perf_counter()
             log(
                 f"| epoch {trainer.epoch:3d} | {self.batches:5d}/"
-                f"{len(trainer.source) // args.bptt:5d} batches "
+                f"{trainer.rows // args.bptt:5d} batches "
                 f"| lr {trainer.optimizer.param_groups[0]['lr'] * share:05.5f} "
                 f"| ms/batch {(now - self.since) * 1000 / (self.batches - self.logged):5.2f} "
                 f"| {loss_columns(trainer.losses.mean(last=args.log_interval))}"

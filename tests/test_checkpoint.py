@@ -320,7 +320,7 @@ def train_in_parts(
     path = str(folder / "m.pt")
     args = arguments(**{
         "epochs": 4, "nonmono": 1, "save": path, "resume": path, "optimizer": optimizer,
-        "when": [2], "lr": 5.0 if optimizer == "sgd" else 1e-3, **changes,
+        "partial_shuffle": True, "when": [2], "lr": 5.0 if optimizer == "sgd" else 1e-3, **changes,
     })
     check, parts = Interrupting(*points), 0
     while True:
