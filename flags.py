@@ -319,11 +319,6 @@ def check_flags(args):
         check_architecture(args.model, args.emsize, args.nhid, args.attention)
     except ValueError as error:
         raise InputError(f"--{error}") from None
-    if getattr(args, "optimizer", "sgd") == "adamw" and args.lr * args.wdecay >= 1:
-        raise InputError(
-            f"{format_flag('wdecay', args.wdecay)}: with {format_flag('lr', args.lr)} a step would "
-            "take all of a weight away, or more; lower one of them"
-        )
     share, epochs = getattr(args, "regularization_ramp", None) or (1, 1)
     if not (0 <= share <= 1 and 0 < epochs < 1e30):  # neither where one is NaN
         raise InputError(
@@ -361,7 +356,7 @@ def differences(state, flags, device):
 def format_flag(flag, value):
     """A flag as it is given in the shell."""
     name = flag if flag == "batch_size" else flag.replace("_", "-")
-    values = value if isinstance(value, list) else [value]
+    values = value if isinstance(value, list) else [] if value is True else [value]
     return " ".join([f"--{name}", *(f"{v:g}" if isinstance(v, float) else str(v) for v in values)])
 
 
