@@ -18,9 +18,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from bidirectional import is_bilm
 from data import EOS, InputError, encode, name_commonest, words_of_lines
-from flags import Parser, add_device_flags, count, run
+from flags import Parser, add_device_flags, load_for_use, count, run_command
 from train import score
-from checkpoint import load_for_use
 from utils import log, log_parts, loss_columns, perplexity, warn_of_unknown
 
 BPTT = 2000  # words of a whole text that are read at once
@@ -124,4 +123,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

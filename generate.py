@@ -14,10 +14,9 @@ from itertools import islice
 
 import torch
 
-from checkpoint import load_for_use
 from cpu_kernels import Cell
 from data import EOS, UNK, InputError, encode
-from flags import Parser, add_device_flags, count, number, run
+from flags import Parser, add_device_flags, load_for_use, count, number, run_command
 from utils import warn, warn_of_unknown
 
 
@@ -159,4 +158,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 from data import InputError
-from flags import Parser, number, run
+from flags import Parser, number, run_command
 from checkpoint import FINETUNE_RECORDS, RECORDS
 
 # Okabe and Ito's colours, distinct for colour-blind readers; without yellow, too pale for lines.
@@ -153,4 +153,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -345,7 +345,7 @@ def announced(self):
     fit(self)
 
 train.Trainer.fit = announced
-flags.run(main.main)
+flags.run_command(main.main)
 """
 
 

@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT
 
 GPU = ROOT / "records" / "gpu"
-ENTRIES = ("check", "ptb", "ptb-80", "wt2-short", "models")
+ENTRIES = ("check", "ptb-fast", "wt2-fast", "gru-fast", "ptb", "ptb-80", "wt2-short", "models")
 
 pytestmark = pytest.mark.skipif(not shutil.which("timeout"), reason="run.sh needs GNU timeout")
 
@@ -61,7 +61,7 @@ def rows(table):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("entry", ["ptb", "ptb-80", "wt2-short"])
+@pytest.mark.parametrize("entry", ENTRIES[1:-1])
 def test_a_model_is_trained_tested_and_evaluated(entry, tmp_path):
     log, table = rehearse(entry, tmp_path)
     assert "| End of training | test loss" in log.partition("pointer.py")[0]

@@ -69,7 +69,7 @@ experiments.SCALES["tiny"] = experiments.Scale(
     "micro", "--data {data} --emsize 8 --nhid 12 --nlayers 2 --batch_size 4 --bptt 10 --epochs 2",
     "--epochs 2", {{"ptb": 1, "wt2": 1}},
 )
-flags.run(reproduce.main)
+flags.run_command(reproduce.main)
 """
 
 

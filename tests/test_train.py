@@ -20,7 +20,7 @@ from kill_loop import lines, same
 from model import DROPOUTS
 from train import (
     LAST, UP, Average, Diverged, is_nonmonotone, make_objective, make_optimizer, random_seq_len,
-    rate_share, score, settings_at, train_step,
+    roll_columns, scheduled_share, score, settings_at, train_step,
 )
 from utils import Losses, Preempted, loss_columns, perplexity
 from weight_drop import WeightDrop
@@ -126,14 +126,25 @@ def test_a_gpu_is_not_waited_for_within_a_step():
 # ------------------------------------------------------------ schedules
 
 
-def test_one_cycle_is_two_half_cosine_waves():
-    quarter = (1 - math.cos(math.pi / 4)) / 2
-    for progress, share in (
-        (0, 0.04), (UP / 4, 0.04 + 0.96 * quarter), (UP, 1), (UP + (1 - UP) / 4, 1 - quarter),
-        (1, 4e-6), (1.5, 4e-6),
-    ):
-        assert rate_share("onecycle", progress) == pytest.approx(share, rel=1e-4)
-    assert rate_share("constant", 0.7) == 1
+def test_a_partial_shuffle_rolls_each_column_by_its_own_offset():
+    text = torch.tensor([[0, 10], [1, 11], [2, 12]])
+    rolled = roll_columns(text, torch.tensor([1, 2]))
+    assert rolled.tolist() == [[1, 12], [2, 10], [0, 11]]
+
+
+QUARTER = (1 - math.cos(math.pi / 4)) / 2  # of a half cosine wave: how far it has come
+
+
+@pytest.mark.parametrize(("schedule", "points"), [
+    ("constant", [(0, 1), (0.7, 1)]),
+    ("onecycle", [(0, 0.04), (UP / 4, 0.04 + 0.96 * QUARTER), (UP, 1),
+                  (UP + (1 - UP) / 4, 1 - QUARTER), (1, 4e-6), (1.5, 4e-6)]),
+    ("trapezoid", [(0, 0.1), (0.04, 0.55), (0.08, 1), (0.3, 1), (0.7, 0.55), (0.92, 0.1),
+                   (0.96, 0.05), (1, 0)]),
+])
+def test_a_schedule_goes_through_its_points(schedule, points):
+    for progress, share in points:
+        assert scheduled_share(schedule, progress) == pytest.approx(share, rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "biLSTM", "biLM"])
@@ -241,6 +252,16 @@ def test_only_improvements_are_saved_and_when_divides_the_rate(begin, spy):
     assert read_checkpoint(f"{path}.e3")["valid_loss"] == 5
 
 
+def test_with_a_partial_shuffle_each_epoch_reads_the_columns_from_other_places(begin, spy):
+    run = begin(epochs=2, partial_shuffle=True)
+    run.fit()
+    epochs = torch.cat([step.data for step in spy.steps]).view(2, run.rows - 1, -1)
+    assert not torch.equal(*epochs)
+    # In the text each word is 7 above the one before, modulo 47, but where a column begins again.
+    seams = (epochs.diff(dim=1) % 47 != 7).sum(dim=1)
+    assert seams.max() == 1
+
+
 def test_a_run_follows_its_schedule_interrupted_or_not(begin, spy):
     flags = {
         "epochs": 2, "schedule": "onecycle", "regularization_ramp": [0.25, 1.0],
@@ -255,13 +276,13 @@ def test_a_run_follows_its_schedule_interrupted_or_not(begin, spy):
     run.fit()
     rows = accumulate((len(step.data) for step in spy.steps), initial=0)
     for step, row in zip(spy.steps, rows):
-        epochs = row / (len(run.source) - 1)
+        epochs = row / (run.rows - 1)
         strength = min(1, 0.25 + 0.75 * epochs)
-        assert step.share == pytest.approx(rate_share("onecycle", epochs / 2))
+        assert step.share == pytest.approx(scheduled_share("onecycle", epochs / 2))
         assert step.args.wdrop == pytest.approx(strength * 0.4)
     assert epochs > 1.8
     found = [record["lr"] for record in lines(run.records)]
-    assert found == pytest.approx([0.01 * rate_share("onecycle", 0.5), 0.01 * LAST])
+    assert found == pytest.approx([0.01 * scheduled_share("onecycle", 0.5), 0.01 * LAST])
 
 
 @pytest.mark.parametrize("rnn_type", ["LSTM", "biLM"])
