@@ -22,8 +22,8 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import read_state
-from checkpoint import read_checkpoint
+from checkpoint import read_checkpoint, read_state
+from utils import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMING = {"seconds", "tokens_per_s"}
@@ -128,9 +128,8 @@ def main():
     args = parser.parse_args()
     tell = functools.partial(print, flush=True)
     tell(f"# PYTHONPATH=. python {shlex.join(sys.argv)}")
-    tell(f"# {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}, {platform.platform()}, "
-         f"Python {platform.python_version()}, torch {torch.__version__}, "
-         f"{torch.get_num_threads()} threads")
+    now = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+    tell(f"# {now}, {platform.platform()}, {environment(torch.device('cpu'))}")
     identical = kill_loop(
         args.folder, args.flags, args.cycles, args.seconds, seed=args.seed, tell=tell
     )

@@ -20,7 +20,7 @@ from kill_loop import lines, same
 from model import DROPOUTS
 from train import (
     LAST, UP, Average, Diverged, is_nonmonotone, make_objective, make_optimizer, random_seq_len,
-    roll_columns, scheduled_share, score, settings_at, train_step,
+    scheduled_share, score, settings_at, train_step,
 )
 from utils import Losses, Preempted, loss_columns, perplexity
 from weight_drop import WeightDrop
@@ -34,8 +34,7 @@ def test_perplexity_overflow_prints_inf():
     assert "inf" in loss_columns(1000)
 
 
-def test_windows_are_neither_too_short_nor_too_long(monkeypatch):
-    assert min(random_seq_len(3) for _ in range(200)) == 5
+def test_windows_are_not_too_long(monkeypatch):
     monkeypatch.setattr(np.random, "normal", lambda mean, deviation: mean + 100 * deviation)
     assert random_seq_len(70) == 95
 
@@ -124,12 +123,6 @@ def test_a_gpu_is_not_waited_for_within_a_step():
 
 
 # ------------------------------------------------------------ schedules
-
-
-def test_a_partial_shuffle_rolls_each_column_by_its_own_offset():
-    text = torch.tensor([[0, 10], [1, 11], [2, 12]])
-    rolled = roll_columns(text, torch.tensor([1, 2]))
-    assert rolled.tolist() == [[1, 12], [2, 10], [0, 11]]
 
 
 QUARTER = (1 - math.cos(math.pi / 4)) / 2  # of a half cosine wave: how far it has come
@@ -258,8 +251,9 @@ def test_with_a_partial_shuffle_each_epoch_reads_the_columns_from_other_places(b
     epochs = torch.cat([step.data for step in spy.steps]).view(2, run.rows - 1, -1)
     assert not torch.equal(*epochs)
     # In the text each word is 7 above the one before, modulo 47, but where a column begins again.
-    seams = (epochs.diff(dim=1) % 47 != 7).sum(dim=1)
-    assert seams.max() == 1
+    begins = epochs.diff(dim=1) % 47 != 7
+    assert begins.sum(dim=1).max() == 1
+    assert begins.any(dim=2).sum() > 2  # each column elsewhere
 
 
 def test_a_run_follows_its_schedule_interrupted_or_not(begin, spy):
