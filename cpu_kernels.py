@@ -15,21 +15,43 @@ from torch.autograd.function import once_differentiable
 # ------------------------------------------------------------ matrix products
 
 
+def has_bf16_products():
+    """Whether the processor multiplies bfloat16; oneDNN itself emulates it on any AVX-512."""
+    return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+
+
 def has_onednn(tensor):
     """Whether torch's oneDNN products, which take packed weights, accept `tensor`."""
+    has_dtype = tensor.dtype == torch.float32
+    has_dtype |= tensor.dtype == torch.bfloat16 and has_bf16_products()
     return (
-        tensor.device.type == "cpu" and tensor.dtype == torch.float32
+        tensor.device.type == "cpu" and has_dtype
         and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
     )
+
+
+def to_bf16(x):
+    """x [N, K] in bfloat16, with columns of zeros up to a multiple of 32.
+
+    So each row begins where a line of the processor's cache does, and products are faster.
+    """
+    if x.dtype == torch.bfloat16:
+        return x
+    padded = x.new_zeros(len(x), -(-x.size(1) // 32) * 32, dtype=torch.bfloat16)
+    padded[:, : x.size(1)] = x
+    return padded
 
 
 class Packed:
     """A matrix [N, K] packed once for many products: `Packed(w, rows)(x)` is x [rows, K] @ w.T.
 
-    oneDNN packs a matrix into the order in which the processor reads it.
+    oneDNN packs a matrix into the order in which the processor reads it. With `bf16` the factors
+    are rounded to bfloat16, and so is their product; biases are added in float32.
     """
 
-    def __init__(self, weight, rows):
+    def __init__(self, weight, rows, bf16=False):
+        self.bf16 = bf16
+        weight = to_bf16(weight) if bf16 else weight
         self.onednn = has_onednn(weight)
         self.weight = weight.t()
         if self.onednn:
@@ -37,107 +59,208 @@ class Packed:
 
     def __call__(self, x, bias=None):
         """x [rows, K] @ w.T (+ bias [N]) -> [rows, N]."""
+        if self.bf16:
+            result = self.multiply(to_bf16(x))
+            return result.float() if bias is None else result + bias
         if self.onednn:
-            if bias is not None:
-                bias = bias.contiguous()  # the kernel assumes it
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, bias, "none", [], "")
+            return self.multiply(x, bias)
         return x @ self.weight if bias is None else torch.addmm(bias, x, self.weight)
+
+    def multiply(self, x, bias=None):
+        if not self.onednn:
+            return x @ self.weight
+        if bias is not None:
+            bias = bias.contiguous()  # the kernel assumes it
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, bias, "none", [], "")
 
     def add(self, x, to):
         """to [rows, N] + x [rows, K] @ w.T, a new tensor."""
+        if self.bf16:
+            return to + self.multiply(to_bf16(x))
         if self.onednn:
             return torch.ops.mkldnn._linear_pointwise.binary(x, to, self.weight, None, "add")
         return torch.addmm(to, x, self.weight)
 
 
-def product(x, weight, bias=None):
+def product(x, weight, bias=None, bf16=False):
     """x [M, K] @ weight [N, K].T (+ bias [N]) -> [M, N]."""
-    return Packed(weight, len(x))(x, bias)
+    return Packed(weight, len(x), bf16)(x, bias)
 
 
-def product_of_transposed(a, b):
-    """a [N, P].T @ b [N, Q] -> [P, Q]."""
-    return product(a.t(), b.t())
+def weight_gradient(d_y, x, weight, bf16=False):
+    """d_y [M, N].T @ x [M, K] -> [N, K], the gradient of weight [N, K] in y = x @ weight.T."""
+    if not bf16:
+        return product(d_y.t(), x.t())
+    rows, columns = weight.shape
+    return (to_bf16(d_y).t() @ to_bf16(x))[:rows, :columns].float()
 
 
-# ------------------------------------------------------------ GRU
+# ------------------------------------------------------------ recurrent layers
+
+sigmoid_backward, tanh_backward = torch.ops.aten.sigmoid_backward, torch.ops.aten.tanh_backward
 
 
-def has_fast_gru(module, x):
-    """Whether `fast_gru` computes what `module` computes from x: float32 or float64 on a CPU."""
+def has_recurrent_layer(module, x, bf16):
+    """Whether `recurrent_layer` computes `module`: on a CPU a GRU, and with `bf16` an LSTM too."""
     return (
-        isinstance(module, nn.GRU) and x.device.type == "cpu" and x.dtype != torch.bfloat16
-        and module.num_layers == 1 and module.bias
-        and not (module.bidirectional or module.batch_first)
+        x.device.type == "cpu" and module.num_layers == 1 and module.bias
+        and not module.batch_first
+        and (bf16 or isinstance(module, nn.GRU) and not module.bidirectional)
     )
 
 
-def fast_gru(x, state, *weights):
-    """x [T, B, I], state [1, B, H], an nn.GRU's weights -> all h [T, B, H], the last [1, B, H]."""
-    output, h = FastGRU.apply(x, state[0], *weights)
-    return output, h.unsqueeze(0)
+def recurrent_layer(x, state, weights, bf16):
+    """A layer of an LSTM, or of a GRU, in one or both directions, as torch.lstm and torch.gru.
+
+    x [T, B, I]; state (h, c) or h, each [directions, B, H]; weights, those of one direction after
+    the other -> (all h [T, B, directions * H], the last state).
+    """
+    is_lstm = isinstance(state, tuple)
+    states = state if is_lstm else (state,)
+    outputs, last = [], []
+    for direction in range(len(states[0])):
+        own = weights[4 * direction : 4 * direction + 4]
+        begin = [s[direction] for s in states]
+        inputs = x.flip(0) if direction else x
+        hs, *end = RecurrentLayer.apply(bf16, inputs, *own, *begin)
+        outputs.append(hs.flip(0) if direction else hs)
+        last.append(end)
+    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+    last = tuple(torch.stack(s) for s in zip(*last))
+    return output, last if is_lstm else last[0]
 
 
-class FastGRU(torch.autograd.Function):
-    """One GRU layer over all time steps; its gates are r, z, n in this order, as nn.GRU's.
+class RecurrentLayer(torch.autograd.Function):
+    """One direction of an LSTM or GRU layer over all time steps.
 
-    torch computes an LSTM layer on a CPU with oneDNN, but a GRU layer operation by operation. Here
-    the input's products are one large product for all time steps, the recurrent ones share a packed
-    matrix, and all element-wise work that need not wait for the step before is done at once.
+    The input's products are one large product for all time steps, the recurrent ones share a packed
+    matrix. With `bf16` all products are of factors in bfloat16, and all else is in float32.
     """
 
     @staticmethod
-    def forward(ctx, x, h0, w_ih, w_hh, b_ih, b_hh):
-        """x [T, B, I], h0 [B, H] -> all h [T, B, H], the last h [B, H]."""
+    def forward(ctx, bf16, x, w_ih, w_hh, b_ih, b_hh, h0, c0=None):
+        """x [T, B, I], h0 and an LSTM's c0 [B, H] -> all h [T, B, H], the last h (and c)."""
         steps, rows, _ = x.shape
-        size = w_hh.size(1)
-        recurrent = Packed(w_hh, rows)
-        gates = product(x.flatten(0, 1), w_ih, b_ih).view(steps, rows, 3 * size)
-        hs = x.new_empty(steps + 1, rows, size)
-        hidden_n = x.new_empty(steps, rows, size)  # what h adds to n, before r scales it
+        ctx.bf16, ctx.cell = bf16, GRUSteps if c0 is None else LSTMSteps
+        gates = product(x.flatten(0, 1), w_ih, b_ih, bf16).view(steps, rows, -1)
+        recurrent = Packed(w_hh, rows, bf16)
+        hs = x.new_empty(steps + 1, rows, w_hh.size(1))
         hs[0] = h0
-        r, z, n = gates.view(steps, rows, 3, size).unbind(2)
-        h = hs[0]
-        for rz_t, r_t, z_t, n_t, hidden_n_t, h_next in zip(
-            gates[..., : 2 * size], r, z, n, hidden_n, hs[1:]
-        ):
-            from_h = recurrent(h, b_hh)
-            rz_t.add_(from_h[:, : 2 * size]).sigmoid_()
-            hidden_n_t.copy_(from_h[:, 2 * size :])
-            n_t.addcmul_(r_t, hidden_n_t).tanh_()
-            h = torch.lerp(n_t, h, z_t, out=h_next)
-        ctx.save_for_backward(x, w_ih, w_hh, gates, hs, hidden_n)
-        return hs[1:], h.clone()
+        kept = ctx.cell.make_kept(hs, c0)
+        cell = ctx.cell(gates, hs, kept)
+        for t, h in enumerate(hs[:-1]):
+            cell.forward(t, recurrent(h, b_hh))
+        ctx.save_for_backward(x, w_ih, w_hh, gates, hs, kept)
+        last = [hs[-1].clone()] if c0 is None else [hs[-1].clone(), kept[0, -1].clone()]
+        return hs[1:], *last
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_hs, d_h):
-        x, w_ih, w_hh, gates, hs, hidden_n = ctx.saved_tensors
-        steps, rows, size = hidden_n.shape
-        r, z, n = gates.view(steps, rows, 3, size).unbind(2)
-        # The gradients of what h adds to the gates are the gradient of the next h times these:
-        factors = torch.empty_like(gates).view(steps, rows, 3, size)
-        to_n = (1 - z) * (1 - n * n)
-        torch.mul(to_n, hidden_n * r * (1 - r), out=factors[:, :, 0])
-        torch.mul(hs[:-1] - n, z * (1 - z), out=factors[:, :, 1])
-        torch.mul(to_n, r, out=factors[:, :, 2])
-        recurrent = Packed(w_hh.t(), rows)
-        d_gates_h = factors  # overwritten step by step
+    def backward(ctx, d_hs, d_h, d_c=None):
+        x, w_ih, w_hh, gates, hs, kept = ctx.saved_tensors
+        steps, rows, size = d_hs.shape
+        cell = ctx.cell(gates, hs, kept)
+        recurrent = Packed(w_hh.t(), rows, ctx.bf16)
         d_h = d_h + d_hs[-1]
+        d_gates = torch.empty_like(gates)  # of what h adds to the gates
         for t in range(steps - 1, -1, -1):
-            d_gates_h[t].mul_(d_h.unsqueeze(1))
-            to_n[t].mul_(d_h)
-            passed_on = z[t] * d_h
+            d_before, d_c = cell.backward(t, d_h, d_c, d_gates[t])
             if t:
-                passed_on += d_hs[t - 1]
-            d_h = recurrent.add(d_gates_h[t].view(rows, 3 * size), passed_on)
-        d_w_hh = product_of_transposed(d_gates_h.view(-1, 3 * size), hs[:-1].flatten(0, 1))
-        d_b_hh = d_gates_h.view(-1, 3 * size).sum(0)
-        d_gates_h[:, :, 2] = to_n  # what x adds to n is not scaled by r
-        d_gates_x = d_gates_h.view(-1, 3 * size)
-        d_x = product(d_gates_x, w_ih.t()).view_as(x)
-        d_w_ih = product_of_transposed(d_gates_x, x.flatten(0, 1))
-        return d_x, d_h, d_w_ih, d_w_hh, d_gates_x.sum(0), d_b_hh
+                d_before = d_before + d_hs[t - 1]
+            d_h = recurrent.add(d_gates[t], d_before)
+        d_gates = d_gates.flatten(0, 1)
+        d_b_hh = d_gates.sum(0)
+        d_w_hh = weight_gradient(d_gates, hs[:-1].flatten(0, 1), w_hh, ctx.bf16)
+        cell.turn_into_gradients_of_x(d_gates)
+        d_x = product(d_gates, w_ih.t(), bf16=ctx.bf16).view_as(x)
+        d_w_ih = weight_gradient(d_gates, x.flatten(0, 1), w_ih, ctx.bf16)
+        return None, d_x, d_w_ih, d_w_hh, d_gates.sum(0), d_b_hh, d_h, d_c
+
+
+class GRUSteps:
+    """The element-wise part of a GRU, step by step. Its gates are r, z, n, as nn.GRU's.
+
+    gates [T, B, 3H]: at first what x adds to them; hs [T + 1, B, H];
+    hidden_n [T, B, H]: what h adds to n, before r scales it.
+    """
+
+    @staticmethod
+    def make_kept(hs, c0):
+        return torch.empty_like(hs[1:])
+
+    def __init__(self, gates, hs, hidden_n):
+        self.size = hs.size(2)
+        self.rz = gates[..., : 2 * self.size].unbind()
+        self.r, self.z, self.n = (gate.unbind() for gate in gates.split(self.size, 2))
+        self.h, self.hidden_n = hs.unbind(), hidden_n.unbind()
+        self.d_n = [None] * len(hidden_n)
+
+    def forward(self, t, from_h):
+        """Computes the gates and h of step t; from_h [B, 3H] is what the h before adds."""
+        r, z, n, hidden_n = self.r[t], self.z[t], self.n[t], self.hidden_n[t]
+        self.rz[t].add_(from_h[:, : 2 * self.size]).sigmoid_()
+        hidden_n.copy_(from_h[:, 2 * self.size :])
+        n.addcmul_(r, hidden_n).tanh_()
+        torch.lerp(n, self.h[t], z, out=self.h[t + 1])
+
+    def backward(self, t, d_h, d_c, d_gates):
+        """Fills d_gates [B, 3H]; returns the gradient of the h before, but through the gates."""
+        r, z, n, hidden_n = self.r[t], self.z[t], self.n[t], self.hidden_n[t]
+        d_r, d_z, d_hidden_n = d_gates.split(self.size, 1)
+        to_n = (1 - z) * (1 - n * n)
+        torch.mul(to_n * (hidden_n * r * (1 - r)), d_h, out=d_r)
+        torch.mul((self.h[t] - n) * (z * (1 - z)), d_h, out=d_z)
+        torch.mul(to_n * r, d_h, out=d_hidden_n)
+        self.d_n[t] = to_n * d_h
+        return z * d_h, None
+
+    def turn_into_gradients_of_x(self, d_gates):
+        """What x adds to n is not scaled by r. d_gates [T * B, 3H]"""
+        d_gates[:, 2 * self.size :] = torch.cat(self.d_n)
+
+
+class LSTMSteps:
+    """The element-wise part of an LSTM, step by step. Its gates are i, f, g, o, as nn.LSTM's.
+
+    gates [T, B, 4H]: at first what x adds to them; hs [T + 1, B, H];
+    cs [2, T + 1, B, H]: c and tanh(c).
+    """
+
+    @staticmethod
+    def make_kept(hs, c0):
+        cs = hs.new_empty(2, *hs.shape)
+        cs[0, 0] = c0
+        return cs
+
+    def __init__(self, gates, hs, cs):
+        self.size = hs.size(2)
+        self.gates = gates.unbind()
+        self.i_f = gates[..., : 2 * self.size].unbind()
+        self.i, self.f, self.g, self.o = (gate.unbind() for gate in gates.split(self.size, 2))
+        self.h, self.c, self.tanh_c = hs.unbind(), cs[0].unbind(), cs[1].unbind()
+
+    def forward(self, t, from_h):
+        """Computes the gates, c and h of step t; from_h [B, 4H] is what the h before adds."""
+        self.gates[t].add_(from_h)
+        self.i_f[t].sigmoid_()
+        g, o = self.g[t].tanh_(), self.o[t].sigmoid_()
+        c = torch.mul(self.f[t], self.c[t], out=self.c[t + 1]).addcmul_(self.i[t], g)
+        torch.mul(o, torch.tanh(c, out=self.tanh_c[t + 1]), out=self.h[t + 1])
+
+    def backward(self, t, d_h, d_c, d_gates):
+        """Fills d_gates [B, 4H]; returns the gradients of the h before, but through the gates,
+        and of the c before."""
+        i, f, g, o, tanh_c = self.i[t], self.f[t], self.g[t], self.o[t], self.tanh_c[t + 1]
+        d_i, d_f, d_g, d_o = d_gates.split(self.size, 1)
+        d_c = d_c + tanh_backward(d_h * o, tanh_c)
+        sigmoid_backward(d_h * tanh_c, o, grad_input=d_o)
+        sigmoid_backward(d_c * g, i, grad_input=d_i)
+        sigmoid_backward(d_c * self.c[t], f, grad_input=d_f)
+        tanh_backward(d_c * i, g, grad_input=d_g)
+        return torch.zeros_like(d_h), d_c * f
+
+    def turn_into_gradients_of_x(self, d_gates):
+        """What x and h add to the gates is added up."""
 
 
 # ------------------------------------------------------------ one word at a time

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 import distributed
 from attention import KINDS
-from cpu_kernels import keep_freed_memory
+from cpu_kernels import has_bf16_products, keep_freed_memory
 from data import InputError
 from model import RNN_TYPES, check_architecture
 from utils import Preempted, is_device_error, is_out_of_memory
@@ -288,7 +288,7 @@ def has_precision(device, precision, model):
             and torch.cuda.get_device_capability(device) >= (8, 0)
         )
     if precision == "bf16":
-        return device.type == "cpu" and model != "GRU"  # which has a slow form only
+        return device.type == "cpu" and has_bf16_products()
     return True
 
 
