@@ -30,69 +30,48 @@ def has_onednn(tensor):
     )
 
 
-def to_bf16(x):
-    """x [N, K] in bfloat16, with columns of zeros up to a multiple of 32.
-
-    So each row begins where a line of the processor's cache does, and products are faster.
-    """
-    if x.dtype == torch.bfloat16:
-        return x
-    padded = x.new_zeros(len(x), -(-x.size(1) // 32) * 32, dtype=torch.bfloat16)
-    padded[:, : x.size(1)] = x
-    return padded
-
-
 class Packed:
     """A matrix [N, K] packed once for many products: `Packed(w, rows)(x)` is x [rows, K] @ w.T.
 
-    oneDNN packs a matrix into the order in which the processor reads it. With `bf16` the factors
-    are rounded to bfloat16, and so is their product; biases are added in float32.
+    oneDNN packs a matrix into the order in which the processor reads it. Where w is in bfloat16, x
+    and the product are rounded to it; what is added to the product is in float32, and so is the sum.
     """
 
-    def __init__(self, weight, rows, bf16=False):
-        self.bf16 = bf16
-        weight = to_bf16(weight) if bf16 else weight
+    def __init__(self, weight, rows):
         self.onednn = has_onednn(weight)
+        self.dtype = weight.dtype
         self.weight = weight.t()
         if self.onednn:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
 
     def __call__(self, x, bias=None):
         """x [rows, K] @ w.T (+ bias [N]) -> [rows, N]."""
-        if self.bf16:
-            result = self.multiply(to_bf16(x))
-            return result.float() if bias is None else result + bias
+        if bias is not None and bias.dtype != self.dtype:
+            return self(x) + bias
+        x = x.to(self.dtype)
         if self.onednn:
-            return self.multiply(x, bias)
+            if bias is not None:
+                bias = bias.contiguous()  # the kernel assumes it
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, bias, "none", [], "")
         return x @ self.weight if bias is None else torch.addmm(bias, x, self.weight)
-
-    def multiply(self, x, bias=None):
-        if not self.onednn:
-            return x @ self.weight
-        if bias is not None:
-            bias = bias.contiguous()  # the kernel assumes it
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, bias, "none", [], "")
 
     def add(self, x, to):
         """to [rows, N] + x [rows, K] @ w.T, a new tensor."""
-        if self.bf16:
-            return to + self.multiply(to_bf16(x))
+        if to.dtype != self.dtype:
+            return to + self(x)
         if self.onednn:
             return torch.ops.mkldnn._linear_pointwise.binary(x, to, self.weight, None, "add")
         return torch.addmm(to, x, self.weight)
 
 
-def product(x, weight, bias=None, bf16=False):
+def product(x, weight, bias=None):
     """x [M, K] @ weight [N, K].T (+ bias [N]) -> [M, N]."""
-    return Packed(weight, len(x), bf16)(x, bias)
+    return Packed(weight, len(x))(x, bias)
 
 
-def weight_gradient(d_y, x, weight, bf16=False):
-    """d_y [M, N].T @ x [M, K] -> [N, K], the gradient of weight [N, K] in y = x @ weight.T."""
-    if not bf16:
-        return product(d_y.t(), x.t())
-    rows, columns = weight.shape
-    return (to_bf16(d_y).t() @ to_bf16(x))[:rows, :columns].float()
+def product_of_transposed(a, b):
+    """a [N, P].T @ b [N, Q] -> [P, Q]."""
+    return product(a.t(), b.t())
 
 
 # ------------------------------------------------------------ recurrent layers
@@ -101,58 +80,60 @@ sigmoid_backward, tanh_backward = torch.ops.aten.sigmoid_backward, torch.ops.ate
 
 
 def has_recurrent_layer(module, x, bf16):
-    """Whether `recurrent_layer` computes `module`: on a CPU a GRU, and with `bf16` an LSTM too."""
+    """Whether `recurrent_layer` computes `module`: on a CPU a GRU, or with `bf16` an LSTM as well."""
     return (
-        x.device.type == "cpu" and module.num_layers == 1 and module.bias
-        and not module.batch_first
-        and (bf16 or isinstance(module, nn.GRU) and not module.bidirectional)
+        x.device.type == "cpu" and (bf16 or isinstance(module, nn.GRU))
+        and module.num_layers == 1 and module.bias and not module.batch_first
     )
 
 
-def recurrent_layer(x, state, weights, bf16):
-    """A layer of an LSTM, or of a GRU, in one or both directions, as torch.lstm and torch.gru.
+def recurrent_layer(x, state, weights, dtype):
+    """What an LSTM or GRU of one layer, in one or two directions, computes.
 
-    x [T, B, I]; state (h, c) or h, each [directions, B, H]; weights, those of one direction after
-    the other -> (all h [T, B, directions * H], the last state).
+    x [T, B, I]; state as the module's; weights: those of one direction, then of the other; products
+    have factors of `dtype`. Returns all h [T, B, directions * H], and the last state.
     """
     is_lstm = isinstance(state, tuple)
-    states = state if is_lstm else (state,)
     outputs, last = [], []
-    for direction in range(len(states[0])):
+    for direction, begin in enumerate(zip(*state) if is_lstm else state.unsqueeze(1)):
         own = weights[4 * direction : 4 * direction + 4]
-        begin = [s[direction] for s in states]
         inputs = x.flip(0) if direction else x
-        hs, *end = RecurrentLayer.apply(bf16, inputs, *own, *begin)
+        hs, *end = RecurrentLayer.apply(dtype, inputs, *own, *begin)
         outputs.append(hs.flip(0) if direction else hs)
         last.append(end)
-    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
-    last = tuple(torch.stack(s) for s in zip(*last))
+    output = torch.cat(outputs, 2) if len(outputs) > 1 else outputs[0]
+    last = tuple(torch.stack(states) for states in zip(*last))
     return output, last if is_lstm else last[0]
 
 
 class RecurrentLayer(torch.autograd.Function):
     """One direction of an LSTM or GRU layer over all time steps.
 
-    The input's products are one large product for all time steps, the recurrent ones share a packed
-    matrix. With `bf16` all products are of factors in bfloat16, and all else is in float32.
+    torch computes a GRU on a CPU operation by operation, and an LSTM in bfloat16 with oneDNN, whose
+    h is rounded too. Here the factors of the products alone are of `dtype`. The products with x are
+    one large product for all time steps, those with h share a packed matrix.
     """
 
     @staticmethod
-    def forward(ctx, bf16, x, w_ih, w_hh, b_ih, b_hh, h0, c0=None):
-        """x [T, B, I], h0 and an LSTM's c0 [B, H] -> all h [T, B, H], the last h (and c)."""
+    def forward(ctx, dtype, x, w_ih, w_hh, b_ih, b_hh, h0, c0=None):
+        """x [T, B, I], h0 and an LSTM's c0 [B, H] -> all h [T, B, H], the last h (and c) [B, H]."""
         steps, rows, _ = x.shape
-        ctx.bf16, ctx.cell = bf16, GRUSteps if c0 is None else LSTMSteps
-        gates = product(x.flatten(0, 1), w_ih, b_ih, bf16).view(steps, rows, -1)
-        recurrent = Packed(w_hh, rows, bf16)
-        hs = x.new_empty(steps + 1, rows, w_hh.size(1))
+        size = w_hh.size(1)
+        x, w_ih, w_hh = x.flatten(0, 1).to(dtype), w_ih.to(dtype), w_hh.to(dtype)
+        gates = product(x, w_ih, b_ih).view(steps, rows, -1)
+        hs = h0.new_empty(steps + 1, rows, size)
         hs[0] = h0
-        kept = ctx.cell.make_kept(hs, c0)
+        ctx.cell = GRUSteps if c0 is None else LSTMSteps
+        kept = h0.new_empty(len(ctx.cell.KEPT), steps + 1, rows, size)
+        if c0 is not None:
+            kept[0, 0] = c0
         cell = ctx.cell(gates, hs, kept)
+        recurrent = Packed(w_hh, rows)
         for t, h in enumerate(hs[:-1]):
             cell.forward(t, recurrent(h, b_hh))
         ctx.save_for_backward(x, w_ih, w_hh, gates, hs, kept)
-        last = [hs[-1].clone()] if c0 is None else [hs[-1].clone(), kept[0, -1].clone()]
-        return hs[1:], *last
+        last = [hs[-1]] if c0 is None else [hs[-1], kept[0, -1]]
+        return hs[1:], *(state.clone() for state in last)
 
     @staticmethod
     @once_differentiable
@@ -160,107 +141,98 @@ class RecurrentLayer(torch.autograd.Function):
         x, w_ih, w_hh, gates, hs, kept = ctx.saved_tensors
         steps, rows, size = d_hs.shape
         cell = ctx.cell(gates, hs, kept)
-        recurrent = Packed(w_hh.t(), rows, ctx.bf16)
+        recurrent = Packed(w_hh.t(), rows)
+        d_gates = torch.empty_like(gates)  # the gradients of what h adds to them
         d_h = d_h + d_hs[-1]
-        d_gates = torch.empty_like(gates)  # of what h adds to the gates
         for t in range(steps - 1, -1, -1):
-            d_before, d_c = cell.backward(t, d_h, d_c, d_gates[t])
-            if t:
-                d_before = d_before + d_hs[t - 1]
+            d_before = d_hs[t - 1] if t else torch.zeros_like(d_h)
+            d_before, d_c = cell.backward(t, d_h, d_c, d_before, d_gates[t])
             d_h = recurrent.add(d_gates[t], d_before)
         d_gates = d_gates.flatten(0, 1)
-        d_b_hh = d_gates.sum(0)
-        d_w_hh = weight_gradient(d_gates, hs[:-1].flatten(0, 1), w_hh, ctx.bf16)
-        cell.turn_into_gradients_of_x(d_gates)
-        d_x = product(d_gates, w_ih.t(), bf16=ctx.bf16).view_as(x)
-        d_w_ih = weight_gradient(d_gates, x.flatten(0, 1), w_ih, ctx.bf16)
-        return None, d_x, d_w_ih, d_w_hh, d_gates.sum(0), d_b_hh, d_h, d_c
+        factor = d_gates.to(x.dtype)
+        d_w_hh = product_of_transposed(factor, hs[:-1].flatten(0, 1).to(x.dtype))
+        d_b_hh = d_b_ih = d_gates.sum(0)
+        if ctx.cell is GRUSteps:  # what x adds to n is not scaled by r
+            d_gates[:, 2 * size :] = torch.cat(cell.d_n[::-1])
+            factor, d_b_ih = d_gates.to(x.dtype), d_gates.sum(0)
+        d_x = product(factor, w_ih.t()).view(steps, rows, -1)
+        d_w_ih = product_of_transposed(factor, x)
+        products = (gradient.to(hs.dtype) for gradient in (d_x, d_w_ih, d_w_hh))
+        return None, *products, d_b_ih, d_b_hh, d_h, d_c
 
 
 class GRUSteps:
-    """The element-wise part of a GRU, step by step. Its gates are r, z, n, as nn.GRU's.
+    """The element-wise part of a GRU, step by step. Its gates are r, z, n in this order, as nn.GRU's.
 
-    gates [T, B, 3H]: at first what x adds to them; hs [T + 1, B, H];
-    hidden_n [T, B, H]: what h adds to n, before r scales it.
+    gates [T, B, 3H]: at first what x adds to them; hs [T + 1, B, H]; kept [1, T + 1, B, H]: what h
+    adds to n, before r scales it.
     """
 
-    @staticmethod
-    def make_kept(hs, c0):
-        return torch.empty_like(hs[1:])
+    KEPT = ("hidden_n",)
 
-    def __init__(self, gates, hs, hidden_n):
+    def __init__(self, gates, hs, kept):
         self.size = hs.size(2)
         self.rz = gates[..., : 2 * self.size].unbind()
         self.r, self.z, self.n = (gate.unbind() for gate in gates.split(self.size, 2))
-        self.h, self.hidden_n = hs.unbind(), hidden_n.unbind()
-        self.d_n = [None] * len(hidden_n)
+        self.h, self.hidden_n = hs.unbind(), kept[0].unbind()
+        self.d_n = []
 
     def forward(self, t, from_h):
-        """Computes the gates and h of step t; from_h [B, 3H] is what the h before adds."""
+        """Computes the gates of step t, and the h after it; from_h [B, 3H] is what h adds."""
         r, z, n, hidden_n = self.r[t], self.z[t], self.n[t], self.hidden_n[t]
         self.rz[t].add_(from_h[:, : 2 * self.size]).sigmoid_()
         hidden_n.copy_(from_h[:, 2 * self.size :])
         n.addcmul_(r, hidden_n).tanh_()
         torch.lerp(n, self.h[t], z, out=self.h[t + 1])
 
-    def backward(self, t, d_h, d_c, d_gates):
-        """Fills d_gates [B, 3H]; returns the gradient of the h before, but through the gates."""
+    def backward(self, t, d_h, d_c, d_before, d_gates):
+        """d_h [B, H] of the h after step t, d_before what else the h before it has -> d_before, d_c.
+
+        Fills d_gates [B, 3H].
+        """
         r, z, n, hidden_n = self.r[t], self.z[t], self.n[t], self.hidden_n[t]
         d_r, d_z, d_hidden_n = d_gates.split(self.size, 1)
         to_n = (1 - z) * (1 - n * n)
         torch.mul(to_n * (hidden_n * r * (1 - r)), d_h, out=d_r)
         torch.mul((self.h[t] - n) * (z * (1 - z)), d_h, out=d_z)
         torch.mul(to_n * r, d_h, out=d_hidden_n)
-        self.d_n[t] = to_n * d_h
-        return z * d_h, None
-
-    def turn_into_gradients_of_x(self, d_gates):
-        """What x adds to n is not scaled by r. d_gates [T * B, 3H]"""
-        d_gates[:, 2 * self.size :] = torch.cat(self.d_n)
+        self.d_n.append(to_n * d_h)
+        return z * d_h + d_before, None
 
 
 class LSTMSteps:
-    """The element-wise part of an LSTM, step by step. Its gates are i, f, g, o, as nn.LSTM's.
+    """The element-wise part of an LSTM. Its gates are i, f, g, o in this order, as nn.LSTM's.
 
-    gates [T, B, 4H]: at first what x adds to them; hs [T + 1, B, H];
-    cs [2, T + 1, B, H]: c and tanh(c).
+    gates [T, B, 4H]; hs [T + 1, B, H]; kept [2, T + 1, B, H]: c and tanh(c). See GRUSteps.
     """
 
-    @staticmethod
-    def make_kept(hs, c0):
-        cs = hs.new_empty(2, *hs.shape)
-        cs[0, 0] = c0
-        return cs
+    KEPT = ("c", "tanh_c")
 
-    def __init__(self, gates, hs, cs):
+    def __init__(self, gates, hs, kept):
         self.size = hs.size(2)
-        self.gates = gates.unbind()
-        self.i_f = gates[..., : 2 * self.size].unbind()
+        self.gates, self.i_f = gates.unbind(), gates[..., : 2 * self.size].unbind()
         self.i, self.f, self.g, self.o = (gate.unbind() for gate in gates.split(self.size, 2))
-        self.h, self.c, self.tanh_c = hs.unbind(), cs[0].unbind(), cs[1].unbind()
+        self.h, self.c, self.tanh_c = hs.unbind(), kept[0].unbind(), kept[1].unbind()
 
     def forward(self, t, from_h):
-        """Computes the gates, c and h of step t; from_h [B, 4H] is what the h before adds."""
+        i, f, g, o, tanh_c = self.i[t], self.f[t], self.g[t], self.o[t], self.tanh_c[t + 1]
         self.gates[t].add_(from_h)
         self.i_f[t].sigmoid_()
-        g, o = self.g[t].tanh_(), self.o[t].sigmoid_()
-        c = torch.mul(self.f[t], self.c[t], out=self.c[t + 1]).addcmul_(self.i[t], g)
-        torch.mul(o, torch.tanh(c, out=self.tanh_c[t + 1]), out=self.h[t + 1])
+        g.tanh_()
+        o.sigmoid_()
+        c = torch.mul(f, self.c[t], out=self.c[t + 1]).addcmul_(i, g)
+        torch.tanh(c, out=tanh_c)
+        torch.mul(o, tanh_c, out=self.h[t + 1])
 
-    def backward(self, t, d_h, d_c, d_gates):
-        """Fills d_gates [B, 4H]; returns the gradients of the h before, but through the gates,
-        and of the c before."""
+    def backward(self, t, d_h, d_c, d_before, d_gates):
         i, f, g, o, tanh_c = self.i[t], self.f[t], self.g[t], self.o[t], self.tanh_c[t + 1]
         d_i, d_f, d_g, d_o = d_gates.split(self.size, 1)
         d_c = d_c + tanh_backward(d_h * o, tanh_c)
-        sigmoid_backward(d_h * tanh_c, o, grad_input=d_o)
         sigmoid_backward(d_c * g, i, grad_input=d_i)
         sigmoid_backward(d_c * self.c[t], f, grad_input=d_f)
         tanh_backward(d_c * i, g, grad_input=d_g)
-        return torch.zeros_like(d_h), d_c * f
-
-    def turn_into_gradients_of_x(self, d_gates):
-        """What x and h add to the gates is added up."""
+        sigmoid_backward(d_h * tanh_c, o, grad_input=d_o)
+        return d_before, d_c * f
 
 
 # ------------------------------------------------------------ one word at a time

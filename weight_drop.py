@@ -27,7 +27,8 @@ def drop_weight(weight, dropout, variational=False):
     draws = torch.empty((weight.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
     draws = draws.view(torch.int16)[: weight.numel()].view_as(weight)
     dropped = min(round(dropout * 65536), 65535)  # of the 65,536 values a draw can take
-    return torch.where(draws >= dropped - 32768, weight * (65536 / (65536 - dropped)), 0.0)
+    kept = (draws >= dropped - 32768).to(weight.dtype)  # torch.where takes eight times as long
+    return weight * kept.mul_(65536 / (65536 - dropped))
 
 
 class WeightDrop(nn.Module):
@@ -76,9 +77,9 @@ def call_recurrent(module, weights, x, state=None, bf16=False):
         layers = module.num_layers * (1 + module.bidirectional)
         state = x.new_zeros(layers, x.size(module.batch_first ^ 1), module.hidden_size)
         state = (state, state) if is_lstm else state
-    if has_recurrent_layer(module, x, bf16):
-        return recurrent_layer(x, state, list(weights.values()), bf16)
     dtype = torch.bfloat16 if bf16 else x.dtype
+    if has_recurrent_layer(module, x, bf16):
+        return recurrent_layer(x, state, list(weights.values()), dtype)
     replaced = any(weights[name] is not own for name, own in module.named_parameters())
     if x.is_cuda and (replaced or any(w.dtype != dtype for w in weights.values())):
         weights = in_one_piece(weights, dtype)
