@@ -47,7 +47,7 @@ class Packed:
     def __call__(self, x, bias=None):
         """x [rows, K] @ w.T (+ bias [N]) -> [rows, N]."""
         if bias is not None and bias.dtype != self.dtype:
-            return self(x) + bias
+            return self(x).to(bias.dtype).add_(bias)
         x = x.to(self.dtype)
         if self.onednn:
             if bias is not None:
@@ -66,12 +66,9 @@ class Packed:
 
 def product(x, weight, bias=None):
     """x [M, K] @ weight [N, K].T (+ bias [N]) -> [M, N]."""
+    if weight.dtype == torch.bfloat16 and bias is None:
+        return x @ weight.t()  # as fast as with a packed matrix
     return Packed(weight, len(x))(x, bias)
-
-
-def product_of_transposed(a, b):
-    """a [N, P].T @ b [N, Q] -> [P, Q]."""
-    return product(a.t(), b.t())
 
 
 # ------------------------------------------------------------ recurrent layers
@@ -151,13 +148,15 @@ class RecurrentLayer(torch.autograd.Function):
             d_before, d_c = cell.backward(t, d_h, d_c, d_before, d_gates)
             d_h = recurrent.add(factors[t].copy_(d_gates), d_before)
         factors = factors.flatten(0, 1)
-        d_w_hh = product_of_transposed(factors, hs[:-1].flatten(0, 1).to(x.dtype))
+        transposed = factors.t().contiguous()
+        d_w_hh = product(transposed, hs[:-1].flatten(0, 1).to(x.dtype).t())
         d_b_hh = d_b_ih = factors.sum(0, dtype=hs.dtype)
         if ctx.cell is GRUSteps:  # what x adds to n is not scaled by r
             factors[:, 2 * size :] = torch.cat(cell.d_n[::-1])
+            transposed = factors.t().contiguous()
             d_b_ih = factors.sum(0, dtype=hs.dtype)
         d_x = product(factors, w_ih.t()).view(steps, rows, -1)
-        d_w_ih = product_of_transposed(factors, x)
+        d_w_ih = product(transposed, x.t())
         products = (gradient.to(hs.dtype) for gradient in (d_x, d_w_ih, d_w_hh))
         return None, *products, d_b_ih, d_b_hh, d_h, d_c
 
