@@ -62,7 +62,7 @@ def rows(table):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("entry", ["ptb-fast", "wt2-fast", "gru-fast", "ptb", "ptb-80", "wt2-short"])
+@pytest.mark.parametrize("entry", ENTRIES[1:-1])
 def test_a_model_is_trained_tested_and_evaluated(entry, tmp_path):
     log, table = rehearse(entry, tmp_path)
     assert "| End of training | test loss" in log.partition("pointer.py")[0]
