@@ -18,9 +18,10 @@ GPU) after three steps.
 import json
 import re
 import signal
-import sys
 from argparse import Namespace
-from contextlib import suppress
+from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from copy import copy
 from multiprocessing import get_context
 from pathlib import Path
@@ -132,16 +133,13 @@ def zipf(ntoken, shape):
 
 
 def seconds(function, device):
-    """The time of one call; on CUDA by events, on the current device."""
+    """The time of one call."""
     if device.type == "cuda":
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        function()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1000
+        torch.cuda.synchronize()
     begin = perf_counter()
     function()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
     return perf_counter() - begin
 
 
@@ -160,74 +158,63 @@ def matrix_flop(params, args):
     return 6 * weights * args.bptt * args.batch_size
 
 
-def start(function, *args):
-    """Starts a process that runs `function(connection, *args)`; returns our end of that."""
-    context = get_context("spawn")
-    ours, theirs = context.Pipe()
-    context.Process(target=function, args=(theirs, *args), daemon=True).start()
-    theirs.close()  # so that `ours` ends when the process does
-    return ours
+def new_process():
+    """A process that runs what is submitted to it; Ctrl-C ends its parent, and so ends it."""
+    ignore = signal.SIGINT, signal.SIG_IGN
+    return ProcessPoolExecutor(1, get_context("spawn"), signal.signal, ignore)
 
 
-def serve(connection, make_side, args):
-    """The process of a side: warms up, takes its turns, and sends {figure: value}."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which ends this
+TASKS = {}  # in the process of a side: {name: function without arguments}
+
+
+def set_up_side(make_side, args):
+    """Makes a side's tasks and warms up; returns its (operations of a step, peak memory)."""
     set_up_device(args)
     params, optimizer = make_side(args)
-    step, evaluation = make_tasks(params, optimizer, args)
+    TASKS["step"], TASKS["evaluation"] = make_tasks(params, optimizer, args)
     for _ in range(3):
-        step()
+        TASKS["step"]()
     on_gpu = args.device.type == "cuda"
     peak = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else process_peak_mib()
-    with suppress(EOFError):  # at the parent's end
-        time = take_turns(connection, step, args)
-        evaluation_time = take_turns(connection, evaluation, args)
-        connection.send({
-            "ms_per_step": 1e3 * time, "tokens_per_s": args.bptt * args.batch_size / time,
-            "gflops": matrix_flop(params, args) / time / 1e9, "peak_mib": peak,
-            "eval_tokens_per_s": EVALUATED / evaluation_time,
-        })
+    return matrix_flop(params, args), peak
 
 
-def take_turns(connection, task, args):
-    """The median time of `task`, which is done each time that the parent says so."""
-    times = []
-    for _ in range(args.steps):
-        connection.recv()
-        times.append(seconds(task, args.device))
-        connection.send("done")
-    return median(times)
+def time_task(name, device):
+    """The time of one call of a side's task."""
+    return seconds(TASKS[name], device)
 
 
 def measure(args):
     """Yields {name: {figure: value}} of the run, of each side, and of ours over the baseline."""
     set_up_device(args)
     sides = [("ours", our_side, args)] + [baseline(args)] * args.baseline
-    connections = {name: start(serve, *side) for name, *side in sides}
+    processes = {name: new_process() for name, *_ in sides}
+    costs = {name: processes[name].submit(set_up_side, *side).result() for name, *side in sides}
     factor = torch.randn(LARGE, LARGE, device=args.device)
     if args.precision == "bf16":
         factor = factor.bfloat16()
-    times = []
-    for _ in range(2 * args.steps):  # steps, then evaluations
-        times.append(seconds(lambda: factor @ factor, args.device))
-        for connection in connections.values():
-            connection.send("go")
-            connection.recv()
-    rows = {name: connection.recv() for name, connection in connections.items()}
-    large = 2 * LARGE**3 / median(times) / 1e9
-    for figures in rows.values():
-        figures["utilization"] = figures["gflops"] / large
+    times = defaultdict(list)
+    for task in ["step"] * args.steps + ["evaluation"] * args.steps:
+        times["product"].append(seconds(lambda: factor @ factor, args.device))
+        for name, process in processes.items():
+            times[name, task].append(process.submit(time_task, task, args.device).result())
+    times = {what: median(taken) for what, taken in times.items()}
+    large = 2 * LARGE**3 / times["product"] / 1e9
+    rows = {"run": {
+        "precision": args.precision, "device": str(args.device), "torch": torch.__version__,
+        "threads": torch.get_num_threads(), "gflops_of_large_product": large,
+    }}
+    for name, (flop, peak) in costs.items():
+        step = times[name, "step"]
+        rows[name] = {
+            "ms_per_step": 1e3 * step, "tokens_per_s": args.bptt * args.batch_size / step,
+            "utilization": flop / step / 1e9 / large, "peak_mib": peak,
+            "eval_tokens_per_s": EVALUATED / times[name, "evaluation"],
+        }
     if args.baseline:
-        ours, theirs = rows.values()
+        _, ours, theirs = rows.values()
         rows["ratio"] = {figure: ours[figure] / theirs[figure] for figure in ours}
-    yield {
-        "run": {
-            "flags": " ".join(sys.argv[1:]), "precision": args.precision,
-            "device": str(args.device), "torch": torch.__version__,
-            "threads": torch.get_num_threads(), "gflops_of_large_product": large,
-        },
-        **rows,
-    }
+    yield rows
 
 
 def profile(args):
@@ -263,14 +250,14 @@ def operation_times(events):
 
 
 def read(args, ntoken=267_735):
-    """Yields {"corpus": what read_corpus sends} of corpora of so many million tokens.
+    """Yields {"corpus": {figure: value}} of reading corpora of so many million tokens.
 
-    They are made with WikiText-103's number of words, and each is read in a process of its own.
+    They have WikiText-103's number of words, and each is read in a process of its own.
     """
     for millions in args.read:
         with TemporaryDirectory() as folder:
             write_corpus(folder, int(millions * 1e6), ntoken)
-            yield {"corpus": start(read_corpus, folder, args).recv()}
+            yield {"corpus": new_process().submit(read_corpus, folder).result()}
 
 
 def write_corpus(folder, tokens, ntoken):
@@ -282,23 +269,16 @@ def write_corpus(folder, tokens, ntoken):
                 print(*zipf(ntoken, [99]).tolist(), file=file)
 
 
-def read_corpus(connection, folder, args):
-    """The process of `read`: sends {figure: value} of reading and of a first step of training.
-
-    The peak memory is what reading added. The step is of random words, through the split softmax.
-    """
+def read_corpus(folder):
+    """{figure: value} of reading; the peak memory is what reading added, over that of the ids."""
     before, begin = process_peak_mib(), perf_counter()
     corpus = Corpus(folder)
     elapsed, added = perf_counter() - begin, process_peak_mib() - before
-    set_up_device(args)
-    args.ntoken = len(corpus.dictionary)
-    step, _ = make_tasks(*our_side(args), args)
     tokens = len(corpus.train)
-    connection.send({
-        "tokens": tokens, "words": args.ntoken, "tokens_per_s": tokens / elapsed,
+    return {
+        "tokens": tokens, "words": len(corpus.dictionary), "tokens_per_s": tokens / elapsed,
         "peak_over_ids": added * 2**20 / corpus.train.nbytes,
-        "ms_first_step": 1e3 * seconds(step, args.device),
-    })
+    }
 
 
 # ------------------------------------------------------------ the command line
@@ -344,8 +324,8 @@ def main():
     try:
         for rows in task(args):
             report(rows, args.json)
-    except EOFError:
-        raise InputError("a process that measures has ended; lower the sizes") from None
+    except BrokenProcessPool:
+        raise InputError("a process that measures was killed; lower the sizes") from None
 
 
 if __name__ == "__main__":

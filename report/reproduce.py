@@ -8,9 +8,7 @@ resumes what was interrupted and skips what is done. Whenever a run ends, the re
 again: README.md, with tables and figures.
 """
 
-import json
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -19,16 +17,15 @@ from pathlib import Path
 
 import torch
 
+from checkpoint import STATE
 from data import InputError
-from checkpoint import STATE, load, write_atomically
 from flags import Parser, device, run
-from utils import Preemption
 from report.experiments import EXPERIMENTS, SCALES, command, flags_of, hours, model_path
 from report.plot import import_matplotlib
-from report.results import DONE, write_results
+from report.results import LOG, read_log, write_results
+from utils import Preemption
 
 ROOT = Path(__file__).resolve().parent.parent
-LOG = "log.txt"  # beside the model
 
 
 def list_experiments(names, scale, out):
@@ -61,23 +58,17 @@ def start(name, scale, out, device, threads):
         )
 
 
-def record_end(model, status):
-    """Writes what a run found beside its model. Raises InputError if the run failed."""
-    text = model.with_name(LOG).read_text(encoding="utf-8", errors="replace")
-    test = text.rpartition("| End of training |")[2]
-    ppl = re.search(r"test ppl +(\S+) \|", test)
-    if status or not ppl:
-        raise InputError(
-            f"exit status {status}, see {model.with_name(LOG)}: {text.splitlines()[-1]}"
-        )
-    parts = re.findall(r"\| (\w+) +\| loss +\S+ \| ppl +(\S+) \|", test)  # of biLM
-    found = {
-        "parameters": sum(p.numel() for p in load(model)[0].parameters()),
-        "test_ppl": float(ppl[1]),
-        "parts": {part: float(ppl) for part, ppl in parts},
-    }
-    write_atomically(model.with_name(DONE), json.dumps(found, indent=1).encode())
-    return found
+def end(name, status, out, scale):
+    """Reports the end of an experiment, and writes the results; returns whether it succeeded."""
+    _, test = read_log(out, name)
+    if status == 0 and test:
+        print(f"{name}: done, test ppl {test['test']:.2f}", flush=True)
+        write_results(out, scale)
+        return True
+    log = model_path(out, name).with_name(LOG)
+    *_, last = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    print(f"reproduce.py: error: {name}: exit status {status}, see {log}: {last}", file=sys.stderr)
+    return False
 
 
 def run_all(names, scale, out, devices, check):
@@ -86,7 +77,7 @@ def run_all(names, scale, out, devices, check):
     `check` is called again and again; if it raises, all runs save their state and end.
     """
     threads = max(1, torch.get_num_threads() // len(devices))
-    waiting = [name for name in names if not model_path(out, name).with_name(DONE).exists()]
+    waiting = [name for name in names if not read_log(out, name)[1]]
     idle, running, failed = list(devices), {}, []
     try:
         while waiting or running:
@@ -97,18 +88,12 @@ def run_all(names, scale, out, devices, check):
                 where = idle.pop(0)
                 running[name] = start(name, scale, out, where, threads), where
             for name, (process, where) in list(running.items()):
-                if process.poll() is None:
-                    continue
-                del running[name]
-                idle.append(where)
-                try:
-                    found = record_end(model_path(out, name), process.returncode)
-                    print(f"{name}: done, test ppl {found['test_ppl']:.2f}", flush=True)
-                    write_results(out, scale)
-                except InputError as error:
-                    print(f"reproduce.py: error: {name}: {error}", file=sys.stderr, flush=True)
-                    failed.append(name)
-                    waiting = [n for n in waiting if EXPERIMENTS[n].base != name]
+                if process.poll() is not None:
+                    del running[name]
+                    idle.append(where)
+                    if not end(name, process.returncode, out, scale):
+                        failed.append(name)
+                        waiting = [n for n in waiting if EXPERIMENTS[n].base != name]
             time.sleep(0.1)
     finally:
         for process, _ in running.values():
