@@ -10,6 +10,7 @@ UTF-8, whatever the locale.
 import math
 import os
 import sys
+from contextlib import nullcontext
 from itertools import islice
 
 import torch
@@ -126,7 +127,8 @@ def parse_args(argv=None):
         help="draw from the fewest words that have the probability P (default: 1, from all)")
     add("--no-unk", action="store_true", help=f"never write {UNK}")
     add("--seed", type=number(int, 0, 2**32), default=1111, help="random seed (default: 1111)")
-    add("--outf", default="-", metavar="FILE", help="new file to write (default: -, standard output)")
+    add("--outf", default="-", metavar="FILE",
+        help="new file to write (default: -, standard output)")
     add("--log-interval", type=count, default=100, metavar="N",
         help="words between reports when writing to a file (default: 100)")
     add("--interactive", action="store_true",
@@ -141,10 +143,11 @@ def main(argv=None):
     params, dictionary = load_for_use(args.checkpoint, args)
     banned = [dictionary.word2idx[UNK]] if args.no_unk and UNK in dictionary.word2idx else []
     generator = Generator(params, args.seed, args.temperature, args.top_k, args.top_p, banned)
-    out = sys.stdout if args.outf == "-" else open(args.outf, "x", encoding="utf-8")
     lines = ask_for_lines() if args.interactive else [os.fsencode(args.prompt)]
-    for prompt in words_of_lines(lines, "prompt"):
-        write_text(prompt, generator, dictionary, out, args)
+    to_file = args.outf != "-"
+    with open(args.outf, "x", encoding="utf-8") if to_file else nullcontext(sys.stdout) as out:
+        for prompt in words_of_lines(lines, "prompt"):
+            write_text(prompt, generator, dictionary, out, args)
     return 0
 
 
