@@ -117,10 +117,10 @@ def encode(words, dictionary, path):
     return [ids[UNK if word in unknown else word] for word in words], unknown
 
 
-def name_commonest(words, most=5):
-    """The `most` commonest of a Counter of words, quoted, for a message."""
-    named = ", ".join(repr(word) for word, _ in words.most_common(most))
-    return named + (f" and {len(words) - most} others" if len(words) > most else "")
+def name_commonest(words):
+    """The five commonest of a Counter of words, quoted, for a message."""
+    named = ", ".join(repr(word) for word, _ in words.most_common(5))
+    return f"{named} and {len(words) - 5} others" if len(words) > 5 else named
 
 
 def unigram(train, ntoken):

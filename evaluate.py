@@ -10,6 +10,7 @@ in <eos>, which is predicted too; before the first word stands an <eos>.
 import sys
 from argparse import Namespace
 from collections import Counter
+from contextlib import nullcontext
 
 import torch
 
@@ -70,8 +71,6 @@ def parse_args(argv=None):
              "first begins without its context (default: 1)")
     add_device_flags(parser)
     args = parser.parse_args(argv)
-    if args.text.count("-") > 1:
-        parser.error("-: standard input can be read once; name it once")
     if args.per_line and args.batch_size > 1:
         parser.error("--batch_size: has no effect with --per-line, which reads one line at a time")
     return args
@@ -84,7 +83,7 @@ def main(argv=None):
     if args.per_line:
         print("ppl\tloss\ttokens\tunknown\ttext", flush=True)
     for path in args.text:
-        with sys.stdin.buffer if path == "-" else open(path, "rb") as lines:
+        with nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as lines:
             score_file(params, dictionary, path, words_of_lines(lines, path), args)
     return 2 if log.failed else 0
 

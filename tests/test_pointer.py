@@ -12,16 +12,16 @@ import pointer
 from conftest import invoke, make_params
 from data import Corpus
 from dynamic_evaluation import read
-from pointer import best_lambda, evaluate_cache, mixture_loss, tune_cache
+from pointer import best_lambda, evaluate_cache, tune_cache
 from train import evaluate
 from checkpoint import build_params, read_checkpoint
 
 V = 12
 
 
-def make_varied_params(*args, **kwargs):
+def make_varied_params(**kwargs):
     """A model in float64 whose states differ, so that theta matters."""
-    params = make_params(*args, ntoken=V, dtype=torch.float64, **kwargs)
+    params = make_params(ntoken=V, dtype=torch.float64, **kwargs)
     params[0].encoder.weight.data.mul_(20)
     return params.eval()
 
@@ -46,39 +46,22 @@ def loss_word_by_word(params, ids, theta, lambdasm, window):
     return total / (len(ids) - 1)
 
 
-@pytest.mark.parametrize("window", [1, 5, 30, 200])
-@pytest.mark.parametrize("bptt", [4, 1000])
-@pytest.mark.parametrize("theta", [0.0, 3.0])
-def test_the_cache_is_the_papers(window, bptt, theta, monkeypatch):
+@pytest.mark.parametrize(
+    "model",
+    [{}, {"rnn_type": "GRU"}, {"rnn_type": "biLM"}, {"attention": "combined"}, {"splits": [4, 8]}],
+)
+@pytest.mark.parametrize(
+    ("window", "bptt", "theta"), [(1, 4, 3.0), (5, 1000, 0.0), (30, 4, 3.0), (200, 1000, 3.0)]
+)
+def test_the_cache_is_the_papers(window, bptt, theta, model, monkeypatch):
+    """With attention, the states that it has joined are cached."""
     monkeypatch.setattr(pointer, "CHUNK", 7)
-    params, ids = make_varied_params(), torch.randint(V, (60,))
+    params, ids = make_varied_params(**model), torch.randint(V, (60,))
     with_cache, without = evaluate_cache(read(params, ids, bptt), theta, 0.4, window)
     assert with_cache == pytest.approx(loss_word_by_word(params, ids, theta, 0.4, window), rel=1e-9)
     assert without == pytest.approx(evaluate(params, ids, 1, 70), rel=1e-9)
     assert with_cache != pytest.approx(without, rel=1e-3)
     assert evaluate_cache(read(params, ids, bptt), theta, 0.0, window) == (without, without)
-
-
-@pytest.mark.parametrize(
-    ("rnn_type", "changes"),
-    [
-        ("GRU", {}), ("biLM", {}), ("LSTM", {"attention": "single"}),
-        ("LSTM", {"attention": "combined"}), ("LSTM", {"splits": [4, 8]}),
-    ],
-)
-def test_other_models(rnn_type, changes):
-    """With attention, the states that it has joined are cached."""
-    params = make_varied_params(rnn_type, **changes)
-    ids = torch.randint(V, (40,))
-    found, _ = evaluate_cache(read(params, ids, 9), 1.0, 0.3, 20)
-    assert found == pytest.approx(loss_word_by_word(params, ids, 1.0, 0.3, 20), rel=1e-9)
-
-
-def test_a_word_that_the_model_excludes_has_its_share_of_the_cache():
-    logprob = torch.tensor([-1.0, -800.0], dtype=torch.float64)  # exp(-800) is 0
-    for p_cache, expected in ((0.5, -math.log(0.3 * 0.5)), (0.0, 800 - math.log(0.7))):
-        found = mixture_loss(logprob, torch.tensor([0.0, p_cache], dtype=torch.float64), 0.3)
-        assert found == pytest.approx((1 + expected) / 2)
 
 
 def test_the_best_lambda():
@@ -113,20 +96,6 @@ def ppls(out, name):
     return [float(ppl) for ppl in re.findall(rf"\| {name} \|.* (?:valid|test) ppl +(\S+)", out)]
 
 
-def test_windows_longer_than_cudnn_takes_are_split(run, monkeypatch):
-    lengths, real = [], pointer.read
-
-    def recorded(params, ids, length, *rule):
-        lengths.append(length)
-        return real(params, ids, length, *rule)
-
-    monkeypatch.setattr(pointer, "LONGEST", 7)
-    monkeypatch.setattr(pointer, "read", recorded)
-    status, _, err = run("--bptt", "1000", "--dynamic", "--split", "test")
-    assert (status, err) == (0, "")
-    assert sorted(lengths) == [5, 7]  # a segment of dynamic evaluation, a window of the model alone
-
-
 def test_the_published_command(trained, corpus_dir, cli):
     before = trained.read_bytes()
     flags = "--lambdasm 0.1279 --theta 0.662 --window 3785 --bptt 2000 --model LSTM".split()
@@ -139,12 +108,6 @@ def test_the_published_command(trained, corpus_dir, cli):
     assert ppls(done.stdout, "End of training") == found[:1]
     assert trained.read_bytes() == before
     assert list(cli.folder.iterdir()) == []
-
-
-def test_tuned_it_is_no_worse_on_what_it_was_tuned_on(run):
-    status, out, err = run("--tune")
-    assert (status, err) == (0, "")
-    assert ppls(out, "with cache")[0] <= ppls(out, "model alone")[0]
 
 
 @pytest.mark.parametrize(("rule", "lr"), [("rms", "0.001"), ("sgd", "1")])
@@ -171,6 +134,7 @@ def test_dynamic_evaluation_is_tuned_first(run):
     ppl = {row[:2]: float(row[2]) for row in tried}
     assert ppl[found] == min(ppl.values())
     assert "Best on valid: --theta" in out
+    assert ppls(out, "dynamic and cache") <= ppls(out, "dynamic")
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -195,6 +159,11 @@ def test_a_reading_that_is_cut_short_reports_what_was_read(dynamic, run, trained
         (["--data", "absent"], "absent/train.txt"),
         (["--data", "sample"], "--data sample"),
         (["--lambdasm", "1.5"], "--lambdasm"),
+        (["--decay", "0.1"], "--decay 0.1: has no effect without --dynamic"),
+        (["--dynamic", "sgd", "--epsilon", "1"], "--epsilon 1: has no effect"),
+        (["--dynamic", "--tune-words", "9"], "--tune-words 9: has no effect"),
+        (["--lambdasm", "0", "--theta", "1"], "--theta 1: has no effect"),
+        (["--lambdasm", "0", "--tune"], "--tune"),
         (["--cuda", "--device", "cpu"], "--cuda"),
     ],
 )
