@@ -110,8 +110,9 @@ def baseline(args):
     return f"plain PyTorch in {args.precision}", plain_side, args
 
 
-def make_tasks(params, optimizer, args):
-    """(step, evaluation), functions without arguments, on random words."""
+def make_tasks(make_side, args):
+    """(params, {name: function without arguments}) of a side, on random words."""
+    params, optimizer = make_side(args)
     torch.manual_seed(0)  # the same words for both sides
     shapes = (args.bptt, args.batch_size), (args.bptt * args.batch_size,), (EVALUATED + 1,)
     data, targets, ids = (zipf(args.ntoken, shape).to(args.device) for shape in shapes)
@@ -121,7 +122,7 @@ def make_tasks(params, optimizer, args):
         nonlocal hidden
         _, hidden = train_step(objective, optimizer, data, targets, hidden, args)
 
-    return step, lambda: score(params, ids, args)
+    return params, {"step": step, "evaluation": lambda: score(params, ids, args)}
 
 
 def zipf(ntoken, shape):
@@ -164,16 +165,16 @@ def new_process():
     return ProcessPoolExecutor(1, get_context("spawn"), signal.signal, ignore)
 
 
-TASKS = {}  # in the process of a side: {name: function without arguments}
+TASKS = {}  # of the side, in its process
 
 
 def set_up_side(make_side, args):
-    """Makes a side's tasks and warms up; returns its (operations of a step, peak memory)."""
+    """Makes a side's tasks and warms up; returns (operations of a step, peak memory in MiB)."""
     set_up_device(args)
-    params, optimizer = make_side(args)
-    TASKS["step"], TASKS["evaluation"] = make_tasks(params, optimizer, args)
+    params, tasks = make_tasks(make_side, args)
+    TASKS.update(tasks)
     for _ in range(3):
-        TASKS["step"]()
+        tasks["step"]()
     on_gpu = args.device.type == "cuda"
     peak = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else process_peak_mib()
     return matrix_flop(params, args), peak
@@ -224,7 +225,8 @@ def profile(args):
     operations that take most (on CUDA the kernels).
     """
     set_up_device(args)
-    for name, function in zip(("step", "evaluation"), make_tasks(*our_side(args), args)):
+    _, tasks = make_tasks(our_side, args)
+    for name, function in tasks.items():
         whole = 1e3 * median(seconds(function, args.device) for _ in range(args.steps))
         with torch.profiler.profile() as profiled:
             function()

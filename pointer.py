@@ -23,9 +23,7 @@ from tqdm import tqdm
 from checkpoint import check_vocabulary, load_for_use
 from data import Corpus
 from dynamic_evaluation import Rule, read, root_mean_square
-from flags import (
-    Parser, add_device_flags, coefficient, count, format_flag, number, rate, run, steps,
-)
+from flags import Parser, add_device_flags, coefficient, count, number, rate, run, steps
 from utils import log, loss_columns
 
 CHUNK = 256  # words whose attention over the cache is computed at once
@@ -34,6 +32,7 @@ THETAS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0)
 WINDOWS = (50, 100, 200, 500, 1000, 2000, 3785)
 RATES = {"rms": (3e-5, 5e-5, 7e-5, 1e-4, 2e-4), "sgd": (0.003, 0.01, 0.03, 0.1)}
 DECAYS = {"rms": (1e-3, 2e-3, 5e-3), "sgd": (0.0, 1e-3, 5e-3)}
+DYNAMIC_FLAGS = ("lr", "decay", "epsilon", "segment", "statistics", "tune_words")
 DEFAULTS = {"rms": {"lr": 5e-5, "decay": 2e-3}, "sgd": {"lr": 0.01, "decay": 1e-3}}
 
 
@@ -209,40 +208,34 @@ def parse_args(argv=None):
     add("--window", 500, "pairs in the cache", type=count)
     add("--theta", 1.0, "flattens (low) or sharpens (high) the weighting of similar states in the "
         "cache", type=coefficient)
-    add("--lambdasm", 0.1, "the cache's share of the mixture, 0 for no cache", type=rate)
+    add("--lambdasm", 0.1, "the cache's share of the mixture; 0 for no cache, whatever --theta and "
+        "--window are", type=rate)
     add("--dynamic", None, "dynamic evaluation, by the rule rms (if none is named) or sgd",
         choices=list(RATES), nargs="?", const="rms")
     add("--lr", None, "learning rate of dynamic evaluation (default: 5e-5 with rms, 0.01 with sgd)",
         type=coefficient)
     add("--decay", None, "decay of dynamic evaluation (default: 0.002 with rms, 0.001 with sgd)",
         type=rate)
-    add("--epsilon", 2e-5, "what rms adds to the root mean square of a gradient",
+    add("--epsilon", 2e-5, "what the rule rms adds to the root mean square of a gradient",
         type=number(float, 0, open_low=True))
     add("--segment", 5, "words between the steps of dynamic evaluation", type=steps)
-    add("--statistics", None, "windows of training text, 100 times 5 words, on which rms measures "
-        "gradients (default: all)", type=count, metavar="N")
+    add("--statistics", None, "windows of training text, 100 times 5 words, on which the rule rms "
+        "measures gradients (default: all)", type=count, metavar="N")
     add("--tune", False, "first search theta, lambda and the window (and before them the rate and "
         "the decay of dynamic evaluation) on the validation split", action="store_true")
-    add("--tune-words", 20_000, "words of the validation split on which each rate and decay is "
-        "tried", type=count, metavar="N")
+    add("--tune-words", 20_000, "words of the validation split on which --tune tries each rate and "
+        "decay of dynamic evaluation", type=count, metavar="N")
     add("--split", ["valid", "test"], "what to evaluate", choices=["valid", "test"], nargs="+")
     add("--seconds", math.inf, "stop reading a split after N seconds, and report on what was read "
         "(default: read all; --tune always does)", type=number(float, 0, open_low=True),
         metavar="N")
-    add("--bptt", 2000, "words read at once, without dynamic evaluation", type=steps)
+    add("--bptt", 2000, "words read at once by weights that are fixed", type=steps)
     add_device_flags(parser)
     given = vars(parser.parse_args(argv))
     args = Namespace(**{**parser.defaults, **DEFAULTS.get(given.get("dynamic"), {}), **given})
-    for flags, is_used, needed in (
-        (("lr", "decay", "segment"), args.dynamic, "--dynamic"),
-        (("epsilon", "statistics"), args.dynamic == "rms", "--dynamic rms"),
-        (("tune_words",), args.dynamic and args.tune, "--dynamic and --tune"),
-        (("theta", "window"), args.lambdasm, "--lambdasm above 0"),
-        (("tune",), args.dynamic or args.lambdasm, "--dynamic or --lambdasm above 0"),
-    ):
-        for flag in given.keys() & flags:
-            if not is_used:
-                parser.error(f"{format_flag(flag, given[flag])}: has no effect without {needed}")
+    for flag in DYNAMIC_FLAGS:
+        if flag in given and not args.dynamic:
+            parser.error(f"--{flag.replace('_', '-')}: has no effect without --dynamic")
     return args
 
 

@@ -50,7 +50,7 @@ def start(name, scale, out, device, threads):
     line = f"python {shlex.join(argv)}"
     print(f"{name}: {line}", flush=True)
     with open(model.with_name(LOG), "a", encoding="utf-8") as log:
-        print(f"# {time.strftime('%Y-%m-%d %H:%M:%S %Z')}: {line}", file=log, flush=True)
+        print(f"# {line}", file=log, flush=True)
         return subprocess.Popen(
             [sys.executable, ROOT / argv[0], *argv[1:]], stdout=log, stderr=log,
             start_new_session=True,  # Ctrl-C reaches only the parent, which passes it on

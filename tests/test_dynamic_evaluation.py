@@ -60,6 +60,15 @@ def test_the_update_is_the_papers(name, lr, decay, params):
     assert not all(map(torch.equal, weights, trained))
 
 
+def test_the_weights_are_restored_where_reading_is_cut_short(params):
+    before = [weight.detach().clone() for weight in params.parameters()]
+    pieces = read(params, torch.randint(V, (43,)), 5, Rule(params, 1.0, 0.0))
+    next(pieces), next(pieces)
+    assert not all(map(torch.equal, before, params.parameters()))
+    pieces.close()
+    assert all(map(torch.equal, before, params.parameters()))
+
+
 def test_weight_drop_and_dropout_stay_off(params):
     """Though recurrent layers are in training mode: cuDNN's have no backward pass in evaluation."""
     for module in (params[0], *params[0].rnns):

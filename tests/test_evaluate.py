@@ -1,4 +1,4 @@
-"""Scores of text against the model word by word, in float64."""
+"""Scores of text against those of one pass of the model, in float64."""
 
 import io
 import math
@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 import evaluate
 import generate
@@ -20,27 +21,18 @@ def run(*argv):
 
 
 def loss_of(path, text):
-    """The mean loss of the words of `text`, which an <eos> precedes, one word at a time.
-
-    A biLM predicts each from both sides.
-    """
-    ids = [load(path)[1].word2idx[word] for word in ("<eos>", *text.split())]
+    """The mean loss of the words of `text`, which an <eos> precedes; a biLM reads both sides."""
+    dictionary = load(path)[1]
+    words = torch.tensor([[dictionary.word2idx[word]] for word in ("<eos>", *text.split())])
     model, criterion = build_params(read_checkpoint(path)).eval().double()
-    total = 0.0
-    for t in range(1, len(ids)):
-        with torch.no_grad():
-            words = torch.tensor(ids[:t]).unsqueeze(1)
-            state = model(words, model.init_hidden(1))[0][-1:]
-            if model.rnn_type == "biLM":
-                after = torch.zeros_like(state)
-                if ids[t + 1 :]:
-                    words = torch.tensor(ids[t + 1 :]).flip(0).unsqueeze(1)
-                    hidden = model.init_hidden(1)[len(model.rnns) :]
-                    after = model.read_backward(words, hidden)[0][-1:]
-                state = model.combine(state, after)
-            logprob = criterion.logprob(model.decoder.weight, model.decoder.bias, state)
-            total -= logprob[0, ids[t]].item()
-    return total / (len(ids) - 1)
+    with torch.no_grad():
+        states, _ = model(words[:-1], model.init_hidden(1))
+        if model.rnn_type == "biLM":
+            hidden = model.init_hidden(1)[len(model.rnns) :]
+            after = model.read_backward(words[1:].flip(0), hidden)[0].flip(0)
+            states = model.combine(states, F.pad(after[1:], (0, 0, 0, 1)))
+        logprob = criterion.logprob(model.decoder.weight, model.decoder.bias, states)
+    return -logprob.gather(1, words[1:]).mean().item()
 
 
 TEXT = "ann sees the dog\n\nbob likes  the cat\n"
