@@ -56,7 +56,7 @@ LARGE = 2048  # rows and columns of the large product's factors
 
 
 class Plain(RNNModel):
-    """RNNModel as one would write it first, with nothing made fast."""
+    """RNNModel in its plainest form, without optimizations."""
 
     def mask(self, x, like, rate):
         """`x` times one dropout mask of the shape of `like`."""
@@ -160,12 +160,12 @@ def matrix_flop(params, args):
 
 
 def new_process():
-    """A process that runs what is submitted to it; Ctrl-C ends its parent, and so ends it."""
+    """A process that runs what is submitted to it. It leaves Ctrl-C to its parent."""
     ignore = signal.SIGINT, signal.SIG_IGN
     return ProcessPoolExecutor(1, get_context("spawn"), signal.signal, ignore)
 
 
-TASKS = {}  # of the side, in its process
+TASKS = {}  # those of a side, in its own process
 
 
 def set_up_side(make_side, args):
@@ -191,9 +191,8 @@ def measure(args):
     sides = [("ours", our_side, args)] + [baseline(args)] * args.baseline
     processes = {name: new_process() for name, *_ in sides}
     costs = {name: processes[name].submit(set_up_side, *side).result() for name, *side in sides}
-    factor = torch.randn(LARGE, LARGE, device=args.device)
-    if args.precision == "bf16":
-        factor = factor.bfloat16()
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    factor = torch.randn(LARGE, LARGE, device=args.device, dtype=dtype)
     times = defaultdict(list)
     for task in ["step"] * args.steps + ["evaluation"] * args.steps:
         times["product"].append(seconds(lambda: factor @ factor, args.device))
@@ -221,8 +220,8 @@ def measure(args):
 def profile(args):
     """Yields, for a step and an evaluation of ours, {name: {figure: value}}.
 
-    First the time without the profiler and the share of it in which nothing runs; then the
-    operations that take most (on CUDA the kernels).
+    First the time without the profiler, and the share of it in which nothing runs; then the
+    operations (on CUDA: the kernels) that take the most time.
     """
     set_up_device(args)
     _, tasks = make_tasks(our_side, args)
@@ -239,7 +238,7 @@ def profile(args):
 def operation_times(events):
     """{operation: ms} of a profile; of one on CUDA {kernel or copy: ms}.
 
-    The other events there, operations and annotations, have the same time once more.
+    On CUDA, the operations and annotations count the time of their kernels a second time.
     """
     kernels = {
         event.key: event.self_device_time_total / 1000 for event in events
@@ -293,10 +292,10 @@ def parse_args(argv=None):
     add("--ntoken", None, "size of the vocabulary (default: the recipe's)", type=count)
     add("--baseline", False, "run plain PyTorch beside it, step for step; in float32 where ours "
         "has bf16; with --attention, our model without it", action="store_true")
-    add("--steps", 15, "steps timed, and evaluations", type=count)
+    add("--steps", 15, "steps that are timed, and evaluations", type=count)
     add("--json", False, "print a JSON object", action="store_true")
-    add("--profile", False, "print what the time is spent in instead", action="store_true")
-    add("--read", [], "read corpora of so many million tokens instead", nargs="+",
+    add("--profile", False, "print which operations take the time, instead", action="store_true")
+    add("--read", [], "time the reading of corpora of so many million tokens, instead", nargs="+",
         type=number(float, 0.01, 1e5))
     given = parser.parse_args(argv)
     sizes = SIZES[vars(given).pop("recipe", "ptb")]

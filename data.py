@@ -16,7 +16,7 @@ SPLITS = ("train", "valid", "test")
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used. The message is one line: what, and what to do."""
+    """The user's input cannot be used. The message is one line: what is wrong, and what to do."""
 
 
 class Dictionary:
@@ -31,14 +31,14 @@ class Dictionary:
 
 
 class Corpus:
-    """A corpus in three splits, read anew each time: no cache that could go stale.
+    """A corpus in three splits. The text is read each time; nothing is cached.
 
     `path` is a folder with train.txt, valid.txt and test.txt (UTF-8, tokens separated by white
     space, each line ends in an implied <eos>), or "sample" for the corpus that is built from
     Python's own documentation. `dictionary` covers all three splits, as in published results;
     `train`, `valid`, `test` are int64 id vectors; `digest` is the SHA-256 of the text read.
 
-    Raises InputError, naming the file, for a split that is missing, empty, binary or not UTF-8.
+    Raises InputError, naming the file, if a split is missing, empty, binary or not UTF-8.
     """
 
     def __init__(self, path):
@@ -88,7 +88,7 @@ class Corpus:
 def words_of_lines(lines, name):
     """Yields the words of each of `lines`, bytes: UTF-8 (a BOM is ignored), white space between.
 
-    Raises InputError, naming `name` and the line, for what is no text.
+    Raises InputError, with `name` and the line, where that is no text.
     """
     for number, line in enumerate(lines, 1):
         if number == 1:

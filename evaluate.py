@@ -4,7 +4,7 @@
     echo "the company said it would not" | python evaluate.py --checkpoint PTB.pt --per-line
 
 Text is as for training: UTF-8, tokens separated by white space, a sentence a line. Each line ends
-in <eos>, which is predicted too; before the first word stands an <eos>.
+in <eos>, which is predicted too; another <eos> precedes the first word.
 """
 
 import sys

@@ -42,7 +42,7 @@ class Generator:
     """Draws words from a model; `text` is an endless stream of ids.
 
     The next word's log-probabilities are divided by `temperature`, then truncated; the ids in
-    `banned` are never drawn. Draws are made on the model's device, in float64 where it has that.
+    `banned` are never drawn. Draws are made on the model's device, in float64 if it has that.
     """
 
     def __init__(self, params, seed, temperature=1.0, top_k=0, top_p=1.0, banned=()):
@@ -73,7 +73,7 @@ class Generator:
         probability = (logits / self.temperature).softmax(-1)
         if self.top_k or self.top_p < 1:
             probability = truncate(probability, self.top_k, self.top_p)
-        # The word with the shortest exponential waiting time at the rate p. torch.multinomial has
+        # The word with the shortest exponential waiting time at the rate p: torch.multinomial has
         # drawn words of probability 0 on some devices.
         times = torch.empty_like(probability).exponential_(generator=self.random)
         return (probability / times.clamp_(min=torch.finfo(times.dtype).tiny)).argmax(-1)

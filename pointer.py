@@ -65,7 +65,7 @@ def cache_probabilities(pieces, thetas, windows):
         recent_words = torch.cat([recent_words[-max(windows) :], words])
         places = torch.arange(len(recent_words), device=words.device)
         for window in windows:
-            cached = slice(-window - len(words), -1)  # for one of the words or another
+            cached = slice(-window - len(words), -1)  # by the first of the words to the last
             age = places[-len(words) :, None] - places[cached]  # [T, P]
             outside = (age < 1) | (age > window)
             products = states @ recent_states[cached].t()
@@ -193,9 +193,9 @@ def report(reader, ids, split, args):
         losses = {"model alone": mean_loss(fixed), "dynamic": loss}
     if args.lambdasm:
         losses["dynamic and cache" if args.dynamic else "with cache"] = with_cache
-    part = f" | {reader.words:,} of {len(ids) - 1:,} tokens" if args.seconds < math.inf else ""
+    coverage = f" | {reader.words:,} of {len(ids) - 1:,} tokens" if args.seconds < math.inf else ""
     for name, value in losses.items():
-        columns = loss_columns(value, f"{split} ") + part
+        columns = loss_columns(value, f"{split} ") + coverage
         log(f"| {name} | {columns}")
     return columns
 

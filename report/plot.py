@@ -65,18 +65,18 @@ def draw(runs, fields=("valid_ppl",), against="epochs", title="", reference=None
     axes = figure.add_subplot(title=title)
     axes.grid(alpha=0.3, which="both")
 
-    def plot(epochs, field, *style, **look):
-        places = [epoch["epoch" if against == "epochs" else "minutes"] for epoch in epochs]
-        axes.plot(places, [epoch.get(field) for epoch in epochs], *style, **look)
+    def plot(epochs, field, style, **kwargs):
+        x = [epoch["epoch" if against == "epochs" else "minutes"] for epoch in epochs]
+        axes.plot(x, [epoch.get(field) for epoch in epochs], style, **kwargs)
 
     for (name, epochs), style in zip((reference or {}).items(), STYLES):
         plot(epochs, fields[0], style, color="0.7", zorder=1, label=f"the report's {name}")
     for field, style in zip(fields, STYLES):
         if not any(epoch.get(field) for epochs in runs.values() for epoch in epochs):
             raise InputError(f"--field {field}: no run has a value of it")
-        about = f", {LABELS.get(field, field)}" if len(fields) > 1 else ""
+        suffix = f", {LABELS.get(field, field)}" if len(fields) > 1 else ""
         for (name, epochs), colour in zip(runs.items(), COLOURS * len(runs)):
-            plot(epochs, field, style, color=colour, marker=".", label=name + about)
+            plot(epochs, field, style, color=colour, marker=".", label=name + suffix)
     if all(field.endswith("ppl") for field in fields):
         axes.set_yscale("log", subs=[2, 3, 5])
         axes.yaxis.set_major_formatter("{x:g}")

@@ -4,8 +4,8 @@
     python -m report.reproduce --scale full --only ptb-lstm,wt2-lstm --devices cuda:0 cuda:1
 
 Each experiment is a run of main.py or finetune.py in the folder --out/runs/NAME. The same command
-resumes what was interrupted and skips what is done. Whenever a run ends, the results are written
-again: README.md, with tables and figures.
+resumes interrupted runs and skips finished ones. Whenever a run ends, the results are written
+again: README.md, with a table and figures.
 """
 
 import os
@@ -39,7 +39,7 @@ def list_experiments(names, scale, out):
 
 
 def start(name, scale, out, device, threads):
-    """Starts an experiment, or resumes it; returns its process."""
+    """Starts or resumes an experiment; returns its process."""
     model = model_path(out, name)
     model.parent.mkdir(exist_ok=True)
     argv = command(name, scale, out)
@@ -58,7 +58,7 @@ def start(name, scale, out, device, threads):
         )
 
 
-def end(name, status, out, scale):
+def report_end(name, status, out, scale):
     """Reports the end of an experiment, and writes the results; returns whether it succeeded."""
     _, test = read_log(out, name)
     if status == 0 and test:
@@ -85,13 +85,13 @@ def run_all(names, scale, out, devices, check):
             ready = [n for n in waiting if EXPERIMENTS[n].base not in [*waiting, *running]]
             for name in ready[: len(idle)]:
                 waiting.remove(name)
-                where = idle.pop(0)
-                running[name] = start(name, scale, out, where, threads), where
-            for name, (process, where) in list(running.items()):
+                device = idle.pop(0)
+                running[name] = start(name, scale, out, device, threads), device
+            for name, (process, device) in list(running.items()):
                 if process.poll() is not None:
                     del running[name]
-                    idle.append(where)
-                    if not end(name, process.returncode, out, scale):
+                    idle.append(device)
+                    if not report_end(name, process.returncode, out, scale):
                         failed.append(name)
                         waiting = [n for n in waiting if EXPERIMENTS[n].base != name]
             time.sleep(0.1)
@@ -113,12 +113,12 @@ def prepare(out, scale, names):
                 f"--scale {scale}: {data} is absent; ./getdata.sh fetches it, and --scale tiny "
                 "needs no corpus"
             )
-    made_for = out / "runs" / "scale"
-    found = made_for.read_text().strip() if made_for.exists() else None
-    if found != scale and out.exists() and any(out.iterdir()):
+    file = out / "runs" / "scale"  # which the folder is for
+    earlier = file.read_text().strip() if file.exists() else None
+    if earlier != scale and out.exists() and any(out.iterdir()):
         raise InputError(f"--out {out}: holds no runs at --scale {scale}; name another folder")
-    made_for.parent.mkdir(parents=True, exist_ok=True)
-    made_for.write_text(f"{scale}\n")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(f"{scale}\n")
 
 
 def parse_args(argv=None):

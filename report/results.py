@@ -55,8 +55,8 @@ def read_epochs(out):
     return epochs
 
 
-def cell(value, form=".2f"):
-    return "-" if value is None else format(value, form)
+def cell(value, spec=".2f"):
+    return "-" if value is None else format(value, spec)
 
 
 def valid_ppl(epoch):
