@@ -35,12 +35,11 @@ from torch.autograd import DeviceType
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from checkpoint import new_params
 from cpu_kernels import keep_freed_memory
 from data import Corpus, InputError
-from flags import count, make_parser, number, resolve_flags, run
+from flags import count, make_parser, number, resolve_flags, run_command
 from model import RNNModel
-from train import Objective, make_optimizer, score, train_step
+from train import Objective, make_optimizer, new_params, score, train_step
 from utils import set_up_device
 
 # The published commands, and the size of their corpora's vocabularies.
@@ -330,4 +329,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

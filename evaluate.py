@@ -14,9 +14,8 @@ from contextlib import nullcontext
 
 import torch
 
-from checkpoint import load_for_use
 from data import EOS, InputError, encode, name_commonest, words_of_lines
-from flags import Parser, add_device_flags, count, run
+from flags import Parser, add_device_flags, count, load_for_use, run_command
 from train import score
 from utils import log, log_parts, loss_columns, perplexity, warn_of_unknown
 
@@ -89,4 +88,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

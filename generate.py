@@ -15,10 +15,9 @@ from itertools import islice
 
 import torch
 
-from checkpoint import load_for_use
 from cpu_kernels import Cell
 from data import EOS, UNK, encode, words_of_lines
-from flags import Parser, add_device_flags, count, number, run
+from flags import Parser, add_device_flags, count, load_for_use, number, run_command
 from utils import warn, warn_of_unknown
 
 
@@ -152,4 +151,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

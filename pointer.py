@@ -20,10 +20,12 @@ from itertools import product
 import torch
 from tqdm import tqdm
 
-from checkpoint import check_vocabulary, load_for_use
+from checkpoint import check_corpus
 from data import Corpus
 from dynamic_evaluation import Rule, read, root_mean_square
-from flags import Parser, add_device_flags, coefficient, count, number, rate, run, steps
+from flags import (
+    Parser, add_device_flags, coefficient, count, load_for_use, number, rate, run_command, steps,
+)
 from utils import log, loss_columns
 
 CHUNK = 256  # words whose attention over the cache is computed at once
@@ -243,7 +245,7 @@ def main(argv=None):
     args = parse_args(argv)
     params, dictionary = load_for_use(args.save, args)
     corpus = Corpus(args.data)
-    check_vocabulary(dictionary.idx2word, corpus, args.data, args.save)
+    check_corpus(dictionary.idx2word, corpus, args, args.save)
     reader = Reader(params, corpus, args)
     if args.tune:
         tune(reader, corpus.valid, args)
@@ -255,4 +257,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

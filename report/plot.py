@@ -9,7 +9,7 @@ from pathlib import Path
 
 from checkpoint import FINETUNE_RECORDS, RECORDS
 from data import InputError
-from flags import Parser, run
+from flags import Parser, run_command
 
 # Okabe and Ito's colours, distinct for colour-blind readers; without yellow, too pale for lines.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"]
@@ -132,4 +132,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

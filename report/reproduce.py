@@ -19,7 +19,7 @@ import torch
 
 from checkpoint import STATE
 from data import InputError
-from flags import Parser, device, run
+from flags import Parser, parse_device, run_command
 from report.experiments import EXPERIMENTS, SCALES, command, flags_of, hours, model_path
 from report.plot import import_matplotlib
 from report.results import LOG, read_log, write_results
@@ -129,7 +129,7 @@ def parse_args(argv=None):
     add("--only", metavar="NAME,...", default=",".join(EXPERIMENTS),
         help="these experiments, and the models that they fine-tune (default: all, see --list)")
     add("--out", type=Path, default=Path("results"), help="folder of the runs and the results")
-    add("--devices", type=device, nargs="+", metavar="DEVICE",
+    add("--devices", type=parse_device, nargs="+", metavar="DEVICE",
         default=["cuda"] if torch.cuda.is_available() else ["cpu", "cpu"],
         help="run an experiment at a time on each, as cuda:0 cuda:1, or cpu cpu, which share the "
              "cores (default: cuda, else cpu cpu)")
@@ -160,4 +160,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

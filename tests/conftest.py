@@ -102,7 +102,7 @@ def invoke(main_function, *argv):
     before, sys.argv = sys.argv, ["main.py", *map(str, argv)]
     try:
         with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as exit:
-            flags.run(main_function)
+            flags.run_command(main_function)
     finally:
         sys.argv = before
     return exit.value.code or 0, out.getvalue(), err.getvalue()

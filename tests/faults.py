@@ -84,7 +84,7 @@ FAULTS = {
         "index = torch.arange(1, steps + 1, device=states.device).unsqueeze(1)",
         "test_attention.py::test_it_is_the_definition_whatever_the_windows_read"),
     "biLM: cloze prediction reads its answer": Fault(
-        "bidirectional.py", "after[at + 2]", "after[at + 1]",
+        "bidirectional.py", "after[places + 2]", "after[places + 1]",
         "test_bidirectional.py::test_evaluation_is_over_the_whole_text"),
     # ------------------------------------------------------------ one step
     "split softmax: wrong end of a tail": Fault(
@@ -135,7 +135,7 @@ FAULTS = {
         "utils.py", 'torch.set_rng_state(state["torch"])', 'state["torch"]',
         RESUMED),
     "resume: hidden state not restored": Fault(
-        "train.py", "lambda h: h[:, mine].to(", "lambda h: torch.zeros_like(h)[:, mine].to(",
+        "train.py", "lambda h: h[:, columns].to(", "lambda h: torch.zeros_like(h)[:, columns].to(",
         RESUMED),
     "resume: position not restored": Fault(
         "train.py", "setattr(self, name, state[name])",

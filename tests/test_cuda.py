@@ -413,7 +413,7 @@ def announced(self):
     fit(self)
 
 train.Trainer.fit = announced
-flags.run(main.main)
+flags.run_command(main.main)
 """
 
 

@@ -62,7 +62,7 @@ experiments.SCALES["tiny"] = experiments.Scale(
     "micro", "--data {data} --emsize 8 --nhid 12 --nlayers 2 --batch_size 4 --bptt 10 --epochs 2",
     "--epochs 2", {{"ptb": 1, "wt2": 1}},
 )
-flags.run(reproduce.main)
+flags.run_command(reproduce.main)
 """
 
 
@@ -124,7 +124,7 @@ def test_devices_run_one_experiment_at_a_time_and_bases_first(tmp_path, monkeypa
     monkeypatch.setattr(reproduce, "start", Run)
     names = "ptb-lstm-finetune,wt2-lstm-finetune,ptb-bilm"
     argv = "--only", names, "--out", tmp_path / "out", "--devices", "cpu", "cpu:1"
-    monkeypatch.setattr(reproduce, "device", str)
+    monkeypatch.setattr(reproduce, "parse_device", str)
     status, out, err = invoke(reproduce.main, *argv)
     assert Run.names[:2] == ["ptb-lstm", "wt2-lstm"]
     assert sorted(Run.names[2:]) == ["ptb-bilm", "ptb-lstm-finetune"]

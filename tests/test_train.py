@@ -19,7 +19,7 @@ from model import DROPOUTS
 from splitcross import SplitCrossEntropyLoss
 from train import (
     OPTIMIZERS, Average, Diverged, Objective, evaluate, is_nonmonotone, make_optimizer,
-    random_seq_len, rate_share, settings_at, train_step,
+    random_seq_len, scheduled_share, settings_at, train_step,
 )
 from utils import Losses, Preempted, loss_columns, map_hidden, perplexity
 from weight_drop import WeightDrop
@@ -201,6 +201,12 @@ def test_perplexity_overflow_prints_inf():
 # ------------------------------------------------------------ schedules
 
 
+def test_a_partial_shuffle_rolls_each_column_by_its_own_offset():
+    text = torch.tensor([[0, 10], [1, 11], [2, 12]])
+    rolled = train.roll_columns(text, torch.tensor([1, 2]))
+    assert rolled.tolist() == [[1, 12], [2, 10], [0, 11]]
+
+
 def test_one_cycle_is_torchs():
     steps = 5000
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
@@ -209,14 +215,16 @@ def test_one_cycle_is_torchs():
         div_factor=25, final_div_factor=1e4,
     )
     for step in range(steps + 1):
-        ours = 3.0 * rate_share("onecycle", step / steps)
+        ours = 3.0 * scheduled_share("onecycle", step / steps)
         assert ours == pytest.approx(theirs.get_last_lr()[0], rel=1e-6, abs=0.01)  # a step off
         optimizer.step()
         if step < steps:
             theirs.step()
-    corners = [rate_share("onecycle", p) for p in (0, train.UP / 2, train.UP, 1, 1.5)]
+    corners = [scheduled_share("onecycle", p) for p in (0, train.UP / 2, train.UP, 1, 1.5)]
     assert corners == pytest.approx([0.04, 0.52, 1, 4e-6, 4e-6])
-    assert rate_share("constant", 0.7) == 1
+    assert scheduled_share("constant", 0.7) == 1
+    corners = [scheduled_share("trapezoid", p) for p in (0, 0.04, 0.08, 0.3, 0.7, 0.92, 0.96, 1)]
+    assert corners == pytest.approx([0.1, 0.55, 1, 1, 0.55, 0.1, 0.05, 0])
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "biLSTM", "biLM"])
@@ -384,6 +392,21 @@ def test_only_improvements_are_saved_and_when_divides_the_rate(begin, spy):
     assert read_checkpoint(f"{path}.e3")["valid_loss"] == 5
 
 
+def test_with_a_partial_shuffle_each_epoch_reads_the_columns_from_other_places(begin, spy):
+    run = begin(epochs=2, partial_shuffle=True)
+    run.fit()
+    read = torch.cat([step.data for step in spy.steps])
+    epochs = read.view(2, run.rows - 1, -1)
+    text = run.texts[0]
+    for column in range(text.size(1)):
+        places = [(text[:, column] == words[0, column]).nonzero().squeeze(1) for words in epochs]
+        assert any(
+            torch.equal(text[:, column].roll(-int(place))[:-1], epochs[0][:, column])
+            for place in places[0]
+        )
+    assert not torch.equal(*epochs)
+
+
 def test_a_run_follows_its_schedule_interrupted_or_not(begin, spy):
     run = begin(make_params(rate=0.3), epochs=2, **CYCLE)
     run.run.check = Interrupting(9)
@@ -394,14 +417,14 @@ def test_a_run_follows_its_schedule_interrupted_or_not(begin, spy):
     run.fit()
     rows = accumulate((len(step.data) for step in spy.steps), initial=0)
     for step, row in zip(spy.steps, rows):
-        epochs = row / (len(run.source) - 1)
+        epochs = row / (run.rows - 1)
         strength = min(1, 0.25 + 0.75 * epochs)
-        assert step.share == pytest.approx(rate_share("onecycle", epochs / 2))
+        assert step.share == pytest.approx(scheduled_share("onecycle", epochs / 2))
         assert step.args.wdrop == pytest.approx(strength * 0.4)
         assert (step.args.alpha, step.args.beta) == pytest.approx((2 * strength, strength))
     assert epochs > 1.8
     found = [record["lr"] for record in lines(run.records)]
-    assert found == pytest.approx([0.01 * rate_share("onecycle", 0.5), 0.01 * train.LAST])
+    assert found == pytest.approx([0.01 * scheduled_share("onecycle", 0.5), 0.01 * train.LAST])
 
 
 @pytest.mark.parametrize("rnn_type", ["LSTM", "biLM"])
