@@ -109,9 +109,8 @@ def test_unknown_words_are_mapped_and_counted(trained_with_unk, monkeypatch):
 
     status, out, err = piped(b"ann sees zoe\nann sees <unk>\n", "--per-line")
     first, second = rows(out)
-    assert first[:3] == second[:3]
-    assert (first[3:], second[3:]) == (["1", "ann sees zoe"], ["0", "ann sees <unk>"])
-    assert (status, "'zoe'" in err) == (0, True)
+    assert first == [*second[:3], "1", "ann sees zoe"]
+    assert (status, "'zoe'" in err, second[3]) == (0, True, "0")
 
 
 @pytest.mark.parametrize(

@@ -30,20 +30,18 @@ def loss_word_by_word(params, ids, theta, lambdasm, window):
     """The mean -log p of the words but the first, from their whole distributions."""
     model, criterion = params
     with torch.no_grad():
-        output, _ = model(ids[:-1].unsqueeze(1), model.init_hidden(1))
-        ps = criterion.logprob(model.decoder.weight, model.decoder.bias, output).exp()
-        total = 0.0
-        for t, (state, p) in enumerate(zip(output, ps)):
-            first = max(0, t - window)
-            if t > first:
-                scores = torch.stack([theta * (state @ output[i]) for i in range(first, t)])
-                cached = torch.zeros(V, dtype=p.dtype)
-                for weight, word in zip(scores.softmax(0), ids[first + 1 : t + 1]):
-                    cached[word] += weight
-                p = (1 - lambdasm) * p + lambdasm * cached
-            assert p.sum().item() == pytest.approx(1)
-            total -= p[ids[t + 1]].log().item()
-    return total / (len(ids) - 1)
+        states, _ = model(ids[:-1].unsqueeze(1), model.init_hidden(1))
+        ps = criterion.logprob(model.decoder.weight, model.decoder.bias, states).exp()
+    total = 0.0
+    for t, p in enumerate(ps):
+        if t:
+            pairs = slice(max(0, t - window), t)
+            weights = (theta * states[pairs] @ states[t]).softmax(0)
+            p_cache = torch.zeros_like(p).index_add(0, ids[1:][pairs], weights)
+            p = (1 - lambdasm) * p + lambdasm * p_cache
+        assert p.sum().item() == pytest.approx(1)
+        total -= p[ids[t + 1]].log().item()
+    return total / len(ps)
 
 
 @pytest.mark.parametrize(
