@@ -15,10 +15,17 @@ from torch.autograd.function import once_differentiable
 # ------------------------------------------------------------ matrix products
 
 
+def has_bf16_products():
+    """Whether the processor multiplies bfloat16; oneDNN itself emulates it on any AVX-512."""
+    return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+
+
 def has_onednn(tensor):
     """Whether torch's oneDNN products, which take packed weights, accept `tensor`."""
+    has_dtype = tensor.dtype == torch.float32
+    has_dtype |= tensor.dtype == torch.bfloat16 and has_bf16_products()
     return (
-        tensor.device.type == "cpu" and tensor.dtype == torch.float32
+        tensor.device.type == "cpu" and has_dtype
         and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
     )
 
@@ -26,17 +33,22 @@ def has_onednn(tensor):
 class Packed:
     """A matrix [N, K] packed once for many products: `Packed(w, rows)(x)` is x [rows, K] @ w.T.
 
-    oneDNN packs a matrix into the order in which the processor reads it.
+    oneDNN packs a matrix into the order in which the processor reads it. Where w is in bfloat16, x
+    and the product are rounded to it; what is added to the product is float32, and so is the sum.
     """
 
     def __init__(self, weight, rows):
         self.onednn = has_onednn(weight)
+        self.dtype = weight.dtype
         self.weight = weight.t()
         if self.onednn:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
 
     def __call__(self, x, bias=None):
         """x [rows, K] @ w.T (+ bias [N]) -> [rows, N]."""
+        if bias is not None and bias.dtype != self.dtype:
+            return self(x).to(bias.dtype).add_(bias)
+        x = x.to(self.dtype)
         if self.onednn:
             if bias is not None:
                 bias = bias.contiguous()  # the kernel assumes it
@@ -45,6 +57,8 @@ class Packed:
 
     def add(self, x, to):
         """to [rows, N] + x [rows, K] @ w.T, a new tensor."""
+        if to.dtype != self.dtype:
+            return to + self(x)
         if self.onednn:
             return torch.ops.mkldnn._linear_pointwise.binary(x, to, self.weight, None, "add")
         return torch.addmm(to, x, self.weight)
@@ -52,92 +66,174 @@ class Packed:
 
 def product(x, weight, bias=None):
     """x [M, K] @ weight [N, K].T (+ bias [N]) -> [M, N]."""
+    if weight.dtype == torch.bfloat16 and bias is None:
+        return x @ weight.t()  # as fast as with a packed matrix
     return Packed(weight, len(x))(x, bias)
 
 
-def product_of_transposed(a, b):
-    """a [N, P].T @ b [N, Q] -> [P, Q]."""
-    return product(a.t(), b.t())
+# ------------------------------------------------------------ recurrent layers
+
+sigmoid_backward, tanh_backward = torch.ops.aten.sigmoid_backward, torch.ops.aten.tanh_backward
 
 
-# ------------------------------------------------------------ GRU
-
-
-def has_fast_gru(module, x):
-    """Whether `fast_gru` computes what `module` computes from x: float32 or float64 on a CPU."""
+def has_recurrent_layer(module, x, bf16):
+    """Whether `recurrent_layer` computes `module`: on a CPU a GRU, or with `bf16` an LSTM too."""
     return (
-        isinstance(module, nn.GRU) and x.device.type == "cpu" and x.dtype != torch.bfloat16
-        and module.num_layers == 1 and module.bias
-        and not (module.bidirectional or module.batch_first)
+        x.device.type == "cpu" and (bf16 or isinstance(module, nn.GRU))
+        and module.num_layers == 1 and module.bias and not module.batch_first
     )
 
 
-def fast_gru(x, state, *weights):
-    """x [T, B, I], state [1, B, H], an nn.GRU's weights -> all h [T, B, H], the last [1, B, H]."""
-    output, h = FastGRU.apply(x, state[0], *weights)
-    return output, h.unsqueeze(0)
+def recurrent_layer(x, state, weights, dtype):
+    """What an LSTM or GRU of one layer, in one or two directions, computes.
+
+    x [T, B, I]; state as the module's; weights: those of one direction, then of the other; products
+    have factors of `dtype`. Returns all h [T, B, directions * H], and the last state.
+    """
+    is_lstm = isinstance(state, tuple)
+    outputs, last = [], []
+    for direction, begin in enumerate(zip(*state) if is_lstm else state.unsqueeze(1)):
+        own = weights[4 * direction : 4 * direction + 4]
+        inputs = x.flip(0) if direction else x
+        hs, *end = RecurrentLayer.apply(dtype, inputs, *own, *begin)
+        outputs.append(hs.flip(0) if direction else hs)
+        last.append(end)
+    output = torch.cat(outputs, 2) if len(outputs) > 1 else outputs[0]
+    last = tuple(torch.stack(states) for states in zip(*last))
+    return output, last if is_lstm else last[0]
 
 
-class FastGRU(torch.autograd.Function):
-    """One GRU layer over all time steps; its gates are r, z, n in this order, as nn.GRU's.
+class RecurrentLayer(torch.autograd.Function):
+    """One direction of an LSTM or GRU layer over all time steps.
 
-    torch computes an LSTM layer on a CPU with oneDNN, but a GRU layer operation by operation. Here
-    the input's products are one large product for all time steps, the recurrent ones share a packed
-    matrix, and all element-wise work that need not wait for the step before is done at once.
+    torch computes a GRU on a CPU operation by operation, and an LSTM in bfloat16 with oneDNN, whose
+    h is rounded too. Here the factors of the products alone are of `dtype`. The products with x are
+    one large product for all time steps, those with h share a packed matrix.
     """
 
     @staticmethod
-    def forward(ctx, x, h0, w_ih, w_hh, b_ih, b_hh):
-        """x [T, B, I], h0 [B, H] -> all h [T, B, H], the last h [B, H]."""
+    def forward(ctx, dtype, x, w_ih, w_hh, b_ih, b_hh, h0, c0=None):
+        """x [T, B, I], h0 and an LSTM's c0 [B, H] -> all h [T, B, H], the last h (and c) [B, H]."""
         steps, rows, _ = x.shape
         size = w_hh.size(1)
-        recurrent = Packed(w_hh, rows)
-        gates = product(x.flatten(0, 1), w_ih, b_ih).view(steps, rows, 3 * size)
-        hs = x.new_empty(steps + 1, rows, size)
-        hidden_n = x.new_empty(steps, rows, size)  # what h adds to n, before r scales it
+        x, w_ih, w_hh = x.flatten(0, 1).to(dtype), w_ih.to(dtype), w_hh.to(dtype)
+        bias_x, bias_h = (b_ih, b_hh) if c0 is None else (b_ih + b_hh, None)
+        gates = product(x, w_ih, bias_x).view(steps, rows, -1)
+        hs = h0.new_empty(steps + 1, rows, size)
         hs[0] = h0
-        r, z, n = gates.view(steps, rows, 3, size).unbind(2)
-        h = hs[0]
-        for rz_t, r_t, z_t, n_t, hidden_n_t, h_next in zip(
-            gates[..., : 2 * size], r, z, n, hidden_n, hs[1:]
-        ):
-            from_h = recurrent(h, b_hh)
-            rz_t.add_(from_h[:, : 2 * size]).sigmoid_()
-            hidden_n_t.copy_(from_h[:, 2 * size :])
-            n_t.addcmul_(r_t, hidden_n_t).tanh_()
-            h = torch.lerp(n_t, h, z_t, out=h_next)
-        ctx.save_for_backward(x, w_ih, w_hh, gates, hs, hidden_n)
-        return hs[1:], h.clone()
+        ctx.cell = GRUSteps if c0 is None else LSTMSteps
+        kept = h0.new_empty(len(ctx.cell.KEPT), steps + 1, rows, size)
+        if c0 is not None:
+            kept[0, 0] = c0
+        cell = ctx.cell(gates, hs, kept)
+        recurrent = Packed(w_hh, rows)
+        for t, h in enumerate(hs[:-1]):
+            cell.forward(t, recurrent(h, bias_h))
+        ctx.save_for_backward(x, w_ih, w_hh, gates, hs, kept)
+        last = [hs[-1]] if c0 is None else [hs[-1], kept[0, -1]]
+        return hs[1:], *(state.clone() for state in last)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_hs, d_h):
-        x, w_ih, w_hh, gates, hs, hidden_n = ctx.saved_tensors
-        steps, rows, size = hidden_n.shape
-        r, z, n = gates.view(steps, rows, 3, size).unbind(2)
-        # The gradients of what h adds to the gates are the gradient of the next h times these:
-        factors = torch.empty_like(gates).view(steps, rows, 3, size)
-        to_n = (1 - z) * (1 - n * n)
-        torch.mul(to_n, hidden_n * r * (1 - r), out=factors[:, :, 0])
-        torch.mul(hs[:-1] - n, z * (1 - z), out=factors[:, :, 1])
-        torch.mul(to_n, r, out=factors[:, :, 2])
+    def backward(ctx, d_hs, d_h, d_c=None):
+        x, w_ih, w_hh, gates, hs, kept = ctx.saved_tensors
+        steps, rows, size = d_hs.shape
+        cell = ctx.cell(gates, hs, kept)
         recurrent = Packed(w_hh.t(), rows)
-        d_gates_h = factors  # overwritten step by step
+        d_gates = torch.empty_like(gates[0])  # the gradients of what h adds to a step's gates
+        factors = torch.empty_like(gates, dtype=x.dtype)  # those of all steps, rounded
         d_h = d_h + d_hs[-1]
         for t in range(steps - 1, -1, -1):
-            d_gates_h[t].mul_(d_h.unsqueeze(1))
-            to_n[t].mul_(d_h)
-            passed_on = z[t] * d_h
-            if t:
-                passed_on += d_hs[t - 1]
-            d_h = recurrent.add(d_gates_h[t].view(rows, 3 * size), passed_on)
-        d_w_hh = product_of_transposed(d_gates_h.view(-1, 3 * size), hs[:-1].flatten(0, 1))
-        d_b_hh = d_gates_h.view(-1, 3 * size).sum(0)
-        d_gates_h[:, :, 2] = to_n  # what x adds to n is not scaled by r
-        d_gates_x = d_gates_h.view(-1, 3 * size)
-        d_x = product(d_gates_x, w_ih.t()).view_as(x)
-        d_w_ih = product_of_transposed(d_gates_x, x.flatten(0, 1))
-        return d_x, d_h, d_w_ih, d_w_hh, d_gates_x.sum(0), d_b_hh
+            d_before = d_hs[t - 1] if t else torch.zeros_like(d_h)
+            d_before, d_c = cell.backward(t, d_h, d_c, d_before, d_gates)
+            d_h = recurrent.add(factors[t].copy_(d_gates), d_before)
+        factors = factors.flatten(0, 1)
+        transposed = factors.t().contiguous()
+        d_w_hh = product(transposed, hs[:-1].flatten(0, 1).to(x.dtype).t())
+        d_b_hh = d_b_ih = factors.sum(0, dtype=hs.dtype)
+        if ctx.cell is GRUSteps:  # what x adds to n is not scaled by r
+            factors[:, 2 * size :] = torch.cat(cell.d_n[::-1])
+            transposed = factors.t().contiguous()
+            d_b_ih = factors.sum(0, dtype=hs.dtype)
+        d_x = product(factors, w_ih.t()).view(steps, rows, -1)
+        d_w_ih = product(transposed, x.t())
+        products = (gradient.to(hs.dtype) for gradient in (d_x, d_w_ih, d_w_hh))
+        return None, *products, d_b_ih, d_b_hh, d_h, d_c
+
+
+class GRUSteps:
+    """The element-wise part of a GRU, step by step; the gates are r, z, n, in nn.GRU's order.
+
+    gates [T, B, 3H]: at first what x adds to them; hs [T + 1, B, H]; kept [1, T + 1, B, H]: what h
+    adds to n, before r scales it.
+    """
+
+    KEPT = ("hidden_n",)
+
+    def __init__(self, gates, hs, kept):
+        self.size = hs.size(2)
+        self.rz = gates[..., : 2 * self.size].unbind()
+        self.r, self.z, self.n = (gate.unbind() for gate in gates.split(self.size, 2))
+        self.h, self.hidden_n = hs.unbind(), kept[0].unbind()
+        self.d_n = []
+
+    def forward(self, t, from_h):
+        """Computes the gates of step t, and the h after it; from_h [B, 3H] is what h adds."""
+        r, z, n, hidden_n = self.r[t], self.z[t], self.n[t], self.hidden_n[t]
+        self.rz[t].add_(from_h[:, : 2 * self.size]).sigmoid_()
+        hidden_n.copy_(from_h[:, 2 * self.size :])
+        n.addcmul_(r, hidden_n).tanh_()
+        torch.lerp(n, self.h[t], z, out=self.h[t + 1])
+
+    def backward(self, t, d_h, d_c, d_before, d_gates):
+        """Fills d_gates [B, 3H]; returns the gradients of the h and c before step t.
+
+        d_h and d_c [B, H] are those after it, d_before what the h before it has from elsewhere.
+        """
+        r, z, n, hidden_n = self.r[t], self.z[t], self.n[t], self.hidden_n[t]
+        d_r, d_z, d_hidden_n = d_gates.split(self.size, 1)
+        to_n = (1 - z) * (1 - n * n)
+        torch.mul(to_n * (hidden_n * r * (1 - r)), d_h, out=d_r)
+        torch.mul((self.h[t] - n) * (z * (1 - z)), d_h, out=d_z)
+        torch.mul(to_n * r, d_h, out=d_hidden_n)
+        self.d_n.append(to_n * d_h)
+        return z * d_h + d_before, None
+
+
+class LSTMSteps:
+    """The element-wise part of an LSTM. Its gates are i, f, g, o in this order, as nn.LSTM's.
+
+    gates [T, B, 4H]; hs [T + 1, B, H]; kept [2, T + 1, B, H]: c and tanh(c). See GRUSteps.
+    """
+
+    KEPT = ("c", "tanh_c")
+
+    def __init__(self, gates, hs, kept):
+        self.size = hs.size(2)
+        self.gates = gates.unbind()
+        self.i, self.f, self.g, self.o = (gate.unbind() for gate in gates.split(self.size, 2))
+        self.h, self.c, self.tanh_c = hs.unbind(), kept[0].unbind(), kept[1].unbind()
+
+    def forward(self, t, from_h):
+        i, f, g, o, tanh_c = self.i[t], self.f[t], self.g[t], self.o[t], self.tanh_c[t + 1]
+        gates = self.gates[t].add_(from_h)
+        # tanh(x) is 2 sigmoid(2x) - 1; torch's tanh takes five times as long as its sigmoid.
+        g.mul_(2)
+        gates.sigmoid_()
+        g.mul_(2).sub_(1)
+        c = torch.mul(f, self.c[t], out=self.c[t + 1]).addcmul_(i, g)
+        torch.mul(c, 2, out=tanh_c).sigmoid_().mul_(2).sub_(1)
+        torch.mul(o, tanh_c, out=self.h[t + 1])
+
+    def backward(self, t, d_h, d_c, d_before, d_gates):
+        i, f, g, o, tanh_c = self.i[t], self.f[t], self.g[t], self.o[t], self.tanh_c[t + 1]
+        d_i, d_f, d_g, d_o = d_gates.split(self.size, 1)
+        d_c = d_c + tanh_backward(d_h * o, tanh_c)
+        sigmoid_backward(d_c * g, i, grad_input=d_i)
+        sigmoid_backward(d_c * self.c[t], f, grad_input=d_f)
+        tanh_backward(d_c * i, g, grad_input=d_g)
+        sigmoid_backward(d_h * tanh_c, o, grad_input=d_o)
+        return d_before, d_c * f
 
 
 # ------------------------------------------------------------ one word at a time

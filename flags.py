@@ -14,7 +14,7 @@ import torch.distributed as dist
 import distributed
 from attention import KINDS
 from checkpoint import build_params, read_checkpoint
-from cpu_kernels import keep_freed_memory
+from cpu_kernels import has_bf16_products, keep_freed_memory
 from data import Dictionary, InputError
 from model import NOTES, RNN_TYPES, check_architecture
 from utils import Preempted, environment, is_device_error, is_out_of_memory, set_up_device, warn
@@ -185,9 +185,9 @@ def make_parser(description, inherited=()):
         "cpu; under torchrun each process has its own)",
         type=parse_device)
     add("--precision", None, "of training: fp32; tf32, all products with factors of 10 bits, on "
-        "CUDA; or bf16, the recurrent layers and the decoder's product in bfloat16 (on a CPU not "
-        "GRU's), all else in float32. Evaluation is always in float32 (default: tf32 on CUDA, else "
-        "fp32)",
+        "CUDA; or bf16, the products of the recurrent layers and of the decoder with factors in "
+        "bfloat16 (on CUDA the whole recurrent layers), all else in float32; a CPU needs AVX-512 "
+        "BF16. Evaluation is always in float32 (default: tf32 on CUDA, else fp32)",
         choices=["fp32", "tf32", "bf16"])
     add("--tied", True, "accepted as in the reference: the weights are always tied",
         action="store_true")
@@ -284,15 +284,15 @@ def resolve_precision(args, is_given):
         args.precision = "tf32" if args.device.type == "cuda" else "fp32"
     if args.precision == "tf32" and args.device.type != "cuda" and not is_given:
         args.precision = "fp32"  # begun on CUDA, resumed elsewhere
-    if not has_precision(args.device, args.precision, args.model):
-        raise InputError(
-            f"--precision {args.precision}: device {args.device} has none for {args.model}; give "
-            "--precision fp32"
-        )
+    if not has_precision(args.device, args.precision):
+        lacks = f"device {args.device} has none"
+        if args.precision == "bf16" and args.device.type == "cpu":
+            lacks = "this processor only emulates bfloat16 (it has no AVX-512 BF16)"
+        raise InputError(f"--precision {args.precision}: {lacks}; give --precision fp32")
 
 
-def has_precision(device, precision, model):
-    """Whether a device computes the recurrent layers of `model` in that precision."""
+def has_precision(device, precision):
+    """Whether a device computes in that precision, and not much slower than in another."""
     if precision == "tf32":
         return device.type == "cuda"
     if precision == "bf16" and device.type == "cuda":  # else torch's slow layers take its place
@@ -302,7 +302,7 @@ def has_precision(device, precision, model):
             and torch.cuda.get_device_capability(device) >= (8, 0)
         )
     if precision == "bf16":
-        return device.type == "cpu" and model != "GRU"  # which has a slow form only
+        return device.type == "cpu" and has_bf16_products()
     return True
 
 

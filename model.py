@@ -1,12 +1,10 @@
 """The model: embedding -> recurrent layers, each regularizer in its place -> decoder."""
 
-import torch
 from torch import nn
 
 from attention import Attention
 from embed_regularize import embedded_dropout
 from locked_dropout import LockedDropout
-from utils import map_hidden
 from weight_drop import WeightDrop
 
 RNN_TYPES = ("LSTM", "GRU", "biLSTM", "biLM")
@@ -139,12 +137,9 @@ class RNNModel(nn.Module):
         embedded = embedded_dropout(self.encoder, input, self.dropoute if self.training else 0)
         x = self.lockdrop(embedded, self.dropouti)  # [T, B, E]
         new_hidden, raw_outputs, outputs = [], [], []
-        dtype = torch.bfloat16 if self.in_bf16() else x.dtype
         for layer, rnn in enumerate(rnns):
-            state = map_hidden(lambda h: h.to(dtype), hidden[layer])
-            output, state = rnn(x.to(dtype), state)  # [T, B, H]
-            new_hidden.append(map_hidden(lambda h: h.to(embedded.dtype), state))
-            x = output.to(embedded.dtype)
+            x, state = rnn(x, hidden[layer], bf16=self.in_bf16())  # [T, B, H]
+            new_hidden.append(state)
             raw_outputs.append(x)
             if self.attention is not None and layer == len(rnns) - 1:
                 x, memory = self.attention(x, hidden[-1])

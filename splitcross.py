@@ -66,10 +66,7 @@ class ChunkedNLL(torch.autograd.Function):
             ctx.gradients = d_hiddens, d_weight, d_bias
         for begin in range(0, len(hiddens), rows):
             x, y = hiddens[begin : begin + rows], targets[begin : begin + rows, None]
-            if operand is weight:
-                logits = to_logits(x, bias)
-            else:
-                logits = to_logits(x).to(weight.dtype) + bias
+            logits = to_logits(x, bias)
             softmax = torch.softmax(logits, 1)
             # log(sum(exp(logits))), from the likeliest word: its probability is never near 0.
             normalizer = logits.amax(1) - softmax.amax(1).log()

@@ -8,7 +8,8 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from cpu_kernels import fast_gru, has_fast_gru
+from cpu_kernels import has_recurrent_layer, recurrent_layer
+from utils import map_hidden
 
 
 def drop_weight(weight, dropout, variational=False):
@@ -26,7 +27,8 @@ def drop_weight(weight, dropout, variational=False):
     draws = torch.empty((weight.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
     draws = draws.view(torch.int16)[: weight.numel()].view_as(weight)
     dropped = min(round(dropout * 65536), 65535)  # of the 65,536 values a draw can take
-    return torch.where(draws >= dropped - 32768, weight * (65536 / (65536 - dropped)), 0.0)
+    kept = (draws >= dropped - 32768).to(weight.dtype)  # torch.where takes eight times as long
+    return weight * kept.mul_(65536 / (65536 - dropped))
 
 
 class WeightDrop(nn.Module):
@@ -36,7 +38,8 @@ class WeightDrop(nn.Module):
     in `module`, under their own names: they are what is trained, averaged and saved. In
     evaluation, or with `dropout` 0, nothing is dropped.
 
-    An nn.LSTM or nn.GRU computes in the dtype of its input, whatever that of its parameters.
+    With `bf16` an nn.LSTM or nn.GRU makes its products in bfloat16; inputs, outputs and parameters
+    stay in float32.
 
     `WeightDrop(nn.LSTM(10, 10), ["weight_hh_l0"], dropout=0.5)` is AWD-LSTM's layer.
     """
@@ -51,40 +54,44 @@ class WeightDrop(nn.Module):
     def extra_repr(self):
         return f"weights={self.weights}, dropout={self.dropout}, variational={self.variational}"
 
-    def forward(self, *args):
+    def forward(self, *args, bf16=False):
         weights = dict(self.module.named_parameters())
         if self.training and self.dropout:
             for name in self.weights:
                 weights[name] = drop_weight(weights[name], self.dropout, self.variational)
         if isinstance(self.module, nn.LSTM | nn.GRU):
-            return call_recurrent(self.module, weights, *args)
+            return call_recurrent(self.module, weights, *args, bf16=bf16)
         return functional_call(self.module, weights, args)
 
 
-def call_recurrent(module, weights, x, state=None):
+def call_recurrent(module, weights, x, state=None, bf16=False):
     """What `module`, an nn.LSTM or nn.GRU, computes with `weights` for its parameters.
 
     weights {name: tensor}, in the order of `module.named_parameters()`; x [T, B, I]; state as the
     module's, zero where it is None. They are handed to the kernel itself: functional_call would
-    make nn.RNNBase move its own parameters to another piece of memory at each call on CUDA.
+    make nn.RNNBase move its own parameters to another piece of memory at each call on CUDA. With
+    `bf16` a CPU makes the products in bfloat16; elsewhere the whole layer is computed in it.
     """
     is_lstm = isinstance(module, nn.LSTM)
     if state is None:
         layers = module.num_layers * (1 + module.bidirectional)
         state = x.new_zeros(layers, x.size(module.batch_first ^ 1), module.hidden_size)
         state = (state, state) if is_lstm else state
+    dtype = torch.bfloat16 if bf16 else x.dtype
+    if has_recurrent_layer(module, x, bf16):
+        return recurrent_layer(x, state, list(weights.values()), dtype)
     replaced = any(weights[name] is not own for name, own in module.named_parameters())
-    if x.is_cuda and (replaced or any(w.dtype != x.dtype for w in weights.values())):
-        weights = in_one_piece(weights, x.dtype)
-    weights = [weight.to(x.dtype) for weight in weights.values()]
-    if has_fast_gru(module, x):
-        return fast_gru(x, state, *weights)
+    if x.is_cuda and (replaced or any(w.dtype != dtype for w in weights.values())):
+        weights = in_one_piece(weights, dtype)
+    weights = [weight.to(dtype) for weight in weights.values()]
+    state = map_hidden(lambda h: h.to(dtype), state)
     kernel = torch.lstm if is_lstm else torch.gru
     output, *state = kernel(
-        x, state, weights, module.bias, module.num_layers, module.dropout, module.training,
-        module.bidirectional, module.batch_first,
+        x.to(dtype), state, weights, module.bias, module.num_layers, module.dropout,
+        module.training, module.bidirectional, module.batch_first,
     )
-    return output, tuple(state) if is_lstm else state[0]
+    state = tuple(state) if is_lstm else state[0]
+    return output.to(x.dtype), map_hidden(lambda h: h.to(x.dtype), state)
 
 
 def in_one_piece(weights, dtype):

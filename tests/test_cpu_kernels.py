@@ -9,47 +9,78 @@ import torch
 from torch import nn
 
 import cpu_kernels
+import weight_drop
 from conftest import ROOT
-from cpu_kernels import Cell
+from cpu_kernels import Cell, recurrent_layer
 from weight_drop import WeightDrop
 
 
-def everything(layer, steps, rows, with_state=True):
+def everything(call, layer, x, state):
     """Outputs and all gradients of a random function of all outputs."""
     torch.manual_seed(1)
-    w_ih, w_hh, *_ = weights = list(layer.parameters())
-    x = torch.randn(steps, rows, w_ih.size(1)).to(w_ih).requires_grad_()
-    state = [torch.randn(1, rows, w_hh.size(1)).to(w_ih).requires_grad_()] * with_state
-    outputs = layer(x, *state)
+    leaves = [x, *(state if isinstance(state, tuple) else [state]), *layer.parameters()]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    output, last = call(x, state)
+    outputs = [output, *(last if isinstance(last, tuple) else [last])]
     loss = sum((output * torch.randn_like(output)).sum() for output in outputs)
-    return [*outputs, *torch.autograd.grad(loss, [x, *state, *weights])]
+    return [*outputs, *torch.autograd.grad(loss, leaves)]
 
 
 @pytest.mark.parametrize("onednn", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("with_state", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "factors", "tolerance"),
+    [
+        (torch.float64, torch.float64, 1e-12), (torch.float32, torch.float32, 2e-5),
+        (torch.float32, torch.bfloat16, 3e-2),
+    ],
+)
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
 @pytest.mark.parametrize(
     ("sizes", "steps", "rows"),
     [((5, 7), 1, 1), ((5, 7), 30, 2), ((130, 270), 9, 20)],  # in the last, kernels block and thread
 )
-def test_a_gru_layer_is_torchs(sizes, steps, rows, with_state, dtype, onednn, monkeypatch):
-    layer = nn.GRU(*sizes).to(dtype)
-    expected = everything(layer, steps, rows, with_state)
+def test_a_layer_is_torchs(
+    sizes, steps, rows, kind, bidirectional, dtype, factors, tolerance, onednn, monkeypatch
+):
+    layer = kind(*sizes, bidirectional=bidirectional).to(dtype)
+    x = torch.randn(steps, rows, sizes[0], dtype=dtype)
+    state = torch.randn(2, 1 + bidirectional, rows, sizes[1], dtype=dtype)
+    state = tuple(state) if kind is nn.LSTM else state[0]
+    expected = everything(layer, layer, x, state)
     if not onednn:
         monkeypatch.setattr(cpu_kernels, "has_onednn", lambda tensor: False)
-    found = everything(WeightDrop(layer, []), steps, rows, with_state)
-    tolerance = 1e-12 if dtype == torch.float64 else 2e-5
+    weights = list(layer.parameters())
+    found = everything(lambda *args: recurrent_layer(*args, weights, factors), layer, x, state)
     for f, e in zip(found, expected, strict=True):
+        assert f.dtype == dtype
         torch.testing.assert_close(f, e, rtol=tolerance, atol=tolerance * e.abs().max().item())
-    x = torch.randn(steps, rows, sizes[0], dtype=dtype)
-    for without_gradients in (torch.no_grad, torch.inference_mode):
-        with without_gradients():
-            torch.testing.assert_close(WeightDrop(layer, [])(x)[0], layer(x)[0])
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_weight_drop_calls_it_with_and_without_a_state_and_gradients(kind, bf16, monkeypatch):
+    layer, x = kind(5, 7), torch.randn(30, 2, 5)
+    expected, calls = layer(x), []
+
+    def spy(*args):
+        calls.append(args)
+        return recurrent_layer(*args)
+
+    monkeypatch.setattr(weight_drop, "recurrent_layer", spy)
+    zero = torch.zeros(1, 2, 7)
+    tolerance = {"rtol": 0, "atol": 0.01} if bf16 else {}
+    for state in (None, (zero, zero) if kind is nn.LSTM else zero):
+        for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+            with mode():
+                found = WeightDrop(layer, [])(x, state, bf16=bf16)
+            torch.testing.assert_close(found, expected, **tolerance)
+    assert len(calls) == (0 if kind is nn.LSTM and not bf16 else 6)
 
 
 @pytest.mark.parametrize("options", [
-    {"num_layers": 2}, {"bidirectional": True}, {"batch_first": True}, {"bias": False},
-    {"device": "meta"},
+    {"num_layers": 2}, {"batch_first": True}, {"bias": False}, {"device": "meta"},
 ])
 def test_other_layers_are_torchs_own(options):
     layer, x = nn.GRU(5, 7, **options), torch.randn(4, 3, 5, device=options.get("device"))

@@ -96,7 +96,7 @@ def reference(name, nhid, emsize, steps, splits=()):
 
 
 def skip_unless(device, precision, rnn_type):
-    if not has_precision(device, precision, rnn_type):
+    if not has_precision(device, precision):
         pytest.skip(f"{describe_device(device)} has no {precision} for {rnn_type}")
 
 

@@ -1,9 +1,11 @@
 """--precision: bfloat16 where it is asked for, float32 everywhere else."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import flags
 import main
@@ -11,9 +13,9 @@ import splitcross
 import utils
 from checkpoint import read_checkpoint
 from conftest import arguments, invoke, make_params
-from model import RNNModel
+from model import RNN_TYPES, RNNModel
 from splitcross import SplitCrossEntropyLoss
-from train import Objective, make_optimizer, score, train_step
+from train import Objective, make_objective, make_optimizer, score, train_step
 
 
 def twins(rnn_type):
@@ -24,28 +26,79 @@ def twins(rnn_type):
     return plain, bf16
 
 
+class Products(TorchDispatchMode):
+    """Notes the dtypes of the matrix products' factors."""
+
+    NAMES = "mm", "addmm", "bmm", "_linear_pointwise", "mkldnn_rnn_layer"
+
+    def __init__(self):
+        super().__init__()
+        self.factors = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket.__name__ in self.NAMES:
+            matrices = [a for a in args if isinstance(a, torch.Tensor) and a.dim() == 2]
+            self.factors |= {matrix.dtype for matrix in matrices}
+        return function(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("rnn_type", ["LSTM", "biLSTM", "GRU"])
-def test_in_training_the_layers_and_the_decoder_are_in_bfloat16_and_all_else_in_float32(
-    rnn_type, monkeypatch
-):
-    plain, bf16 = (params[0] for params in twins(rnn_type))
-    words, hidden, seen = torch.randint(50, (9, 4)), plain.init_hidden(4), []
-    expected, states, *_ = plain(words, hidden, return_h=True)
-    name = "gru" if rnn_type == "GRU" else "lstm"
-    kernel = getattr(torch, name)
-
-    def spy(x, state, weights, *rest):
-        utils.map_hidden(lambda tensor: seen.append(tensor.dtype), (x, state, weights))
-        return kernel(x, state, weights, *rest)
-
-    monkeypatch.setattr(torch, name, spy)
-    output, new_states, raw, out = bf16(words, hidden, return_h=True)
-    assert set(seen) == {torch.bfloat16} == {output.dtype}
-    assert {tensor.dtype for tensor in [*raw, *out]} == {torch.float32}
+def test_in_training_all_products_are_in_bfloat16_and_all_else_in_float32(rnn_type):
+    plain, bf16 = twins(rnn_type)
+    words, hidden = torch.randint(50, (9, 4)), plain[0].init_hidden(4)
+    expected, states, *_ = plain[0](words, hidden, return_h=True)
+    output, new_states, raw, out = bf16[0](words, hidden, return_h=True)
+    found = []
+    utils.map_hidden(lambda tensor: found.append(tensor.dtype), (*new_states, *raw, *out))
+    assert set(found) == {torch.float32}
+    for h in raw:  # not even rounded to bfloat16
+        assert not torch.equal(h, h.bfloat16().float())
     assert not torch.equal(expected, output.float())
-    torch.testing.assert_close(expected, output.float(), rtol=0, atol=0.02)
-    torch.testing.assert_close(new_states, states, rtol=0, atol=0.03)  # in float32 too
-    assert torch.equal(plain.eval()(words, hidden)[0], bf16.eval()(words, hidden)[0])
+    torch.testing.assert_close(expected, output.float(), rtol=0, atol=0.01)
+    torch.testing.assert_close(new_states, states, rtol=0, atol=0.01)
+    with Products() as products:
+        Objective(bf16)(words, words.flatten(), hidden, 2, 1)[0].backward()
+    assert products.factors == {torch.bfloat16}
+    with Products() as products:
+        assert torch.equal(plain[0].eval()(words, hidden)[0], bf16[0].eval()(words, hidden)[0])
+    assert products.factors <= {torch.float32}
+
+
+def gradients(params, window, dtype, bf16=False):
+    """{name: gradient in float64} of a step's objective in that precision."""
+    params = copy.deepcopy(params).to(dtype)
+    params[0].bf16 = bf16
+    words, targets, backward, after = window
+    more = (backward, after.flatten()), False
+    total, *_ = make_objective(params, arguments(objective="both"))(
+        words, targets.flatten(), params[0].init_hidden(words.size(1)), 2, 1,
+        *more if params[0].rnn_type == "biLM" else (),
+    )
+    total.backward()
+    return {name: p.grad.double() for name, p in params.named_parameters()}
+
+
+@pytest.mark.parametrize("rnn_type", RNN_TYPES)
+def test_rounding_adds_noise_to_the_gradients_and_no_bias(rnn_type):
+    """The weights are rounded before: the same in all windows, that would be no noise."""
+    params = make_params(rnn_type, emsize=24, nhid=40)
+    for parameter in params.parameters():
+        parameter.data.normal_(std=0.3)
+        parameter.data.copy_(parameter.data.bfloat16())
+    total, norms = Counter(), Counter()
+    for _ in range(20):
+        window = torch.randint(50, (4, 20, 4))
+        expected = gradients(params, window, torch.float64)
+        fp32 = gradients(params, window, torch.float32)
+        bf16 = gradients(params, window, torch.float32, bf16=True)
+        for name, reference in expected.items():
+            error = bf16[name] - reference
+            assert (fp32[name] - reference).norm() < 1e-5 * reference.norm(), name
+            assert error.norm() < 1e-2 * reference.norm(), name
+            total[name] = total[name] + error
+            norms[name] += error.norm()
+    for name, error in total.items():
+        assert 0 < error.norm() < 0.75 * norms[name], name  # of pure noise 1 / sqrt(20)
 
 
 @pytest.mark.parametrize("chunked", [False, True])
@@ -96,12 +149,44 @@ def test_the_flag_reaches_the_model_and_the_checkpoint(
     assert "test ppl" in out
 
 
-@pytest.mark.parametrize(("model", "precision"), [("LSTM", "tf32"), ("GRU", "bf16")])
-def test_what_the_device_lacks_is_refused(model, precision):
-    given = ["--precision", precision, "--device", "cpu", "--model", model]
-    status, out, err = invoke(main.main, *given)
+@pytest.mark.parametrize("rnn_type", ["LSTM", "GRU"])
+def test_a_run_in_bfloat16_is_resumed_bit_for_bit(rnn_type, corpus_dir, small, tmp_path):
+    whole, parts = tmp_path / "whole.pt", tmp_path / "parts.pt"
+    flags = ["--data", corpus_dir, *small, "--model", rnn_type, "--precision", "bf16"]
+    for argv in (
+        [*flags, "--save", whole, "--epochs", 2], [*flags, "--save", parts, "--epochs", 1],
+        ["--resume", parts, "--epochs", 2],
+    ):
+        status, _, err = invoke(main.main, *argv)
+        assert (status, err) == (0, "")
+    whole, parts = (read_checkpoint(path)["model"] for path in (whole, parts))
+    assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
+
+
+def test_what_the_device_lacks_is_refused():
+    status, out, err = invoke(main.main, "--precision", "tf32", "--device", "cpu")
     assert (status, out, err.count("\n")) == (2, "", 1)
-    assert f"--precision {precision}: device cpu has none for {model}; give --precision fp32" in err
+    assert "--precision tf32: device cpu has none; give --precision fp32" in err
+
+
+@pytest.mark.parametrize("torch_has_it", [True, False])
+def test_a_processor_that_emulates_bfloat16_is_refused(
+    torch_has_it, corpus_dir, small, tmp_path, monkeypatch
+):
+    path = tmp_path / "m.pt"
+    begin = ["--data", corpus_dir, *small, "--save", path, "--precision", "bf16", "--epochs", 1]
+    assert invoke(main.main, *begin)[0] == 0
+    if torch_has_it:
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    else:
+        monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")
+    resume = ["--resume", path, "--epochs", 2]
+    for argv in (begin, resume):
+        status, out, err = invoke(main.main, *argv)
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert "--precision bf16: this processor only emulates bfloat16" in err
+    status, _, err = invoke(main.main, *resume, "--precision", "fp32")
+    assert (status, err) == (0, "")
 
 
 @pytest.mark.parametrize(
@@ -119,7 +204,7 @@ def test_bf16_on_cuda_wants_a_cudnn_that_has_it(acceptable, version, capability,
     )
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert flags.has_precision(torch.device("cuda"), "bf16", "GRU") is has
+    assert flags.has_precision(torch.device("cuda"), "bf16") is has
 
 
 def products():
