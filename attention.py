@@ -20,10 +20,9 @@ class Attention(nn.Module):
         h'_t = tanh(W_c [h_t; c_t] + b)
 
     h'_t takes h_t's place before the tied decoder. Where there is no earlier state, c_t is 0. The
-    part of W_c that multiplies h_t begins as the identity, and b at 0: with small random numbers
-    the states, small at first, would hardly come through, and little be learnt: see
-    records/attention.
-    `size` is that of the states. Raises ValueError for another kind.
+    part of W_c that multiplies h_t starts as the identity, and b as 0. A small random start would
+    shrink the states, which are small at first, and the model would learn little: see
+    records/attention. `size` is that of the states. Raises ValueError for another kind.
     """
 
     def __init__(self, size, kind, window):

@@ -18,9 +18,10 @@ GPU) after three steps.
 import json
 import re
 import signal
-import sys
 from argparse import Namespace
-from contextlib import suppress
+from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from copy import copy
 from multiprocessing import get_context
 from pathlib import Path
@@ -34,12 +35,11 @@ from torch.autograd import DeviceType
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from checkpoint import new_params
 from cpu_kernels import keep_freed_memory
 from data import Corpus, InputError
-from flags import count, make_parser, number, resolve_flags, run
+from flags import count, make_parser, number, resolve_flags, run_command
 from model import RNNModel
-from train import Objective, make_optimizer, score, train_step
+from train import Objective, make_optimizer, new_params, score, train_step
 from utils import set_up_device
 
 # The published commands, and the size of their corpora's vocabularies.
@@ -55,7 +55,7 @@ LARGE = 2048  # rows and columns of the large product's factors
 
 
 class Plain(RNNModel):
-    """RNNModel as one would write it first, with nothing made fast."""
+    """RNNModel in its plainest form, without optimizations."""
 
     def mask(self, x, like, rate):
         """`x` times one dropout mask of the shape of `like`."""
@@ -109,8 +109,9 @@ def baseline(args):
     return f"plain PyTorch in {args.precision}", plain_side, args
 
 
-def make_tasks(params, optimizer, args):
-    """(step, evaluation), functions without arguments, on random words."""
+def make_tasks(make_side, args):
+    """(params, {name: function without arguments}) of a side, on random words."""
+    params, optimizer = make_side(args)
     torch.manual_seed(0)  # the same words for both sides
     shapes = (args.bptt, args.batch_size), (args.bptt * args.batch_size,), (EVALUATED + 1,)
     data, targets, ids = (zipf(args.ntoken, shape).to(args.device) for shape in shapes)
@@ -120,7 +121,7 @@ def make_tasks(params, optimizer, args):
         nonlocal hidden
         _, hidden = train_step(objective, optimizer, data, targets, hidden, args)
 
-    return step, lambda: score(params, ids, args)
+    return params, {"step": step, "evaluation": lambda: score(params, ids, args)}
 
 
 def zipf(ntoken, shape):
@@ -132,16 +133,13 @@ def zipf(ntoken, shape):
 
 
 def seconds(function, device):
-    """The time of one call; on CUDA by events, on the current device."""
+    """The time of one call."""
     if device.type == "cuda":
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        function()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1000
+        torch.cuda.synchronize()
     begin = perf_counter()
     function()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
     return perf_counter() - begin
 
 
@@ -160,84 +158,73 @@ def matrix_flop(params, args):
     return 6 * weights * args.bptt * args.batch_size
 
 
-def start(function, *args):
-    """Starts a process that runs `function(connection, *args)`; returns our end of that."""
-    context = get_context("spawn")
-    ours, theirs = context.Pipe()
-    context.Process(target=function, args=(theirs, *args), daemon=True).start()
-    theirs.close()  # so that `ours` ends when the process does
-    return ours
+def new_process():
+    """A process that runs what is submitted to it. It leaves Ctrl-C to its parent."""
+    ignore = signal.SIGINT, signal.SIG_IGN
+    return ProcessPoolExecutor(1, get_context("spawn"), signal.signal, ignore)
 
 
-def serve(connection, make_side, args):
-    """The process of a side: warms up, takes its turns, and sends {figure: value}."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which ends this
+TASKS = {}  # those of a side, in its own process
+
+
+def set_up_side(make_side, args):
+    """Makes a side's tasks and warms up; returns (operations of a step, peak memory in MiB)."""
     set_up_device(args)
-    params, optimizer = make_side(args)
-    step, evaluation = make_tasks(params, optimizer, args)
+    params, tasks = make_tasks(make_side, args)
+    TASKS.update(tasks)
     for _ in range(3):
-        step()
+        tasks["step"]()
     on_gpu = args.device.type == "cuda"
     peak = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else process_peak_mib()
-    with suppress(EOFError):  # at the parent's end
-        time = take_turns(connection, step, args)
-        evaluation_time = take_turns(connection, evaluation, args)
-        connection.send({
-            "ms_per_step": 1e3 * time, "tokens_per_s": args.bptt * args.batch_size / time,
-            "gflops": matrix_flop(params, args) / time / 1e9, "peak_mib": peak,
-            "eval_tokens_per_s": EVALUATED / evaluation_time,
-        })
+    return matrix_flop(params, args), peak
 
 
-def take_turns(connection, task, args):
-    """The median time of `task`, which is done each time that the parent says so."""
-    times = []
-    for _ in range(args.steps):
-        connection.recv()
-        times.append(seconds(task, args.device))
-        connection.send("done")
-    return median(times)
+def time_task(name, device):
+    """The time of one call of a side's task."""
+    return seconds(TASKS[name], device)
 
 
 def measure(args):
     """Yields {name: {figure: value}} of the run, of each side, and of ours over the baseline."""
     set_up_device(args)
     sides = [("ours", our_side, args)] + [baseline(args)] * args.baseline
-    connections = {name: start(serve, *side) for name, *side in sides}
-    factor = torch.randn(LARGE, LARGE, device=args.device)
-    if args.precision == "bf16":
-        factor = factor.bfloat16()
-    times = []
-    for _ in range(2 * args.steps):  # steps, then evaluations
-        times.append(seconds(lambda: factor @ factor, args.device))
-        for connection in connections.values():
-            connection.send("go")
-            connection.recv()
-    rows = {name: connection.recv() for name, connection in connections.items()}
-    large = 2 * LARGE**3 / median(times) / 1e9
-    for figures in rows.values():
-        figures["utilization"] = figures["gflops"] / large
+    processes = {name: new_process() for name, *_ in sides}
+    costs = {name: processes[name].submit(set_up_side, *side).result() for name, *side in sides}
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    factor = torch.randn(LARGE, LARGE, device=args.device, dtype=dtype)
+    times = defaultdict(list)
+    for task in ["step"] * args.steps + ["evaluation"] * args.steps:
+        times["product"].append(seconds(lambda: factor @ factor, args.device))
+        for name, process in processes.items():
+            times[name, task].append(process.submit(time_task, task, args.device).result())
+    times = {what: median(taken) for what, taken in times.items()}
+    large = 2 * LARGE**3 / times["product"] / 1e9
+    rows = {"run": {
+        "precision": args.precision, "device": str(args.device), "torch": torch.__version__,
+        "threads": torch.get_num_threads(), "gflops_of_large_product": large,
+    }}
+    for name, (flop, peak) in costs.items():
+        step = times[name, "step"]
+        rows[name] = {
+            "ms_per_step": 1e3 * step, "tokens_per_s": args.bptt * args.batch_size / step,
+            "utilization": flop / step / 1e9 / large, "peak_mib": peak,
+            "eval_tokens_per_s": EVALUATED / times[name, "evaluation"],
+        }
     if args.baseline:
-        ours, theirs = rows.values()
+        _, ours, theirs = rows.values()
         rows["ratio"] = {figure: ours[figure] / theirs[figure] for figure in ours}
-    yield {
-        "run": {
-            "flags": " ".join(sys.argv[1:]), "precision": args.precision,
-            "device": str(args.device), "torch": torch.__version__,
-            "threads": torch.get_num_threads(), "gflops_of_large_product": large,
-        },
-        **rows,
-    }
+    yield rows
 
 
 def profile(args):
     """Yields, for a step and an evaluation of ours, {name: {figure: value}}.
 
-    First the time without the profiler and the share of it in which nothing runs; then the
-    operations that take most (on CUDA the kernels).
+    First the time without the profiler, and the share of it in which nothing runs; then the
+    operations (on CUDA: the kernels) that take the most time.
     """
     set_up_device(args)
-    for name, function in zip(("step", "evaluation"), make_tasks(*our_side(args), args)):
+    _, tasks = make_tasks(our_side, args)
+    for name, function in tasks.items():
         whole = 1e3 * median(seconds(function, args.device) for _ in range(args.steps))
         with torch.profiler.profile() as profiled:
             function()
@@ -250,7 +237,7 @@ def profile(args):
 def operation_times(events):
     """{operation: ms} of a profile; of one on CUDA {kernel or copy: ms}.
 
-    The other events there, operations and annotations, have the same time once more.
+    On CUDA, the operations and annotations count the time of their kernels a second time.
     """
     kernels = {
         event.key: event.self_device_time_total / 1000 for event in events
@@ -263,14 +250,14 @@ def operation_times(events):
 
 
 def read(args, ntoken=267_735):
-    """Yields {"corpus": what read_corpus sends} of corpora of so many million tokens.
+    """Yields {"corpus": {figure: value}} of reading corpora of so many million tokens.
 
-    They are made with WikiText-103's number of words, and each is read in a process of its own.
+    They have WikiText-103's number of words, and each is read in a process of its own.
     """
     for millions in args.read:
         with TemporaryDirectory() as folder:
             write_corpus(folder, int(millions * 1e6), ntoken)
-            yield {"corpus": start(read_corpus, folder, args).recv()}
+            yield {"corpus": new_process().submit(read_corpus, folder).result()}
 
 
 def write_corpus(folder, tokens, ntoken):
@@ -282,23 +269,16 @@ def write_corpus(folder, tokens, ntoken):
                 print(*zipf(ntoken, [99]).tolist(), file=file)
 
 
-def read_corpus(connection, folder, args):
-    """The process of `read`: sends {figure: value} of reading and of a first step of training.
-
-    The peak memory is what reading added. The step is of random words, through the split softmax.
-    """
+def read_corpus(folder):
+    """{figure: value} of reading; the peak memory is what reading added, over that of the ids."""
     before, begin = process_peak_mib(), perf_counter()
     corpus = Corpus(folder)
     elapsed, added = perf_counter() - begin, process_peak_mib() - before
-    set_up_device(args)
-    args.ntoken = len(corpus.dictionary)
-    step, _ = make_tasks(*our_side(args), args)
     tokens = len(corpus.train)
-    connection.send({
-        "tokens": tokens, "words": args.ntoken, "tokens_per_s": tokens / elapsed,
+    return {
+        "tokens": tokens, "words": len(corpus.dictionary), "tokens_per_s": tokens / elapsed,
         "peak_over_ids": added * 2**20 / corpus.train.nbytes,
-        "ms_first_step": 1e3 * seconds(step, args.device),
-    })
+    }
 
 
 # ------------------------------------------------------------ the command line
@@ -311,10 +291,10 @@ def parse_args(argv=None):
     add("--ntoken", None, "size of the vocabulary (default: the recipe's)", type=count)
     add("--baseline", False, "run plain PyTorch beside it, step for step; in float32 where ours "
         "has bf16; with --attention, our model without it", action="store_true")
-    add("--steps", 15, "steps timed, and evaluations", type=count)
+    add("--steps", 15, "steps that are timed, and evaluations", type=count)
     add("--json", False, "print a JSON object", action="store_true")
-    add("--profile", False, "print what the time is spent in instead", action="store_true")
-    add("--read", [], "read corpora of so many million tokens instead", nargs="+",
+    add("--profile", False, "print which operations take the time, instead", action="store_true")
+    add("--read", [], "time the reading of corpora of so many million tokens, instead", nargs="+",
         type=number(float, 0.01, 1e5))
     given = parser.parse_args(argv)
     sizes = SIZES[vars(given).pop("recipe", "ptb")]
@@ -344,9 +324,9 @@ def main():
     try:
         for rows in task(args):
             report(rows, args.json)
-    except EOFError:
-        raise InputError("a process that measures has ended; lower the sizes") from None
+    except BrokenProcessPool:
+        raise InputError("a process that measures was killed; lower the sizes") from None
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

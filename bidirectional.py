@@ -53,8 +53,8 @@ class BiLM(RNNModel):
     def forward_half(self):
         """The forward language model alone: an RNNModel of LSTMs, in evaluation mode."""
         half = RNNModel(**{**self.architecture, "rnn_type": "LSTM"})
-        mine = self.state_dict()
-        half.load_state_dict({name: mine[name] for name in half.state_dict()})
+        weights = self.state_dict()
+        half.load_state_dict({name: weights[name] for name in half.state_dict()})
         return half.to(self.decoder.weight.device).eval()
 
     def combine(self, before, after):
@@ -153,36 +153,41 @@ def evaluate_directions(params, ids, batch_size, bptt, check=None):
     layers = len(model.rnns)
     ids = ids.to(weight.device)
     places = torch.arange(len(ids), device=ids.device)
+    columns = distributed.columns(batch_size)
+    states = model.init_hidden(columns.stop - columns.start)
 
-    mine = distributed.columns(batch_size)
+    def read_text(places, read, hidden, step, after_window):
+        """The losses of predicting the word `step` places from each of `places`, in this order.
 
-    def run(places, read, hidden, step, losses, use):
-        for window, _, count in exact_windows(places, batch_size, bptt, mine):
+        `after_window(output, places, targets)` is called with what was read.
+        """
+        losses = Losses()
+        for window, _, count in exact_windows(places, batch_size, bptt, columns):
             if count:
                 output, hidden = read(ids[window], hidden)
-                at = window.flatten()[:count]
-                targets = ids[at + step]
-                losses.add(criterion(weight, bias, output[:count], targets), count)
-                use(output[:count], at, targets)
+                output, window = output[:count], window.flatten()[:count]
+                targets = ids[window + step]
+                losses.add(criterion(weight, bias, output, targets), count)
+                after_window(output, window, targets)
             if check is not None:
                 check()
+        return losses
 
-    forward, backward, cloze = Losses(), Losses(), Losses()
-    states = model.init_hidden(mine.stop - mine.start)
     # The state after reading each place of the text from its end; past the end, where nothing has
     # been read, zero.
     after = weight.new_zeros(len(ids) + 1, weight.size(1))
+    cloze = Losses()
 
-    def keep(output, at, targets):
-        after[at] = output
+    def store(output, places, targets):
+        after[places] = output
 
-    def combine(output, at, targets):
-        combined = model.combine(output, after[at + 2])
-        cloze.add(criterion(weight, bias, combined, targets), len(at))
+    def predict_cloze(output, places, targets):
+        combined = model.combine(output, after[places + 2])
+        cloze.add(criterion(weight, bias, combined, targets), len(places))
 
-    run(places.flip(0), model.read_backward, states[layers:], -1, backward, keep)
+    backward = read_text(places.flip(0), model.read_backward, states[layers:], -1, store)
     after = distributed.total(after)
-    run(places, model, states[:layers], 1, forward, combine)
+    forward = read_text(places, model, states[:layers], 1, predict_cloze)
     parts = {"forward": forward, "backward": backward, "cloze": cloze}
     return {name: losses.mean_of_all_ranks() for name, losses in parts.items()}
 

@@ -34,7 +34,7 @@ class Packed:
     """A matrix [N, K] packed once for many products: `Packed(w, rows)(x)` is x [rows, K] @ w.T.
 
     oneDNN packs a matrix into the order in which the processor reads it. Where w is in bfloat16, x
-    and the product are rounded to it; what is added to the product is in float32, and so is the sum.
+    and the product are rounded to it; what is added to the product is float32, and so is the sum.
     """
 
     def __init__(self, weight, rows):
@@ -77,7 +77,7 @@ sigmoid_backward, tanh_backward = torch.ops.aten.sigmoid_backward, torch.ops.ate
 
 
 def has_recurrent_layer(module, x, bf16):
-    """Whether `recurrent_layer` computes `module`: on a CPU a GRU, or with `bf16` an LSTM as well."""
+    """Whether `recurrent_layer` computes `module`: on a CPU a GRU, or with `bf16` an LSTM too."""
     return (
         x.device.type == "cpu" and (bf16 or isinstance(module, nn.GRU))
         and module.num_layers == 1 and module.bias and not module.batch_first
@@ -162,7 +162,7 @@ class RecurrentLayer(torch.autograd.Function):
 
 
 class GRUSteps:
-    """The element-wise part of a GRU, step by step. Its gates are r, z, n in this order, as nn.GRU's.
+    """The element-wise part of a GRU, step by step; the gates are r, z, n, in nn.GRU's order.
 
     gates [T, B, 3H]: at first what x adds to them; hs [T + 1, B, H]; kept [1, T + 1, B, H]: what h
     adds to n, before r scales it.
@@ -186,9 +186,9 @@ class GRUSteps:
         torch.lerp(n, self.h[t], z, out=self.h[t + 1])
 
     def backward(self, t, d_h, d_c, d_before, d_gates):
-        """d_h [B, H] of the h after step t, d_before what else the h before it has -> d_before, d_c.
+        """Fills d_gates [B, 3H]; returns the gradients of the h and c before step t.
 
-        Fills d_gates [B, 3H].
+        d_h and d_c [B, H] are those after it, d_before what the h before it has from elsewhere.
         """
         r, z, n, hidden_n = self.r[t], self.z[t], self.n[t], self.hidden_n[t]
         d_r, d_z, d_hidden_n = d_gates.split(self.size, 1)
@@ -217,7 +217,7 @@ class LSTMSteps:
     def forward(self, t, from_h):
         i, f, g, o, tanh_c = self.i[t], self.f[t], self.g[t], self.o[t], self.tanh_c[t + 1]
         gates = self.gates[t].add_(from_h)
-        # tanh(x) is 2 sigmoid(2x) - 1: on a CPU torch's tanh takes five times as long as its sigmoid.
+        # tanh(x) is 2 sigmoid(2x) - 1; torch's tanh takes five times as long as its sigmoid.
         g.mul_(2)
         gates.sigmoid_()
         g.mul_(2).sub_(1)

@@ -16,7 +16,7 @@ SPLITS = ("train", "valid", "test")
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used. The message is one line: what, and what to do."""
+    """The user's input cannot be used. The message is one line: what is wrong, and what to do."""
 
 
 class Dictionary:
@@ -29,23 +29,16 @@ class Dictionary:
     def __len__(self):
         return len(self.idx2word)
 
-    def add_word(self, word):
-        """Returns the id of `word`, giving it the next free one if it is new."""
-        if word not in self.word2idx:
-            self.word2idx[word] = len(self.idx2word)
-            self.idx2word.append(word)
-        return self.word2idx[word]
-
 
 class Corpus:
-    """A corpus in three splits, read anew each time: no cache that could go stale.
+    """A corpus in three splits. The text is read each time; nothing is cached.
 
     `path` is a folder with train.txt, valid.txt and test.txt (UTF-8, tokens separated by white
     space, each line ends in an implied <eos>), or "sample" for the corpus that is built from
     Python's own documentation. `dictionary` covers all three splits, as in published results;
     `train`, `valid`, `test` are int64 id vectors; `digest` is the SHA-256 of the text read.
 
-    Raises InputError, naming the file, for a split that is missing, empty, binary or not UTF-8.
+    Raises InputError, naming the file, if a split is missing, empty, binary or not UTF-8.
     """
 
     def __init__(self, path):
@@ -71,22 +64,16 @@ class Corpus:
                 f"{path}: no such file; --data takes a folder with train.txt, valid.txt and "
                 "test.txt (./getdata.sh fetches two), or 'sample'"
             ) from None
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read ({error.strerror})") from None
 
     def _encode(self, lines, name):
         word2idx = self.dictionary.word2idx
-        setdefault = word2idx.setdefault
+        id_of = word2idx.setdefault  # one look-up a token: a new word gets the next id
         self._hash.update(b"\0split\0")  # so that moving text between splits changes the digest
-        ids = array("q")
-        eos, blank = None, True
+        ids, blank = array("q"), True
         for words in words_of_lines(self._hashed(lines), name):
-            # One dictionary look-up a token: a new word gets the next id, an old one keeps its own.
-            ids.extend([setdefault(word, len(word2idx)) for word in words])
+            ids.extend([id_of(word, len(word2idx)) for word in words])
+            ids.append(id_of(EOS, len(word2idx)))
             blank = blank and not words
-            if eos is None:
-                eos = setdefault(EOS, len(word2idx))
-            ids.append(eos)
         self.dictionary.idx2word.extend(islice(word2idx, len(self.dictionary), None))
         if blank:
             raise InputError(f"{name}: holds no words")
@@ -101,7 +88,7 @@ class Corpus:
 def words_of_lines(lines, name):
     """Yields the words of each of `lines`, bytes: UTF-8 (a BOM is ignored), white space between.
 
-    Raises InputError, naming `name` and the line, for what is no text.
+    Raises InputError, with `name` and the line, where that is no text.
     """
     for number, line in enumerate(lines, 1):
         if number == 1:
@@ -109,7 +96,7 @@ def words_of_lines(lines, name):
         try:
             words = line.decode("utf-8").split()
         except UnicodeDecodeError:
-            raise InputError(f"{name}: line {number} is not UTF-8; convert the file") from None
+            raise InputError(f"{name}: line {number} is not UTF-8; convert it") from None
         if b"\0" in line:
             raise InputError(f"{name}: line {number} holds a NUL byte; is this a text file?")
         yield words
@@ -130,10 +117,10 @@ def encode(words, dictionary, path):
     return [ids[UNK if word in unknown else word] for word in words], unknown
 
 
-def name_commonest(words, most=5):
-    """The `most` commonest of a Counter of words, quoted, for a message."""
-    named = ", ".join(repr(word) for word, _ in words.most_common(most))
-    return named + (f" and {len(words) - most} others" if len(words) > most else "")
+def name_commonest(words):
+    """The five commonest of a Counter of words, quoted, for a message."""
+    named = ", ".join(repr(word) for word, _ in words.most_common(5))
+    return f"{named} and {len(words) - 5} others" if len(words) > 5 else named
 
 
 def unigram(train, ntoken):
@@ -183,35 +170,21 @@ def get_batch(source, i, args, seq_len=None, evaluation=False):
 def exact_windows(ids, batch_size, bptt, columns):
     """Yields windows in which each of the N - 1 ids that follow another is predicted exactly once.
 
-    `ids` [N] is laid out in `batch_size` columns, of which `columns`, a slice, are read. A window
-    is (inputs [T, B], targets [T, B], count), T <= bptt: all but the first `count` of the flattened
-    targets are padding.
+    `ids` [N] is laid out in `batch_size` columns, of which `columns`, a slice, are read. Columns
+    are contiguous pieces of the text that overlap by one token: the last target of one is the first
+    input of the next. A window is (inputs [T, B], targets [T, B], count), T <= bptt. Only the last
+    row can be incomplete: all but the first `count` of the flattened targets are padding.
     """
-    inputs, targets, n = batchify_exact(ids, batch_size)
-    inputs, targets = inputs[:, columns], targets[:, columns]
+    n = len(ids) - 1
     rows, rest = divmod(n, batch_size)  # the first `rest` columns have one prediction more
-    width = inputs.size(1)
+    column = torch.arange(batch_size)[columns]
+    starts = column * rows + column.clamp(max=rest)
+    index = (starts + torch.arange(rows + (rest > 0)).unsqueeze(1)).clamp(max=n - 1)
+    inputs, targets, width = ids[index], ids[index + 1], len(column)
     n = rows * width + min(max(rest - columns.start, 0), width)
     for i in range(0, len(inputs), bptt):
         window = inputs[i : i + bptt]
         yield window, targets[i : i + bptt], max(0, min(window.numel(), n - i * width))
-
-
-def batchify_exact(ids, bsz):
-    """Lays out N ids so that each of the N - 1 that follow another is predicted exactly once.
-
-    Returns `(inputs [T, bsz], targets [T, bsz], n)` with n = N - 1. Columns are contiguous pieces
-    of the text that overlap by one token: the last target of one is the first input of the next.
-    Lengths differ by at most one, so only the last row can be incomplete, and the valid
-    predictions are the first n of the flattened [T * bsz]; what follows them is padding.
-    """
-    n = len(ids) - 1
-    length, longer = divmod(n, bsz)  # the first `longer` columns hold one prediction more
-    column = torch.arange(bsz)
-    starts = column * length + column.clamp(max=longer)
-    steps = torch.arange(length + (longer > 0)).unsqueeze(1)
-    index = (starts + steps).clamp(max=n - 1)
-    return ids[index], ids[index + 1], n
 
 
 # ------------------------------------------------------------ the sample corpus
@@ -227,19 +200,14 @@ NOT_PROSE = re.compile(r"::=|>>>|==|--|\|| = .* = |   ")  # grammar, sessions, t
 
 def sample_paragraphs():
     """The distinct paragraphs of prose in the language reference, in order of topic."""
-    try:
-        from pydoc_data.topics import topics
-    except ImportError:
-        raise InputError(
-            "--data sample: this Python lacks the module pydoc_data; install the full standard "
-            "library, or name a folder with train.txt, valid.txt and test.txt"
-        ) from None
+    from pydoc_data.topics import topics  # which not every installation of Python has
+
     seen = {}  # topics repeat one another: a paragraph in two splits would give the answers away
     for _, text in sorted(topics.items()):
         for block in re.split(r"\n\s*\n", text):
             block = re.sub(r"^[*\s]+|\n\s*", " ", block).strip()
             if PROSE.match(block) and not NOT_PROSE.search(block):
-                seen.setdefault(block)
+                seen[block] = None
     return list(seen)
 
 
@@ -256,15 +224,14 @@ def build_sample():
 
     Of every ten paragraphs eight go to training, one to validation, one to test.
     """
-    splits = {"train": [], "valid": [], "test": []}
+    splits = {split: [] for split in SPLITS}
     for number, paragraph in enumerate(sample_paragraphs()):
         split = {8: "valid", 9: "test"}.get(number % 10, "train")
         splits[split] += tokenize_sample(paragraph)
     counts = Counter(token for sentence in splits["train"] for token in sentence)
-    known = {token for token, count in counts.items() if count >= SAMPLE_MIN_COUNT}
     return {
         split: [
-            (" ".join(t if t in known else UNK for t in sentence) + "\n").encode()
+            " ".join(t if counts[t] >= SAMPLE_MIN_COUNT else UNK for t in sentence).encode() + b"\n"
             for sentence in sentences
         ]
         for split, sentences in splits.items()

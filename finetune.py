@@ -11,21 +11,23 @@ the validation loss meets the trigger; see train.is_nonmonotone. Exit codes as m
 from argparse import Namespace
 
 from checkpoint import (
-    backup_file, check_corpus, copy_model, flags_of_run, new_params, open_run, read_checkpoint,
-    read_state, resume_from, saved_params,
+    back_up, check_corpus, copy_model, open_run, read_checkpoint, read_state, saved_params,
 )
 from data import InputError
 from distributed import broadcast, is_first
 from flags import (
-    ARCHITECTURE, check_unchanged, format_flag, make_parser, model_flags, resolve_flags, run,
-    sgd_rates,
+    ARCHITECTURE, check_unchanged, differences, flags_of_run, format_flag, make_parser, model_flags,
+    resolve_flags, run_command, sgd_rates,
 )
-from train import OPTIMIZER_FLAGS, REGULARIZERS, Trainer, regularizers_at, score, train_and_test
+from train import (
+    OPTIMIZER_FLAGS, REGULARIZERS, Trainer, new_params, regularizers_at, score, train_and_test,
+)
 from utils import log, log_parts, loss_columns, prepare
 
 COMMAND = "finetune.py"
 INHERITED = (
     "data", *OPTIMIZER_FLAGS, "clip", "batch_size", "bptt", *REGULARIZERS, "nonmono", "objective",
+    "partial_shuffle",
 )
 
 
@@ -38,12 +40,12 @@ def finetune(corpus, args, run, state=None):
     args = tuning_flags(args, state)
     if state:
         trainer = Trainer(new_params(corpus, args), corpus, args, run, finetuning=True)
-        resume_from(state, trainer)
+        trainer.resume(state, differences(state, run.flags, args.device))
         return train_and_test(trainer)
     # What a resumed run compares with are this phase's rates.
     run.flags |= {flag: getattr(args, flag) for flag in OPTIMIZER_FLAGS}
     params = saved_params(args.save, corpus, args)
-    base = broadcast(backup_file(args.save, ".base") if is_first() else None)
+    base = broadcast(back_up(args.save, ".base") if is_first() else None)
     log(f"Fine-tuning {args.save}; its base model stays at {base}")
     loss, parts = score(params, corpus.valid, args, run.check)
     log(f"| base model | {loss_columns(loss, 'valid ')}")
@@ -99,7 +101,8 @@ def main(argv=None):
         corpus = prepare(args)
         if state:
             state = read_state(args.resume, COMMAND)  # now that no other process writes it
-            check_corpus(state, corpus, args)
+            words, digest = state["vocabulary"], state["corpus"]["sha256"]
+            check_corpus(words, corpus, args, args.resume, digest)
         elif args.resume:
             log(f"Warm start from the weights of {args.resume}: no run of {COMMAND} to resume")
         if args.resume:
@@ -108,4 +111,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

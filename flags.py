@@ -13,10 +13,11 @@ import torch.distributed as dist
 
 import distributed
 from attention import KINDS
+from checkpoint import build_params, read_checkpoint
 from cpu_kernels import has_bf16_products, keep_freed_memory
-from data import InputError
-from model import RNN_TYPES, check_architecture
-from utils import Preempted, is_device_error, is_out_of_memory
+from data import Dictionary, InputError
+from model import NOTES, RNN_TYPES, check_architecture
+from utils import Preempted, environment, is_device_error, is_out_of_memory, set_up_device, warn
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, a quota, the largest file
 ARCHITECTURE = {  # flag: RNNModel's argument
@@ -38,12 +39,21 @@ RECIPES = {
         "optimizer": "adamw", "lr": 8e-3, "wdecay": 0.1, "schedule": "onecycle",
         "decoder_bias": "unigram", "batch_size": 20, "regularization_ramp": [0.3, 12.0],
     },
+    "fast": {
+        "optimizer": "adamw", "lr": 3e-3, "wdecay": 0.075, "schedule": "trapezoid",
+        "decoder_bias": "unigram", "batch_size": 20, "partial_shuffle": True,
+    },
 }
 RECIPES["short-gru"] = {**RECIPES["short"], "alpha": 0.5, "beta": 0.25}
 # What cannot change in the middle of a run: the position in the text, the optimizer's state or the
 # random numbers would lose their meaning.
 FIXED_FLAGS = (
     "recipe", "batch_size", "optimizer", "seed", "decoder_bias", "objective", *ARCHITECTURE
+)
+# What may change without changing what is computed; `data` is compared by its content.
+FREE_FLAGS = (
+    "data", "save", "resume", "epochs", "finetune", "log_interval", "cuda", "device", "tied",
+    "checkpoint_minutes", "on_divergence",
 )
 
 
@@ -95,7 +105,7 @@ rate = number(float, 0, 1)
 coefficient = number(float, 0, 1e30)  # float32 ends at 3.4e38
 
 
-def device(text):
+def parse_device(text):
     """An argparse type: cpu, cuda, cuda:N or mps, refused where this machine lacks it."""
     if not re.fullmatch(r"cpu|mps|cuda(:\d{1,3})?", text):
         raise argparse.ArgumentTypeError(f"must be cpu, cuda, cuda:N or mps, not {text!r}")
@@ -118,14 +128,6 @@ def rnn_type(text):
             f"model {text} is {what}; choose from {', '.join(RNN_TYPES)}"
         )
     return text
-
-
-def add_device_flags(parser):
-    """Adds the flags that say where a model runs, and of which type it has to be."""
-    add = parser.add_argument
-    add("--model", type=rnn_type, help="the checkpoint's type, which is checked (default: any)")
-    add("--cuda", action="store_true", help="require CUDA (otherwise used where there is one)")
-    add("--device", type=device, help="cpu, cuda, cuda:N or mps (default: cuda or cpu)")
 
 
 def make_parser(description, inherited=()):
@@ -162,6 +164,8 @@ def make_parser(description, inherited=()):
     add("--alpha", 2.0, "coefficient of activation regularization (AR)", type=coefficient)
     add("--beta", 1.0, "coefficient of temporal activation regularization (TAR)", type=coefficient)
     add("--wdecay", 1.2e-6, "weight decay (default: 1.2e-06; 0.02 with adamw)", type=coefficient)
+    add("--partial-shuffle", False, "at each epoch, begin to read each column at a random place",
+        action="store_true")
     add("--nonmono", 5, "non-monotone interval of the trigger, in epochs", type=number(int, 0))
     add("--seed", 1111, "random seed", type=number(int, 0, 2**32))
     add("--save", None, "path of the best model (default: a name made from the time)",
@@ -179,7 +183,7 @@ def make_parser(description, inherited=()):
         action="store_true")
     add("--device", None, "cpu, cuda, cuda:N or mps (default: cuda where there is one, else "
         "cpu; under torchrun each process has its own)",
-        type=device)
+        type=parse_device)
     add("--precision", None, "of training: fp32; tf32, all products with factors of 10 bits, on "
         "CUDA; or bf16, the products of the recurrent layers and of the decoder with factors in "
         "bfloat16 (on CUDA the whole recurrent layers), all else in float32; a CPU needs AVX-512 "
@@ -232,6 +236,16 @@ def sgd_rates(args):
     rates = {"lr": 30.0, "bias_lr": 1.0, "wdecay": 1.2e-6}
     recipe = RECIPES[default_recipe({**vars(args), "optimizer": "sgd"})]
     return rates | {flag: recipe[flag] for flag in rates if flag in recipe}
+
+
+def flags_of_run(state, path):
+    """The flags of the run of `state`, saved beside `path`, as defaults of what resumes it."""
+    flags = {**state["flags"], "save": path, "resume": path, "cuda": False}
+    try:
+        flags["device"] = parse_device(flags["device"])
+    except argparse.ArgumentTypeError:  # resumed on another machine
+        flags["device"] = None
+    return flags
 
 
 def model_flags(checkpoint):
@@ -305,11 +319,6 @@ def check_flags(args):
         check_architecture(args.model, args.emsize, args.nhid, args.attention)
     except ValueError as error:
         raise InputError(f"--{error}") from None
-    if getattr(args, "optimizer", "sgd") == "adamw" and args.lr * args.wdecay >= 1:
-        raise InputError(
-            f"{format_flag('wdecay', args.wdecay)}: with {format_flag('lr', args.lr)} a step would "
-            "take all of a weight away, or more; lower one of them"
-        )
     share, epochs = getattr(args, "regularization_ramp", None) or (1, 1)
     if not (0 <= share <= 1 and 0 < epochs < 1e30):  # neither where one is NaN
         raise InputError(
@@ -330,17 +339,69 @@ def check_unchanged(given, saved, path, fixed=FIXED_FLAGS):
             )
 
 
+def differences(state, flags, device):
+    """What keeps a resumed run from being bit-identical: ["lr 30 -> 10", ...]; [] if nothing."""
+    free = set(FREE_FLAGS)
+    if not state["finetuning"] and flags.get("schedule", "constant") != "constant":
+        free.remove("epochs")  # the rate's curve is stretched over them
+    before, after = state["environment"], environment(device)
+    before |= {flag: value for flag, value in state["flags"].items() if flag not in free}
+    after |= {flag: flags[flag] for flag in before if flag in flags}
+    found = [f"{n} {before.get(n)} -> {after[n]}" for n in after if before.get(n) != after[n]]
+    if device.type != "cpu":
+        found.append(f"{device.type} need not compute the same bits twice")
+    return found
+
+
 def format_flag(flag, value):
     """A flag as it is given in the shell."""
     name = flag if flag == "batch_size" else flag.replace("_", "-")
-    values = value if isinstance(value, list) else [value]
+    values = value if isinstance(value, list) else [] if value is True else [value]
     return " ".join([f"--{name}", *(f"{v:g}" if isinstance(v, float) else str(v) for v in values)])
+
+
+# ------------------------------------------------------------ using a trained model
+
+
+def add_device_flags(parser):
+    """Adds the flags that say where a model runs, and of which type it has to be."""
+    add = parser.add_argument
+    add("--model", type=rnn_type, help="the checkpoint's type, which is checked (default: any)")
+    add("--cuda", action="store_true", help="require CUDA (otherwise used where there is one)")
+    add("--device", type=parse_device, help="cpu, cuda, cuda:N or mps (default: cuda or cpu)")
+
+
+def load_for_use(path, args, keep_bilm=False):
+    """Loads the checkpoint at `path` on `args.device`, by default CUDA where there is one.
+
+    Returns (nn.ModuleList([model, criterion]) in evaluation mode and float32, data.Dictionary).
+    Unless `keep_bilm`, a biLM becomes its forward language model, with a note on stderr. Raises
+    InputError for a flag that cannot be met, and for biLSTM, which reads the word it predicts.
+    """
+    resolve_device(args)
+    args.precision = "fp32"
+    set_up_device(args)
+    checkpoint = read_checkpoint(path, args.device)
+    params = build_params(checkpoint).eval()
+    found = params[0].rnn_type
+    if args.model not in (None, found):
+        raise InputError(f"--model {args.model}: {path} holds a model {found}; leave the flag out")
+    if found == "biLSTM":
+        raise InputError(f"{path}: {NOTES[found]}; name another model")
+    if found == "biLM" and not keep_bilm:
+        params[0] = params[0].forward_half()
+        cloze = checkpoint["flags"].get("objective") == "cloze"
+        warn(
+            f"Note: of the biLM {path}, its forward language model alone is used"
+            + (", which was not trained: it was for cloze prediction" if cloze else "")
+        )
+    return params, Dictionary(checkpoint["vocabulary"])
 
 
 # ------------------------------------------------------------ how a command ends
 
 
-def run(main):
+def run_command(main):
     """Calls `main()` and exits with its status: one line and 2 for bad input, 128 + a signal's."""
     keep_freed_memory()
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):

@@ -3,21 +3,21 @@
     python generate.py --checkpoint PTB.pt --words 100 --prompt "the company said"
     python generate.py --checkpoint PTB.pt --interactive
 
-The checkpoint is all that is needed. The same seed writes the same text on the same machine.
+It needs only the checkpoint. The same seed writes the same text on the same machine. A prompt is
+UTF-8, whatever the locale.
 """
 
 import math
 import os
 import sys
-from contextlib import suppress
+from contextlib import nullcontext
 from itertools import islice
 
 import torch
 
-from checkpoint import load_for_use
 from cpu_kernels import Cell
-from data import EOS, UNK, InputError, encode
-from flags import Parser, add_device_flags, count, number, run
+from data import EOS, UNK, encode, words_of_lines
+from flags import Parser, add_device_flags, count, load_for_use, number, run_command
 from utils import warn, warn_of_unknown
 
 
@@ -41,7 +41,7 @@ class Generator:
     """Draws words from a model; `text` is an endless stream of ids.
 
     The next word's log-probabilities are divided by `temperature`, then truncated; the ids in
-    `banned` are never drawn. Draws are made on the model's device, in float64 where it has that.
+    `banned` are never drawn. Draws are made on the model's device, in float64 if it has that.
     """
 
     def __init__(self, params, seed, temperature=1.0, top_k=0, top_p=1.0, banned=()):
@@ -72,29 +72,26 @@ class Generator:
         probability = (logits / self.temperature).softmax(-1)
         if self.top_k or self.top_p < 1:
             probability = truncate(probability, self.top_k, self.top_p)
-        # The word with the shortest exponential waiting time at the rate p. torch.multinomial has
+        # The word with the shortest exponential waiting time at the rate p: torch.multinomial has
         # drawn words of probability 0 on some devices.
         times = torch.empty_like(probability).exponential_(generator=self.random)
         return (probability / times.clamp_(min=torch.finfo(times.dtype).tiny)).argmax(-1)
 
 
 def write_text(prompt, generator, dictionary, out, args):
-    """Writes `prompt` and the `args.words` words that follow it to `out`, a sentence a line.
+    """Writes the words `prompt` and the `args.words` that follow them to `out`, a sentence a line.
 
     With --interactive it ends with the first sentence; into a file, it reports progress on stderr.
     """
-    ids, unknown = encode([EOS, *prompt.split()], dictionary, args.checkpoint)
+    ids, unknown = encode([EOS, *prompt], dictionary, args.checkpoint)
     warn_of_unknown(unknown)
     out.write(" ".join(dictionary.idx2word[idx] for idx in ids[1:]))
-    in_sentence = len(ids) > 1
+    in_sentence = bool(prompt)
     for written, idx in enumerate(islice(generator.text(ids), args.words), 1):
         word = dictionary.idx2word[idx]
-        if word == EOS:
-            out.write("\n")
-        else:
-            out.write(f" {word}" if in_sentence else word)
-        in_sentence = word != EOS
+        out.write("\n" if word == EOS else " " * in_sentence + word)
         out.flush()
+        in_sentence = word != EOS
         if out is not sys.stdout and written % args.log_interval == 0:
             warn(f"| Generated {written}/{args.words} words")
         if args.interactive and not in_sentence:
@@ -103,22 +100,14 @@ def write_text(prompt, generator, dictionary, out, args):
         print(file=out, flush=True)
 
 
-def ask_for_prompts():
-    """Yields lines typed, or read from standard input, until its end."""
-    with suppress(ImportError):
-        import readline  # noqa: F401 - arrow keys in input()
-    with suppress(EOFError):
-        while True:
-            yield input("> " if sys.stdin.isatty() else "")
-
-
-def open_output(path):
-    """Opens a file to write, or standard output for "-". Raises InputError if it has content."""
-    if path == "-":
-        return sys.stdout
-    if os.path.isfile(path) and os.path.getsize(path):
-        raise InputError(f"--outf {path}: exists; remove it, or name another")
-    return open(path, "w", encoding="utf-8")
+def ask_for_lines():
+    """Yields the lines of standard input, bytes; asks for each at a terminal."""
+    while True:
+        print("> " if sys.stdin.isatty() else "", end="", flush=True)
+        line = sys.stdin.buffer.readline()
+        if not line:
+            return
+        yield line
 
 
 def parse_args(argv=None):
@@ -137,7 +126,8 @@ def parse_args(argv=None):
         help="draw from the fewest words that have the probability P (default: 1, from all)")
     add("--no-unk", action="store_true", help=f"never write {UNK}")
     add("--seed", type=number(int, 0, 2**32), default=1111, help="random seed (default: 1111)")
-    add("--outf", default="-", metavar="FILE", help="file to write (default: -, standard output)")
+    add("--outf", default="-", metavar="FILE",
+        help="new file to write (default: -, standard output)")
     add("--log-interval", type=count, default=100, metavar="N",
         help="words between reports when writing to a file (default: 100)")
     add("--interactive", action="store_true",
@@ -152,11 +142,13 @@ def main(argv=None):
     params, dictionary = load_for_use(args.checkpoint, args)
     banned = [dictionary.word2idx[UNK]] if args.no_unk and UNK in dictionary.word2idx else []
     generator = Generator(params, args.seed, args.temperature, args.top_k, args.top_p, banned)
-    out = open_output(args.outf)
-    for prompt in ask_for_prompts() if args.interactive else [args.prompt]:
-        write_text(prompt, generator, dictionary, out, args)
+    lines = ask_for_lines() if args.interactive else [os.fsencode(args.prompt)]
+    to_file = args.outf != "-"
+    with open(args.outf, "x", encoding="utf-8") if to_file else nullcontext(sys.stdout) as out:
+        for prompt in words_of_lines(lines, "prompt"):
+            write_text(prompt, generator, dictionary, out, args)
     return 0
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -12,15 +12,15 @@ import os
 from pathlib import Path
 
 from checkpoint import (
-    RECORDS, check_corpus, copy_model, flags_of_run, new_params, open_run, read_checkpoint,
-    read_state, resume_from, saved_params,
+    RECORDS, check_corpus, copy_model, open_run, read_checkpoint, read_state, saved_params,
 )
 from data import InputError, unigram
 from finetune import finetune
 from flags import (
-    RECIPES, check_unchanged, describe_recipe, make_parser, model_flags, number, resolve_flags, run,
+    RECIPES, check_unchanged, describe_recipe, differences, flags_of_run, make_parser, model_flags,
+    number, resolve_flags, run_command,
 )
-from train import OPTIMIZERS, UP, Trainer, score, train_and_test
+from train import OPTIMIZERS, UP, Trainer, new_params, score, train_and_test
 from utils import log, prepare
 
 COMMAND = "main.py"
@@ -34,16 +34,18 @@ def parse_args(argv=None):
     parser = make_parser(__doc__.splitlines()[0])
     parser.add(
         "--recipe", None, "preset of flags: published, gru, slow-biases, short (for runs of few "
-        "--epochs) or short-gru; a flag that is given overrides just itself (default: gru for GRU, "
-        "slow-biases for biLM and with attention, else published)", choices=list(RECIPES),
+        "epochs), short-gru or fast (for 40 epochs or more); a flag that is given overrides just "
+        "itself (default: gru for GRU, slow-biases for biLM and with attention, else published)",
+        choices=list(RECIPES),
     )
     parser.add(
         "--optimizer", "sgd", "sgd (with NT-ASGD), adam, or adamw (decoupled weight decay, betas "
         "0.8 and 0.99)", choices=list(OPTIMIZERS),
     )
     parser.add(
-        "--schedule", "constant", "the learning rate over the --epochs: constant, or onecycle, up "
-        f"to --lr over a share of {UP:g}, then down to nothing", choices=["constant", "onecycle"],
+        "--schedule", "constant", "the learning rate over the --epochs: constant; onecycle, up to "
+        f"--lr over a share of {UP:g}, then down to nothing; or trapezoid, up over a share of "
+        "0.08, constant up to 0.48, then down", choices=["constant", "onecycle", "trapezoid"],
     )
     parser.add(
         "--regularization-ramp", None, "all dropouts, weight drop, AR and TAR begin at SHARE of "
@@ -94,7 +96,8 @@ def main(argv=None):
         corpus = prepare(args)
         if state:
             state = read_state(args.resume, COMMAND)  # now that no other process writes it
-            check_corpus(state, corpus, args)
+            words, digest = state["vocabulary"], state["corpus"]["sha256"]
+            check_corpus(words, corpus, args, args.resume, digest)
             copy_model(args.resume, args.save)
         if not (state and state["finetuning"]):
             status = train_and_test(start(corpus, args, run, state))
@@ -131,9 +134,9 @@ def start(corpus, args, run, state):
         log(f"Note: {args.save} exists; the model of the first epoch will replace it")
     trainer = Trainer(params, corpus, args, run, best=best, records=records)
     if state:
-        resume_from(state, trainer)
+        trainer.resume(state, differences(state, run.flags, args.device))
     return trainer
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

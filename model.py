@@ -1,6 +1,5 @@
 """The model: embedding -> recurrent layers, each regularizer in its place -> decoder."""
 
-import torch
 from torch import nn
 
 from attention import Attention

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -16,9 +17,11 @@ from torch.optim.swa_utils import get_swa_multi_avg_fn
 from tqdm import tqdm
 
 import distributed
-from bidirectional import OBJECTIVES, BiObjective, evaluate_directions, is_bilm
+from bidirectional import OBJECTIVES, BiObjective, evaluate_directions, is_bilm, make_model
+from checkpoint import read_checkpoint, read_state, training_settings
 from data import InputError, batchify, exact_windows, get_batch, unigram_loss
 from model import DROPOUTS, NOTES, activation_regularization
+from splitcross import SplitCrossEntropyLoss, default_splits
 from utils import (
     Losses, Preempted, environment, float32_products, get_generators, is_out_of_memory, log,
     log_parts, loss_columns, map_hidden, perplexity, repackage_hidden, set_generators, warn,
@@ -31,6 +34,7 @@ LONGER = 25  # the most by which a window exceeds bptt: five standard deviations
 REGULARIZERS = (*DROPOUTS, "alpha", "beta")
 UP = 0.1  # the share of a run over which one cycle's rate rises
 FIRST, LAST = 1 / 25, 1 / 250_000  # one cycle's first and last rate, as shares of its highest
+TRAPEZOID = (0, 0.08, 0.48, 0.92, 1), (0.1, 1, 1, 0.1, 0)  # shares of the run, and of the rate then
 OPTIMIZERS = {
     "sgd": (torch.optim.SGD, {}),
     "adam": (torch.optim.Adam, {}),
@@ -57,6 +61,17 @@ def random_seq_len(bptt):
     """
     mean = bptt if np.random.random() < 0.95 else bptt / 2
     return min(max(5, int(np.random.normal(mean, 5))), bptt + LONGER)
+
+
+def new_params(corpus, args):
+    """A new nn.ModuleList([model, criterion]) for the corpus, on `args.device`."""
+    ntoken = len(corpus.dictionary)
+    model = make_model(
+        args.model, ntoken, args.emsize, args.nhid, args.nlayers, tie_weights=True,
+        attention=args.attention, attention_window=args.attention_window, **training_settings(args),
+    )
+    criterion = SplitCrossEntropyLoss(args.emsize, default_splits(ntoken))
+    return nn.ModuleList([model, criterion]).to(args.device)
 
 
 class Objective(nn.Module):
@@ -182,10 +197,10 @@ def evaluate(params, ids, batch_size, bptt, check=None):
     model, criterion = params
     params.eval()
     weight, bias = model.decoder.weight, model.decoder.bias
-    mine = distributed.columns(batch_size)
-    hidden = model.init_hidden(mine.stop - mine.start)
+    columns = distributed.columns(batch_size)
+    hidden = model.init_hidden(columns.stop - columns.start)
     losses = Losses()
-    for data, targets, count in exact_windows(ids.to(weight.device), batch_size, bptt, mine):
+    for data, targets, count in exact_windows(ids.to(weight.device), batch_size, bptt, columns):
         if count:
             output, hidden = model(data, hidden)
             losses.add(criterion(weight, bias, output[:count], targets.flatten()[:count]), count)
@@ -212,15 +227,19 @@ def score(params, ids, args, check=None, batch_size=EVAL_BATCH_SIZE):
 # ------------------------------------------------------------ schedules
 
 
-def rate_share(schedule, progress):
+def scheduled_share(schedule, progress):
     """The learning rate at `progress`, in [0, 1], as a share of the highest, which is --lr.
 
     onecycle (Smith and Topin 2017, 1708.07120): half a cosine wave from FIRST up to 1 over UP of
     the run, and another from there down to LAST. torch's OneCycleLR with pct_start=UP has the same
     waves, but counts steps, whose number random windows do not tell beforehand.
+
+    trapezoid: straight lines between the points of TRAPEZOID.
     """
     if schedule == "constant":
         return 1.0
+    if schedule == "trapezoid":
+        return float(np.interp(progress, *TRAPEZOID))
     if progress < UP:
         return half_cosine(FIRST, 1.0, progress / UP)
     return half_cosine(1.0, LAST, min(1.0, (progress - UP) / (1 - UP)))
@@ -246,7 +265,7 @@ def settings_at(epochs, args, model):
 
     With a ramp the dropout rates of `model`, an RNNModel, are set too.
     """
-    share = rate_share(args.schedule, epochs / args.epochs)
+    share = scheduled_share(args.schedule, epochs / args.epochs)
     if not args.regularization_ramp:
         return args, share
     settings = regularizers_at(epochs, args)
@@ -259,6 +278,15 @@ def settings_at(epochs, args, model):
 
 
 # ------------------------------------------------------------ a run
+
+
+def roll_columns(text, offsets):
+    """`text` [rows, B] with each column read from its offset [B] on, then from its start.
+
+    Partial shuffle (Press 2019, 1903.04167), when the offsets are drawn anew at each epoch.
+    """
+    rows = torch.arange(len(text), device=text.device).unsqueeze(1)
+    return text.gather(0, (rows + offsets) % len(text))
 
 
 class Trainer:
@@ -277,15 +305,17 @@ class Trainer:
     # What the training state holds of the trainer itself, as plain data.
     PROGRESS = (
         "finetuning", "epoch", "row", "valid_losses", "best", "records", "done",
-        "high_loss_streak", "rollbacks",
+        "high_loss_streak", "rollbacks", "rate_divisor", "offsets",
     )
 
     def __init__(self, params, corpus, args, run, finetuning=False, best=math.inf, records=""):
         self.params, self.corpus, self.args, self.run = params, corpus, args, run
         self.finetuning = finetuning
-        self.source = self.columns_of(corpus.train)  # [rows, columns]
         # biLM reads the text from its end as well.
-        self.reversed = self.columns_of(corpus.train.flip(0)) if is_bilm(params) else None
+        texts = [corpus.train, corpus.train.flip(0)] if is_bilm(params) else [corpus.train]
+        self.texts = [self.columns_of(ids) for ids in texts]  # each [rows, columns]
+        self.rows = len(self.texts[0])
+        self.set_offsets(None)
         self.objective = distributed.replicate(make_objective(params, args))
         self.optimizer = make_optimizer(params, args)
         self.average = Average(params) if finetuning else None
@@ -294,6 +324,7 @@ class Trainer:
         self.valid_losses, self.best, self.records = [], best, records
         self.done = False  # whether the trigger has ended fine-tuning
         self.high_loss_streak, self.rollbacks = 0, 0
+        self.rate_divisor = 1  # of the learning rate: what --when and rollbacks have made of it
         self.too_high = math.log(len(corpus.dictionary)) + 1
         self.saved = False  # whether the state on disk is one to go back to, with these flags
         self.saved_at, self.saving_seconds = time.perf_counter(), 0.0
@@ -301,8 +332,16 @@ class Trainer:
 
     def columns_of(self, ids):
         """This rank's columns of a text, on its device."""
-        mine = distributed.columns(self.args.batch_size)
-        return batchify(ids, self.args.batch_size)[:, mine].to(self.args.device).contiguous()
+        columns = distributed.columns(self.args.batch_size)
+        return batchify(ids, self.args.batch_size)[:, columns].to(self.args.device).contiguous()
+
+    def set_offsets(self, offsets):
+        """Has this epoch read the columns from `offsets`, one for each of the batch; None for 0."""
+        self.offsets, self.streams = offsets, self.texts
+        if offsets is not None:
+            mine = torch.tensor(offsets, device=self.args.device)
+            mine = mine[distributed.columns(self.args.batch_size)]
+            self.streams = [roll_columns(text, mine) for text in self.texts]
 
     def start_clock(self, seconds):
         self.seconds_before, self.started = seconds, time.perf_counter()
@@ -316,7 +355,7 @@ class Trainer:
 
     def epochs_read(self):
         """How often the text has been read, a number with a fraction."""
-        return self.epoch - 1 + self.row / (len(self.source) - 1)
+        return self.epoch - 1 + self.row / (self.rows - 1)
 
     def position(self):
         """Where the run is, in words."""
@@ -332,7 +371,7 @@ class Trainer:
         signal, when the state is saved.
         """
         try:
-            if self.source.is_cuda and not self.is_over():
+            if self.args.device.type == "cuda" and not self.is_over():
                 self.try_longest_window()
             while not self.is_over():
                 try:
@@ -348,24 +387,25 @@ class Trainer:
             self.save_at_exit(stop)
             raise
         except (MemoryError, RuntimeError) as error:
-            evaluating = self.row == len(self.source) - 1  # in windows that --bptt does not shorten
             begun = (self.epoch, self.row) != (1, 0)
-            if not is_out_of_memory(error) or evaluating or not begun:
+            if not (is_out_of_memory(error) and begun):
                 raise
             raise InputError(
                 f"device {self.args.device} is out of memory at {self.position()}; "
-                f"{self.run.resume_command()} --bptt {max(1, self.args.bptt * 3 // 4)} goes on "
+                f"{self.run.resume_command} --bptt {max(1, self.args.bptt * 3 // 4)} goes on "
                 "from the last saved state in shorter windows"
             ) from None
 
     def train_epoch(self):
         """What is left of a pass over the text. Raises Diverged, or Preempted."""
-        args, source = self.args, self.source
+        args = self.args
         self.params.train()
-        if self.hidden is None:
-            self.hidden = self.params[0].init_hidden(source.size(1))
+        if self.row == 0:
+            self.hidden = self.params[0].init_hidden(self.texts[0].size(1))
+            if args.partial_shuffle:
+                self.set_offsets(np.random.randint(self.rows, size=args.batch_size).tolist())
         with EpochLog(self) as epoch_log:
-            while self.row < len(source) - 1:
+            while self.row < self.rows - 1:
                 settings, share = settings_at(self.epochs_read(), args, self.params[0])
                 data, targets, more = self.window(self.row, random_seq_len(args.bptt))
                 loss, self.hidden = train_step(
@@ -401,10 +441,14 @@ class Trainer:
             train_loss=train_loss, train_ppl=perplexity(train_loss),
             valid_loss=loss, valid_ppl=perplexity(loss),
             **{f"{name}_ppl": perplexity(part) for name, part in parts.items()},
-            lr=lr * rate_share(args.schedule, self.epochs_read() / args.epochs),
+            lr=lr * scheduled_share(args.schedule, self.epochs_read() / args.epochs),
             averaging=self.average is not None,
             tokens_per_s=round(sum(n for _, n in self.losses.on_host) / train_seconds, 1),
         )
+        if self.epoch in args.when:
+            log("Dividing the learning rate by 10")
+            self.rate_divisor *= 10
+            self.set_rates()
         if is_nonmonotone(self.valid_losses, loss, args.nonmono):
             self.trigger()
         self.valid_losses.append(loss)
@@ -422,11 +466,10 @@ class Trainer:
 
     def window(self, row, seq_len):
         """Words [L, B] and targets [L*B] from `row` on, and what else the objective takes."""
-        data, targets = get_batch(self.source, row, self.args, seq_len=seq_len)
-        if self.reversed is None:
-            return data, targets, {}
-        backward = get_batch(self.reversed, row, self.args, seq_len=seq_len)
-        return data, targets, {"backward": backward, "begins": row == 0}
+        (data, targets), *backward = (
+            get_batch(stream, row, self.args, seq_len=seq_len) for stream in self.streams
+        )
+        return data, targets, {"backward": backward[0], "begins": row == 0} if backward else {}
 
     def try_longest_window(self):
         """Computes the gradients of the longest window there can be, and forgets them.
@@ -434,11 +477,11 @@ class Trainer:
         So what windows need of memory runs out now, not hours into the run. Neither weights nor
         random numbers change.
         """
-        args, source = self.args, self.source
+        args = self.args
         self.params.train()
-        data, targets, more = self.window(0, min(args.bptt + LONGER, len(source) - 1))
-        with torch.random.fork_rng([args.device] if source.is_cuda else []):
-            hidden = self.params[0].init_hidden(source.size(1))
+        data, targets, more = self.window(0, min(args.bptt + LONGER, self.rows - 1))
+        with torch.random.fork_rng([args.device] if data.is_cuda else []):
+            hidden = self.params[0].init_hidden(data.size(1))
             total, *_ = self.objective(data, targets, hidden, args.alpha, args.beta, **more)
             total.backward()
         self.optimizer.zero_grad()
@@ -446,10 +489,7 @@ class Trainer:
     # -------------------------------------------------------- files
 
     def save_model(self, params, loss):
-        """Saves `params` if `loss` is the lowest yet, and after the epochs of --when.
-
-        There the learning rate is divided by 10 too.
-        """
+        """Saves `params` if `loss` is the lowest yet, and after the epochs of --when."""
         path, paths = self.args.save, []
         if loss < self.best:
             self.best, paths = loss, [path]
@@ -457,9 +497,7 @@ class Trainer:
             log(f"Saving {what} (new best validation)")
         if self.epoch in self.args.when:
             paths.append(f"{path}.e{self.epoch}")
-            log(f"Saving model to {paths[-1]}; dividing the learning rate by 10")
-            for group in self.optimizer.param_groups:
-                group["lr"] /= 10
+            log(f"Saving model to {paths[-1]}")
         if paths:
             self.run.save_model(
                 paths, params, self.corpus, epoch=self.epoch, valid_loss=loss,
@@ -488,48 +526,76 @@ class Trainer:
         }
 
     def load_state_dict(self, state):
-        """Goes back to `state`, but for the flags that have changed since.
-
-        Raises errors of many types for a state whose parts do not fit together.
-        """
-        args, model = self.args, self.params[0]
-        model.load_state_dict(state["model"])
+        """Goes back to `state`, but for the flags that have changed since."""
+        args = self.args
+        self.params[0].load_state_dict(state["model"])
         self.params[1].load_state_dict(state["criterion"])
         self.average = None
         if state["average"] is not None:
             self.average = Average(self.params)
             self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
-        changed = {f for f in OPTIMIZER_FLAGS if getattr(args, f) != state["flags"][f]}
-        self.change_rates(changed)
         for name in self.PROGRESS:
             setattr(self, name, state[name])
+        self.set_offsets(self.offsets)
+        if args.lr != state["flags"]["lr"]:
+            self.rate_divisor = 1
+        self.set_rates()
         self.losses = Losses(state["losses"])
         self.start_clock(state["seconds"])
         set_generators(state["generators"], args.device)
-        whole = model.init_hidden(args.batch_size) if self.row else None
-        # [B, H] alone: the states that attention remembers grow in number.
-        shapes = [map_hidden(lambda h: h.shape[1:], h) for h in (state["hidden"], whole)]
-        if not (
-            self.epoch > 0 and 0 <= self.row < len(self.source) and shapes[0] == shapes[1]
-            and bool(self.row) == bool(self.losses.on_host)
-        ):
-            raise ValueError("no position in an epoch")
-        mine = distributed.columns(args.batch_size)
+        columns = distributed.columns(args.batch_size)
         self.hidden = map_hidden(
-            lambda h: h[:, mine].to(args.device, copy=True).contiguous(), state["hidden"]
+            lambda h: h[:, columns].to(args.device, copy=True).contiguous(), state["hidden"]
         )
 
-    def change_rates(self, changed):
-        """Gives the optimizer the flags of OPTIMIZER_FLAGS that are `changed`; others stay."""
-        args, (others, biases) = self.args, self.optimizer.param_groups
-        if "wdecay" in changed:
-            others["weight_decay"] = biases["weight_decay"] = args.wdecay
-        share = args.bias_lr if "bias_lr" in changed else biases["lr"] / others["lr"]
-        if "lr" in changed:
-            others["lr"] = args.lr
-        if changed & {"lr", "bias_lr"}:
-            biases["lr"] = others["lr"] * share
+    def set_rates(self):
+        """Gives the optimizer the learning rates and the weight decay that the flags name."""
+        for group, share in zip(self.optimizer.param_groups, (1.0, self.args.bias_lr)):
+            group["lr"] = self.args.lr * share / self.rate_divisor
+            group["weight_decay"] = self.args.wdecay
+
+    def resume(self, state, changed):
+        """Goes on from `state`, read from beside `args.resume`, and logs that.
+
+        `changed` lists what keeps it from going on bit-identical to a run never interrupted. Raises
+        InputError when the checkpoint is unusable.
+        """
+        self.load_state_dict(state)
+        log(f"Resuming the run of {self.args.save} at {self.position()}")
+        if self.best < math.inf:
+            changed = changed + self.compare_best_model(state)
+        if changed:
+            log(f"Note: no longer bit-identical to a run never interrupted: {'; '.join(changed)}")
+        else:
+            log("It goes on bit-identical to a run never interrupted")
+        if self.done:
+            log("It has come to its end: validation has stopped improving")
+        elif self.is_over():
+            more = "--finetune" if self.finetuning and "finetune" in self.run.flags else "--epochs"
+            log(f"It has come to its end; {more} asks for more")
+
+    def compare_best_model(self, state):
+        """What keeps the best model on disk from being that of `state`: [] if nothing."""
+        path = self.args.save
+        if os.path.exists(path):
+            checkpoint = read_checkpoint(path)
+            for key in ("architecture", "vocabulary"):
+                if checkpoint[key] != state[key]:
+                    raise InputError(
+                        f"{path}: its {key} is not that of the training state beside it; put the "
+                        "right file there, or remove the state to start from the weights alone"
+                    )
+            return []
+        if self.is_over():
+            raise InputError(
+                f"{path}: the model of this finished run is gone; put it back, or ask for more "
+                "epochs"
+            )
+        missing = f"{path} (valid loss {self.best:.2f}) is gone"
+        warn(f"Warning: {missing}; the model of the next epoch takes its place")
+        self.best = math.inf
+        return [missing]
 
     def save_state(self):
         """Writes the state; returns whether that, and all that waited to be written, succeeded.
@@ -562,9 +628,9 @@ class Trainer:
             warn(f"Warning: {error}; this state is not saved")
             succeeded = False
         if succeeded:
-            log(f"The state is saved; {self.run.resume_command()} goes on from here")
+            log(f"The state is saved; {self.run.resume_command} goes on from here")
         elif self.saved:
-            warn(f"{self.run.resume_command()} goes on from the last state that was saved")
+            warn(f"{self.run.resume_command} goes on from the last state that was saved")
 
     # -------------------------------------------------------- divergence
 
@@ -585,12 +651,12 @@ class Trainer:
         """After a divergence: back to the state on disk with half the rate, or InputError."""
         args, lr = self.args, self.optimizer.param_groups[0]["lr"]
         what = f"epoch {self.epoch}, lr {lr:g}: {error}"
-        state = self.run.read_state() if self.saved else None
+        state = read_state(args.save) if self.saved else None
         if args.on_divergence == "rollback" and state and self.rollbacks < ROLLBACKS:
             best, rollbacks = self.best, self.rollbacks + 1
             self.load_state_dict(state)
-            for group in self.optimizer.param_groups:
-                group["lr"] /= 2 ** (rollbacks - self.rollbacks)
+            self.rate_divisor *= 2 ** (rollbacks - self.rollbacks)
+            self.set_rates()
             self.best, self.rollbacks = best, rollbacks
             log(
                 f"Divergence: {what}\nGoing back to {self.position()} with learning rate "
@@ -603,7 +669,7 @@ class Trainer:
         again = "no state was saved to go on from"
         if state:
             again = (
-                f"{self.run.resume_command()} --lr {lr / 2:g} goes on from the last good state "
+                f"{self.run.resume_command} --lr {lr / 2:g} goes on from the last good state "
                 f"(epoch {state['epoch']}, batch {len(state['losses'])})"
             )
         advice = "try a lower --lr" + ("" if args.clip else " or --clip 0.25")
@@ -623,13 +689,13 @@ def train_and_test(trainer):
         if stop.number != signal.SIGINT:
             return status
         check = None  # the next signal ends it at once
-    run.saver.retry()
+    run.retry()
     if trainer.best < math.inf:
         report_test(trainer, check)
     else:
         log("No epoch was finished, so there is no model to test")
-    run.saver.retry()
-    if lost := ", ".join(run.saver.pending):
+    run.retry()
+    if lost := ", ".join(run.pending):
         raise InputError(f"{lost}: could not be written until the end; make room and train again")
     return status
 
@@ -654,14 +720,14 @@ class EpochLog:
 
     def __init__(self, trainer):
         self.trainer = trainer
-        args, source = trainer.args, trainer.source
+        args = trainer.args
         # On a CPU a loss is there at once. Elsewhere the newest stays on its way, so that the host
         # can queue the next step while this one runs.
-        self.ahead = 0 if source.device.type == "cpu" else 1
+        self.ahead = 0 if args.device.type == "cpu" else 1
         self.batches = self.logged = len(trainer.losses.on_host)
         self.since = time.perf_counter()
         self.bar = tqdm(
-            desc=f"epoch {trainer.epoch}", total=(len(source) - 1) * args.batch_size,
+            desc=f"epoch {trainer.epoch}", total=(trainer.rows - 1) * args.batch_size,
             initial=trainer.row * args.batch_size, unit=" tokens", unit_scale=True, leave=False,
             file=sys.stderr, disable=not (sys.stderr.isatty() and distributed.is_first()),
         )
@@ -686,7 +752,7 @@ class EpochLog:
             now = time.perf_counter()
             log(
                 f"| epoch {trainer.epoch:3d} | {self.batches:5d}/"
-                f"{len(trainer.source) // args.bptt:5d} batches "
+                f"{trainer.rows // args.bptt:5d} batches "
                 f"| lr {trainer.optimizer.param_groups[0]['lr'] * share:05.5f} "
                 f"| ms/batch {(now - self.since) * 1000 / (self.batches - self.logged):5.2f} "
                 f"| {loss_columns(trainer.losses.mean(last=args.log_interval))}"

@@ -3,7 +3,6 @@
 import contextlib
 import math
 import os
-import random
 import signal
 import sys
 from collections import deque
@@ -225,7 +224,6 @@ def prepare(args):
             f"--batch_size {args.batch_size}: the training split has {len(corpus.train)} tokens, "
             f"too few for {args.batch_size} columns of 2; lower it"
         )
-    random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed + distributed.rank())  # other masks for other columns
     set_up_device(args)
@@ -252,13 +250,8 @@ def environment(device):
 
 def get_generators(device):
     """The states of all random generators of a run, one a rank, as tensors and plain data."""
-    version, internal, gauss = random.getstate()
     name, key, *rest = np.random.get_state()
-    state = {
-        "python": [version, list(internal), gauss],
-        "numpy": [name, key.tolist(), *rest],
-        "torch": torch.get_rng_state(),
-    }
+    state = {"numpy": [name, key.tolist(), *rest], "torch": torch.get_rng_state()}
     if device.type in ("cuda", "mps"):
         state[device.type] = getattr(torch, device.type).get_rng_state()
     return {"ranks": distributed.all_gather(state)}
@@ -268,8 +261,6 @@ def set_generators(generators, device):
     """Restores what `get_generators` returned; a rank that had none then is seeded anew."""
     ranks = generators["ranks"]
     state = ranks[min(distributed.rank(), len(ranks) - 1)]
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
     name, key, *rest = state["numpy"]
     np.random.set_state((name, np.array(key, dtype=np.uint32), *rest))
     torch.set_rng_state(state["torch"])

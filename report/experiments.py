@@ -2,7 +2,7 @@
 
 They share main.py's defaults: emsize 400, nhid 1150, three layers, bptt 70, SGD with a rate of 30
 followed by NT-ASGD, clip 0.25, dropout 0.4, dropoute 0.1, wdrop 0.5, alpha 2, beta 1, wdecay
-1.2e-6. Of flags given twice, by corpus, experiment and scale, in this order, the last one counts.
+1.2e-6. Where several set a flag, the scale overrides the experiment, and that the corpus.
 """
 
 from typing import NamedTuple
@@ -28,8 +28,8 @@ class Experiment(NamedTuple):
     base: str | None = None
 
 
-# From section 4 of the report. It trained GRU at the LSTM's rate, where it diverges; that is kept.
-# The report's "LSTM without dropout" keeps wdrop, dropout and dropoute: lightly regularized.
+# Section 4 of the report. Its GRU has the LSTM's rate, at which it diverges, and so has this one.
+# Its "LSTM without dropout" keeps wdrop, dropout and dropoute: lightly regularized.
 EXPERIMENTS = {
     "ptb-lstm": Experiment(
         "LSTM", "--dropouti 0.4 --dropouth 0.25", 24_221_600, 48, 61.48, 58.98),
@@ -62,7 +62,7 @@ EXPERIMENTS = {
     "wt2-bilstm": Experiment(
         "biLSTM (has seen its answer)", "--model biLSTM --dropouth 0.2",
         27_946_078, 93, 1.09, 1.09),
-    # Ours: what the report got wrong or left open, and the LSTM with the same changes.
+    # Ours: corrections and extensions of the report, and the LSTM with the same changes.
     "ptb-lstm-ours": Experiment(
         "LSTM, slow biases",
         "--bias-lr 0.01 --decoder-bias unigram --dropouti 0.4 --dropouth 0.25"),

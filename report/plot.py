@@ -7,9 +7,9 @@ import argparse
 import json
 from pathlib import Path
 
-from data import InputError
-from flags import Parser, number, run
 from checkpoint import FINETUNE_RECORDS, RECORDS
+from data import InputError
+from flags import Parser, run_command
 
 # Okabe and Ito's colours, distinct for colour-blind readers; without yellow, too pale for lines.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"]
@@ -28,8 +28,6 @@ def import_matplotlib():
         raise InputError(
             "matplotlib is not installed; pip install -r requirements-plot.txt"
         ) from None
-    # Figures of equal curves are equal files; a `$` in a name is not a formula.
-    matplotlib.rcParams.update({"svg.hashsalt": "awd-lstm", "text.parse_math": False})
     return matplotlib
 
 
@@ -37,68 +35,52 @@ def read_run(path):
     """The epochs of a run, a dictionary each; those of fine-tuning come last.
 
     `path` is a file of JSON lines or the checkpoint beside it. Adds the time since the start of the
-    run to each epoch, as `minutes`. Raises InputError or OSError, naming the file.
+    run to each epoch, as `minutes`. Raises InputError, naming the file.
     """
     files = [Path(f"{path}{RECORDS}"), Path(f"{path}{FINETUNE_RECORDS}")]
     if Path(path).suffix == ".jsonl":
         files = [Path(path)]
     epochs, minutes = [], 0.0
-    for file in [file for file in files if file.exists()] or files[:1]:
-        try:
-            for line in file.read_text(encoding="utf-8").splitlines():
+    for file in files:
+        for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+            try:
                 epoch = json.loads(line)
                 minutes += epoch["seconds"] / 60
-                epochs.append({**epoch, "epoch": len(epochs) + 1, "minutes": minutes})
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f"{file}: is not the JSON lines of a run") from None
+            except (ValueError, KeyError, TypeError):
+                raise InputError(f"{file}: is not the JSON lines of a run") from None
+            epochs.append({**epoch, "epoch": len(epochs) + 1, "minutes": minutes})
     if not epochs:
-        raise InputError(f"{files[0]}: has no epoch yet")
+        raise InputError(f"{files[0]}: is missing, or has no epoch yet")
     return epochs
 
 
-def curve(epochs, field):
-    """The values of `field`, one per epoch; None, which leaves a gap, where there is none."""
-    return [epoch.get(field) for epoch in epochs]
-
-
-def draw(
-    runs, fields=("valid_ppl",), against="epochs", scale="auto", title="", highest=None,
-    reference=None,
-):
+def draw(runs, fields=("valid_ppl",), against="epochs", title="", reference=None):
     """A matplotlib figure of curves: a colour for each run, a line style for each field.
 
-    runs: {name: epochs as from `read_run`}; against: "epochs" or "time". scale: "log", "linear",
-    or "auto", which is log if the values span more than a factor of four. highest: the top of the
-    vertical axis. reference: as runs, drawn in grey behind them. Raises InputError if no run has a
-    value of a field.
+    runs: {name: epochs as from `read_run`}; a value that is None leaves a gap. against: "epochs" or
+    "time". reference: as runs, drawn in grey. The vertical axis is logarithmic for perplexities.
+    Raises InputError if no run has a value of a field.
     """
     figure = import_matplotlib().figure.Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot(title=title)
     axes.grid(alpha=0.3, which="both")
+
+    def plot(epochs, field, style, **kwargs):
+        x = [epoch["epoch" if against == "epochs" else "minutes"] for epoch in epochs]
+        axes.plot(x, [epoch.get(field) for epoch in epochs], style, **kwargs)
+
     for (name, epochs), style in zip((reference or {}).items(), STYLES):
-        axes.plot(
-            curve(epochs, "epoch"), curve(epochs, fields[0]), style, color="0.7", zorder=1,
-            label=f"the report's {name}",
-        )
-    drawn = []
+        plot(epochs, fields[0], style, color="0.7", zorder=1, label=f"the report's {name}")
     for field, style in zip(fields, STYLES):
-        values = [v for epochs in runs.values() for v in curve(epochs, field) if v is not None]
-        if not values:
+        if not any(epoch.get(field) for epochs in runs.values() for epoch in epochs):
             raise InputError(f"--field {field}: no run has a value of it")
-        drawn += values
+        suffix = f", {LABELS.get(field, field)}" if len(fields) > 1 else ""
         for (name, epochs), colour in zip(runs.items(), COLOURS * len(runs)):
-            axes.plot(
-                curve(epochs, "epoch" if against == "epochs" else "minutes"),
-                curve(epochs, field), style, color=colour, marker=".",
-                label=name if len(fields) == 1 else f"{name}, {LABELS.get(field, field)}",
-            )
-    if scale == "auto" and 0 < 4 * min(drawn) < max(drawn):
-        scale = "log"
-    if scale == "log":
+            plot(epochs, field, style, color=colour, marker=".", label=name + suffix)
+    if all(field.endswith("ppl") for field in fields):
         axes.set_yscale("log", subs=[2, 3, 5])
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
-    axes.set_ylim(top=highest)
     axes.set_xlabel("epoch" if against == "epochs" else "time (minutes)")
     axes.set_ylabel(", ".join(LABELS.get(field, field) for field in fields))
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
@@ -107,7 +89,7 @@ def draw(
 
 def save(figure, path):
     """Writes a figure as PNG or SVG, by the ending of its name."""
-    figure.savefig(path, dpi=130, metadata={"Date": None})  # equal curves, equal bytes
+    figure.savefig(path, dpi=130)
 
 
 def named_run(text):
@@ -134,9 +116,6 @@ def parse_args(argv=None):
         help="what to draw of each run, as its JSON lines name it, at most four: valid_ppl (the "
              "default), train_ppl, valid_loss, train_loss, tokens_per_s, ...")
     add("--against", choices=["epochs", "time"], default="epochs")
-    add("--scale", choices=["auto", "log", "linear"], default="auto", help="of the vertical axis")
-    add("--highest", type=number(float, 0, open_low=True), help="the top of the vertical axis")
-    add("--title", default="")
     args = parser.parse_args(argv)
     if len(dict(args.runs)) < len(args.runs):
         parser.error("two runs have the same name; give them others, as NAME=RUN")
@@ -146,11 +125,11 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     runs = {name: read_run(path) for name, path in args.runs}
-    figure = draw(runs, args.field, args.against, args.scale, args.title, args.highest)
+    figure = draw(runs, args.field, args.against)
     for path in args.out:
         save(figure, path)
         print(f"Written: {path}")
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -4,13 +4,11 @@
     python -m report.reproduce --scale full --only ptb-lstm,wt2-lstm --devices cuda:0 cuda:1
 
 Each experiment is a run of main.py or finetune.py in the folder --out/runs/NAME. The same command
-resumes what was interrupted and skips what is done. Whenever a run ends, the results are written
-again: README.md, with tables and figures.
+resumes interrupted runs and skips finished ones. Whenever a run ends, the results are written
+again: README.md, with a table and figures.
 """
 
-import json
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -19,16 +17,15 @@ from pathlib import Path
 
 import torch
 
+from checkpoint import STATE
 from data import InputError
-from checkpoint import STATE, load, write_atomically
-from flags import Parser, device, run
-from utils import Preemption
+from flags import Parser, parse_device, run_command
 from report.experiments import EXPERIMENTS, SCALES, command, flags_of, hours, model_path
 from report.plot import import_matplotlib
-from report.results import DONE, write_results
+from report.results import LOG, read_log, write_results
+from utils import Preemption
 
 ROOT = Path(__file__).resolve().parent.parent
-LOG = "log.txt"  # beside the model
 
 
 def list_experiments(names, scale, out):
@@ -42,7 +39,7 @@ def list_experiments(names, scale, out):
 
 
 def start(name, scale, out, device, threads):
-    """Starts an experiment, or resumes it; returns its process."""
+    """Starts or resumes an experiment; returns its process."""
     model = model_path(out, name)
     model.parent.mkdir(exist_ok=True)
     argv = command(name, scale, out)
@@ -53,7 +50,7 @@ def start(name, scale, out, device, threads):
     line = f"python {shlex.join(argv)}"
     print(f"{name}: {line}", flush=True)
     with open(model.with_name(LOG), "a", encoding="utf-8") as log:
-        print(f"# {time.strftime('%Y-%m-%d %H:%M:%S %Z')}: {line}", file=log, flush=True)
+        print(f"# {line}", file=log, flush=True)
         return subprocess.Popen(
             [sys.executable, ROOT / argv[0], *argv[1:]], stdout=log, stderr=log,
             start_new_session=True,  # Ctrl-C reaches only the parent, which passes it on
@@ -61,23 +58,17 @@ def start(name, scale, out, device, threads):
         )
 
 
-def record_end(model, status):
-    """Writes what a run found beside its model. Raises InputError if the run failed."""
-    text = model.with_name(LOG).read_text(encoding="utf-8", errors="replace")
-    test = text.rpartition("| End of training |")[2]
-    ppl = re.search(r"test ppl +(\S+) \|", test)
-    if status or not ppl:
-        raise InputError(
-            f"exit status {status}, see {model.with_name(LOG)}: {text.splitlines()[-1]}"
-        )
-    parts = re.findall(r"\| (\w+) +\| loss +\S+ \| ppl +(\S+) \|", test)  # of biLM
-    found = {
-        "parameters": sum(p.numel() for p in load(model)[0].parameters()),
-        "test_ppl": float(ppl[1]),
-        "parts": {part: float(ppl) for part, ppl in parts},
-    }
-    write_atomically(model.with_name(DONE), json.dumps(found, indent=1).encode())
-    return found
+def report_end(name, status, out, scale):
+    """Reports the end of an experiment, and writes the results; returns whether it succeeded."""
+    _, test = read_log(out, name)
+    if status == 0 and test:
+        print(f"{name}: done, test ppl {test['test']:.2f}", flush=True)
+        write_results(out, scale)
+        return True
+    log = model_path(out, name).with_name(LOG)
+    *_, last = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    print(f"reproduce.py: error: {name}: exit status {status}, see {log}: {last}", file=sys.stderr)
+    return False
 
 
 def run_all(names, scale, out, devices, check):
@@ -86,7 +77,7 @@ def run_all(names, scale, out, devices, check):
     `check` is called again and again; if it raises, all runs save their state and end.
     """
     threads = max(1, torch.get_num_threads() // len(devices))
-    waiting = [name for name in names if not model_path(out, name).with_name(DONE).exists()]
+    waiting = [name for name in names if not read_log(out, name)[1]]
     idle, running, failed = list(devices), {}, []
     try:
         while waiting or running:
@@ -94,21 +85,15 @@ def run_all(names, scale, out, devices, check):
             ready = [n for n in waiting if EXPERIMENTS[n].base not in [*waiting, *running]]
             for name in ready[: len(idle)]:
                 waiting.remove(name)
-                where = idle.pop(0)
-                running[name] = start(name, scale, out, where, threads), where
-            for name, (process, where) in list(running.items()):
-                if process.poll() is None:
-                    continue
-                del running[name]
-                idle.append(where)
-                try:
-                    found = record_end(model_path(out, name), process.returncode)
-                    print(f"{name}: done, test ppl {found['test_ppl']:.2f}", flush=True)
-                    write_results(out, scale)
-                except InputError as error:
-                    print(f"reproduce.py: error: {name}: {error}", file=sys.stderr, flush=True)
-                    failed.append(name)
-                    waiting = [n for n in waiting if EXPERIMENTS[n].base != name]
+                device = idle.pop(0)
+                running[name] = start(name, scale, out, device, threads), device
+            for name, (process, device) in list(running.items()):
+                if process.poll() is not None:
+                    del running[name]
+                    idle.append(device)
+                    if not report_end(name, process.returncode, out, scale):
+                        failed.append(name)
+                        waiting = [n for n in waiting if EXPERIMENTS[n].base != name]
             time.sleep(0.1)
     finally:
         for process, _ in running.values():
@@ -128,12 +113,12 @@ def prepare(out, scale, names):
                 f"--scale {scale}: {data} is absent; ./getdata.sh fetches it, and --scale tiny "
                 "needs no corpus"
             )
-    made_for = out / "runs" / "scale"
-    found = made_for.read_text().strip() if made_for.exists() else None
-    if found != scale and out.exists() and any(out.iterdir()):
+    file = out / "runs" / "scale"  # which the folder is for
+    earlier = file.read_text().strip() if file.exists() else None
+    if earlier != scale and out.exists() and any(out.iterdir()):
         raise InputError(f"--out {out}: holds no runs at --scale {scale}; name another folder")
-    made_for.parent.mkdir(parents=True, exist_ok=True)
-    made_for.write_text(f"{scale}\n")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(f"{scale}\n")
 
 
 def parse_args(argv=None):
@@ -144,7 +129,7 @@ def parse_args(argv=None):
     add("--only", metavar="NAME,...", default=",".join(EXPERIMENTS),
         help="these experiments, and the models that they fine-tune (default: all, see --list)")
     add("--out", type=Path, default=Path("results"), help="folder of the runs and the results")
-    add("--devices", type=device, nargs="+", metavar="DEVICE",
+    add("--devices", type=parse_device, nargs="+", metavar="DEVICE",
         default=["cuda"] if torch.cuda.is_available() else ["cpu", "cpu"],
         help="run an experiment at a time on each, as cuda:0 cuda:1, or cpu cpu, which share the "
              "cores (default: cuda, else cpu cpu)")
@@ -175,4 +160,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

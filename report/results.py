@@ -1,7 +1,8 @@
-"""The results of reproduce.py, ours beside the report's: README.md with tables, and figures."""
+"""The results of reproduce.py, ours beside the report's: README.md with a table, and figures."""
 
 import json
 import math
+import re
 import shlex
 import statistics
 from itertools import product
@@ -11,8 +12,12 @@ from checkpoint import FINETUNE_RECORDS, RECORDS, write_atomically
 from report.experiments import EXPERIMENTS, FIGURES, SCALES, command, model_path
 from report.plot import LABELS, draw, read_run, save
 
-DONE = "done.json"  # beside the model: what was found at the end of its run
+LOG = "log.txt"  # beside the model
 REPORT = Path(__file__).resolve().parent.parent / "records" / "report.json"
+COLUMNS = [
+    "run", "parameters", "the report's", "s/epoch", "the report's", "best validation ppl",
+    "the report's", "test ppl", "the report's",
+]
 
 
 def read_report():
@@ -26,27 +31,32 @@ def read_report():
     }
 
 
-def read_results(out):
-    """{name: its epochs so far} and {name: what was found at its end}."""
-    epochs, found = {}, {}
+def read_log(out, name):
+    """What the log of a run tells: its number of parameters, None if unknown, and its test.
+
+    The test is {"test": perplexity}, with those of a biLM's parts; {} before the end of the run.
+    """
+    log = model_path(out, name).with_name(LOG)
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    parameters = re.search(r"total parameters: (\d+)", text)
+    _, ended, test = text.rpartition("| End of training |")
+    ppls = re.findall(r"(\w+) +(?:\| )?loss +\S+ \| (?:test )?ppl +(\S+)", test) if ended else []
+    return parameters and int(parameters[1]), {part: float(ppl) for part, ppl in ppls}
+
+
+def read_epochs(out):
+    """{name: epochs so far} of the runs that have any."""
+    epochs = {}
     for name, experiment in EXPERIMENTS.items():
-        model = model_path(out, name)
-        records = Path(f"{model}{FINETUNE_RECORDS if experiment.base else RECORDS}")
+        suffix = FINETUNE_RECORDS if experiment.base else RECORDS
+        records = Path(f"{model_path(out, name)}{suffix}")
         if records.exists() and records.stat().st_size:
             epochs[name] = read_run(records)
-        if model.with_name(DONE).exists():
-            found[name] = json.loads(model.with_name(DONE).read_text())
-    return epochs, found
+    return epochs
 
 
-def table(rows):
-    """Markdown; the first row is the head."""
-    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
-def cell(value, form=".2f"):
-    return "-" if value is None else format(value, form)
+def cell(value, spec=".2f"):
+    return "-" if value is None else format(value, spec)
 
 
 def valid_ppl(epoch):
@@ -54,35 +64,27 @@ def valid_ppl(epoch):
     return epoch["valid_ppl"] or math.inf
 
 
-def size_table(epochs, found):
-    """The report's Table 1: parameters and seconds per epoch."""
-    rows = [["run", "parameters", "s/epoch", "the report's parameters", "its s/epoch"]]
+def table(out, epochs):
+    """Each run beside the report's, in Markdown; the parts of a biLM below it."""
+    rows = [COLUMNS, ["---"] * len(COLUMNS)]
     for name, run in epochs.items():
         experiment = EXPERIMENTS[name]
-        rows.append([
-            f"{name}: {experiment.label}", cell(found.get(name, {}).get("parameters"), ",d"),
-            cell(statistics.median(epoch["seconds"] for epoch in run), ".1f"),
-            cell(experiment.parameters, ",d"), cell(experiment.seconds, "d"),
-        ])
-    return table(rows)
-
-
-def perplexity_table(epochs, found):
-    """Best validation perplexity and the test perplexity of that model; biLM's parts below it."""
-    rows = [["run", "best validation", "the report's", "test", "the report's"]]
-    for name, run in epochs.items():
-        experiment = EXPERIMENTS[name]
-        end = found.get(name, {"test_ppl": None, "parts": {}})
+        parameters, _ = read_log(out, experiment.base or name)
+        _, test = read_log(out, name)
         best = min(run, key=valid_ppl)
-        so_far = "" if name in found else " so far"
+        so_far = "" if test else " so far"
         rows.append([
             f"{name}: {experiment.label}",
+            cell(parameters, ",d"), cell(experiment.parameters, ",d"),
+            cell(statistics.median(epoch["seconds"] for epoch in run), ".1f"),
+            cell(experiment.seconds, "d"),
             f"{valid_ppl(best):.2f} (epoch {best['epoch']} of {len(run)}{so_far})",
-            cell(experiment.valid), cell(end["test_ppl"]), cell(experiment.test),
+            cell(experiment.valid), cell(test.pop("test", None)), cell(experiment.test),
         ])
-        for part, ppl in end["parts"].items():
-            rows.append([f"{name}: {part}", cell(best[f"{part}_ppl"]), "-", cell(ppl), "-"])
-    return table(rows)
+        for part, ppl in test.items():
+            valid = cell(best[f"{part}_ppl"])
+            rows.append([f"{name}: {part}", *"----", valid, "-", cell(ppl), "-"])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def describe_departure(epochs, report):
@@ -136,33 +138,27 @@ def draw_figures(out, scale, epochs, report):
 
 def write_results(out, scale):
     """Writes the results so far of the runs in `out`."""
-    epochs, found = read_results(out)
+    epochs = read_epochs(out)
     report = read_report() if scale == "full" else {}
-    departures = [
-        f"* {name}: {describe_departure(epochs[name], report[name])}"
-        for name in epochs if name in report
-    ]
-    commands = [f"* `python {shlex.join(command(name, scale, out))}`" for name in epochs]
     lines = [
         '# "Regularizing and Optimizing RNN Language Models", run again',
         f"Scale `{scale}`: {SCALES[scale].about}. "
         f"Made by `python -m report.reproduce --scale {scale} --only {','.join(epochs)}`.",
         "The report's numbers are of scale `full`; those of other scales do not compare with them.",
-        "## Table 1: size and time",
-        size_table(epochs, found),
+        "## The report's Table 1, and perplexities",
+        table(out, epochs),
         "The report's seconds are of a GTX 1080 Ti. Ours include validation, and depend on what "
         "ran at the same time.",
-        "## Perplexities",
-        perplexity_table(epochs, found),
         "The test perplexity is that of the model with the best validation perplexity. biLSTM has "
         "seen the word that it predicts: its perplexity is not a language model's. biLM's is exp "
         "of the mean of the losses that it was trained for, which are listed below it.",
-        *departures,
+        *(f"* {name}: {describe_departure(epochs[name], report[name])}"
+          for name in epochs if name in report),
         "## Figures",
         "At scale `full` the report's curves are drawn in grey. Its training losses are those of "
         "each epoch's last logged batches.",
         *draw_figures(out, scale, epochs, report),
         "## Commands",
-        *commands,
+        *(f"* `python {shlex.join(command(name, scale, out))}`" for name in epochs),
     ]
     write_atomically(out / "README.md", "\n\n".join([*lines, ""]).encode())

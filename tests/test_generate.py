@@ -1,13 +1,13 @@
 """Generated text: drawn as it should be, from a checkpoint alone, the same for the same seed."""
 
 import io
+import re
 import subprocess
 import sys
 from itertools import islice
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import generate
 from conftest import ROOT, invoke, make_params
@@ -46,7 +46,7 @@ def test_each_word_is_drawn_given_all_before_it(rnn_type, attention):
 
 @pytest.mark.parametrize(
     ("temperature", "truncation"),
-    [(0.5, {}), (1.0, {}), (2.0, {}), (1.0, {"top_k": 40}), (1.0, {"top_p": 0.9})],
+    [(0.5, {}), (1.0, {"top_k": 40}), (2.0, {"top_p": 0.9})],
 )
 def test_words_are_drawn_with_their_probability_and_never_with_none(temperature, truncation):
     logprob = torch.randn(50).log_softmax(0)
@@ -60,19 +60,6 @@ def test_words_are_drawn_with_their_probability_and_never_with_none(temperature,
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=4e-3)
 
 
-def test_no_float64_where_the_device_has_none(monkeypatch):
-    class NoFloat64(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            result = function(*args, **(kwargs or {}))
-            assert getattr(result, "dtype", None) != torch.float64, function
-            return result
-
-    generator = Generator(make_params(), 1, banned=[3], top_k=5)
-    monkeypatch.setattr(torch.Tensor, "is_mps", True)
-    with NoFloat64():
-        generator.draw(torch.randn(1, 50))
-
-
 def test_a_split_softmax_draws_from_its_tails():
     params = make_params(splits=[10, 30])
     params[1].tail_bias.data += 5
@@ -84,7 +71,6 @@ def test_a_split_softmax_draws_from_its_tails():
     [
         ({"top_k": 2}, [1, 3]),
         ({"top_k": 99}, [0, 1, 2, 3, 4]),
-        ({"top_p": 1e-9}, [1]),
         ({"top_p": 0.41}, [1, 3]),
         ({"top_p": 0.9}, [0, 1, 2, 3]),
         ({"top_k": 2, "top_p": 0.6}, [1]),  # of what top_k leaves, 0.4 of 0.65 is more than 0.6
@@ -113,8 +99,7 @@ def test_so_many_words_are_written_a_sentence_a_line(prompt, begin, run, trained
     assert set(out.split()) <= set(load(trained)[1].idx2word) - {EOS}
     # The end of the last line is only an <eos> where the text ended so.
     assert len(out.split()) + out.count("\n") - len(begin.split()) in (60, 61)
-    assert "  " not in out
-    assert " \n" not in out
+    assert not re.search("  | \n", out)
 
 
 def test_unk_can_be_left_out(run, trained_with_unk):
@@ -142,7 +127,7 @@ def test_the_references_flags_write_a_new_file(run, tmp_path):
     [
         ["--checkpoint", "absent.pt"], ["--temperature", "0"], ["--top-p", "0"],
         ["--top-p", "1.1"], ["--top-k", "-1"], ["--words", "0"], ["--outf", "no/such/f.txt"],
-        ["--prompt", "ann sees zoe"], ["--model", "GRU"],
+        ["--prompt", "ann sees zoe"], ["--model", "GRU"], ["--prompt", "\udcff UTF-8"],
     ],
 )
 def test_bad_input_is_one_line(flags, run):
@@ -152,7 +137,7 @@ def test_bad_input_is_one_line(flags, run):
 
 
 def test_interactive_finishes_the_sentence_of_each_prompt(run, trained_with_unk, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("ann sees\n\nbob zoe\n"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"ann sees\n\nbob zoe\n")))
     flags = ["--checkpoint", trained_with_unk, "--interactive", "--words", 9]
     status, out, err = run(*flags)
     first, _, last = out.splitlines()

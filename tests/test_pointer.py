@@ -12,16 +12,16 @@ import pointer
 from conftest import invoke, make_params
 from data import Corpus
 from dynamic_evaluation import read
-from pointer import best_lambda, evaluate_cache, mixture_loss, tune_cache
+from pointer import evaluate_cache, tune_cache
 from train import evaluate
 from checkpoint import build_params, read_checkpoint
 
 V = 12
 
 
-def make_varied_params(*args, **kwargs):
+def make_varied_params(**kwargs):
     """A model in float64 whose states differ, so that theta matters."""
-    params = make_params(*args, ntoken=V, dtype=torch.float64, **kwargs)
+    params = make_params(ntoken=V, dtype=torch.float64, **kwargs)
     params[0].encoder.weight.data.mul_(20)
     return params.eval()
 
@@ -30,64 +30,36 @@ def loss_word_by_word(params, ids, theta, lambdasm, window):
     """The mean -log p of the words but the first, from their whole distributions."""
     model, criterion = params
     with torch.no_grad():
-        output, _ = model(ids[:-1].unsqueeze(1), model.init_hidden(1))
-        ps = criterion.logprob(model.decoder.weight, model.decoder.bias, output).exp()
-        total = 0.0
-        for t, (state, p) in enumerate(zip(output, ps)):
-            first = max(0, t - window)
-            if t > first:
-                scores = torch.stack([theta * (state @ output[i]) for i in range(first, t)])
-                cached = torch.zeros(V, dtype=p.dtype)
-                for weight, word in zip(scores.softmax(0), ids[first + 1 : t + 1]):
-                    cached[word] += weight
-                p = (1 - lambdasm) * p + lambdasm * cached
-            assert p.sum().item() == pytest.approx(1)
-            total -= p[ids[t + 1]].log().item()
-    return total / (len(ids) - 1)
+        states, _ = model(ids[:-1].unsqueeze(1), model.init_hidden(1))
+        ps = criterion.logprob(model.decoder.weight, model.decoder.bias, states).exp()
+    total = 0.0
+    for t, p in enumerate(ps):
+        if t:
+            pairs = slice(max(0, t - window), t)
+            weights = (theta * states[pairs] @ states[t]).softmax(0)
+            p_cache = torch.zeros_like(p).index_add(0, ids[1:][pairs], weights)
+            p = (1 - lambdasm) * p + lambdasm * p_cache
+        assert p.sum().item() == pytest.approx(1)
+        total -= p[ids[t + 1]].log().item()
+    return total / len(ps)
 
 
-@pytest.mark.parametrize("window", [1, 5, 30, 200])
-@pytest.mark.parametrize("bptt", [4, 1000])
-@pytest.mark.parametrize("theta", [0.0, 3.0])
-def test_the_cache_is_the_papers(window, bptt, theta, monkeypatch):
+@pytest.mark.parametrize(
+    "model",
+    [{}, {"rnn_type": "GRU"}, {"rnn_type": "biLM"}, {"attention": "combined"}, {"splits": [4, 8]}],
+)
+@pytest.mark.parametrize(
+    ("window", "bptt", "theta"), [(1, 4, 3.0), (5, 1000, 0.0), (30, 4, 3.0), (200, 1000, 3.0)]
+)
+def test_the_cache_is_the_papers(window, bptt, theta, model, monkeypatch):
+    """With attention, the states that it has joined are cached."""
     monkeypatch.setattr(pointer, "CHUNK", 7)
-    params, ids = make_varied_params(), torch.randint(V, (60,))
+    params, ids = make_varied_params(**model), torch.randint(V, (60,))
     with_cache, without = evaluate_cache(read(params, ids, bptt), theta, 0.4, window)
     assert with_cache == pytest.approx(loss_word_by_word(params, ids, theta, 0.4, window), rel=1e-9)
     assert without == pytest.approx(evaluate(params, ids, 1, 70), rel=1e-9)
     assert with_cache != pytest.approx(without, rel=1e-3)
     assert evaluate_cache(read(params, ids, bptt), theta, 0.0, window) == (without, without)
-
-
-@pytest.mark.parametrize(
-    ("rnn_type", "changes"),
-    [
-        ("GRU", {}), ("biLM", {}), ("LSTM", {"attention": "single"}),
-        ("LSTM", {"attention": "combined"}), ("LSTM", {"splits": [4, 8]}),
-    ],
-)
-def test_other_models(rnn_type, changes):
-    """With attention, the states that it has joined are cached."""
-    params = make_varied_params(rnn_type, **changes)
-    ids = torch.randint(V, (40,))
-    found, _ = evaluate_cache(read(params, ids, 9), 1.0, 0.3, 20)
-    assert found == pytest.approx(loss_word_by_word(params, ids, 1.0, 0.3, 20), rel=1e-9)
-
-
-def test_a_word_that_the_model_excludes_has_its_share_of_the_cache():
-    logprob = torch.tensor([-1.0, -800.0], dtype=torch.float64)  # exp(-800) is 0
-    for p_cache, expected in ((0.5, -math.log(0.3 * 0.5)), (0.0, 800 - math.log(0.7))):
-        found = mixture_loss(logprob, torch.tensor([0.0, p_cache], dtype=torch.float64), 0.3)
-        assert found == pytest.approx((1 + expected) / 2)
-
-
-def test_the_best_lambda():
-    p_model, p_cache = torch.rand(2, 500, dtype=torch.float64)
-    grid = torch.linspace(0, 0.999, 1000, dtype=torch.float64)[:, None]
-    losses = -((1 - grid) * p_model + grid * p_cache).log().mean(1)
-    assert best_lambda(p_model, p_cache) == pytest.approx(grid[losses.argmin()].item(), abs=2e-3)
-    assert best_lambda(p_model, p_model / 2) == 0
-    assert best_lambda(p_model, p_model * 2) == pytest.approx(1)
 
 
 def test_the_search_finds_the_best_of_what_it_tries():
@@ -113,38 +85,17 @@ def ppls(out, name):
     return [float(ppl) for ppl in re.findall(rf"\| {name} \|.* (?:valid|test) ppl +(\S+)", out)]
 
 
-def test_windows_longer_than_cudnn_takes_are_split(run, monkeypatch):
-    lengths, real = [], pointer.read
-
-    def recorded(params, ids, length, *rule):
-        lengths.append(length)
-        return real(params, ids, length, *rule)
-
-    monkeypatch.setattr(pointer, "LONGEST", 7)
-    monkeypatch.setattr(pointer, "read", recorded)
-    status, _, err = run("--bptt", "1000", "--dynamic", "--split", "test")
+def test_the_published_command(run, trained, corpus_dir):
+    before = {path: path.stat().st_mtime_ns for path in trained.parent.rglob("*")}
+    flags = "--lambdasm 0.1279 --theta 0.662 --window 3785 --bptt 2000 --model LSTM"
+    status, out, err = run(*flags.split())
     assert (status, err) == (0, "")
-    assert sorted(lengths) == [5, 7]  # a segment of dynamic evaluation, a window of the model alone
-
-
-def test_the_published_command(trained, corpus_dir, cli):
-    before = trained.read_bytes()
-    flags = "--lambdasm 0.1279 --theta 0.662 --window 3785 --bptt 2000 --model LSTM".split()
-    done = cli("pointer.py", "--data", corpus_dir, "--save", trained, *flags)
-    assert (done.returncode, done.stderr) == (0, "")
     pieces = read(build_params(read_checkpoint(trained)), Corpus(corpus_dir).test, 70)
     losses = evaluate_cache(pieces, 0.662, 0.1279, 3785)
-    found = [ppls(done.stdout, name)[-1] for name in ("with cache", "model alone")]
+    found = [ppls(out, name)[-1] for name in ("with cache", "model alone")]
     assert found == pytest.approx([math.exp(loss) for loss in losses], abs=0.006)
-    assert ppls(done.stdout, "End of training") == found[:1]
-    assert trained.read_bytes() == before
-    assert list(cli.folder.iterdir()) == []
-
-
-def test_tuned_it_is_no_worse_on_what_it_was_tuned_on(run):
-    status, out, err = run("--tune")
-    assert (status, err) == (0, "")
-    assert ppls(out, "with cache")[0] <= ppls(out, "model alone")[0]
+    assert ppls(out, "End of training") == found[:1]
+    assert before == {path: path.stat().st_mtime_ns for path in trained.parent.rglob("*")}
 
 
 @pytest.mark.parametrize(("rule", "lr"), [("rms", "0.001"), ("sgd", "1")])
@@ -171,19 +122,17 @@ def test_dynamic_evaluation_is_tuned_first(run):
     ppl = {row[:2]: float(row[2]) for row in tried}
     assert ppl[found] == min(ppl.values())
     assert "Best on valid: --theta" in out
+    assert ppls(out, "dynamic and cache") <= ppls(out, "dynamic")
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_a_reading_that_is_cut_short_reports_what_was_read(dynamic, run, trained, corpus_dir):
-    """After so little time it is one window, or one segment."""
-    flags = ["--bptt", "20", "--split", "test"]
-    flags += ["--dynamic", "sgd", "--segment", "15", "--tune", "--tune-words", "30"] * dynamic
-    status, out, err = run(*flags, "--seconds", "1e-9")
+    """After so little time it is one window, or one segment; the weights are restored."""
+    flags = ["--dynamic", "sgd", "--segment", "15", "--tune", "--tune-words", "30"] * dynamic
+    status, out, err = run(*flags, "--bptt", "20", "--split", "test", "--seconds", "1e-9")
     assert (status, err) == (0, "")
     ids, words = Corpus(corpus_dir).test, 15 if dynamic else 20
-    lines = [line for line in out.splitlines() if "test ppl" in line]
-    assert len(lines) == 3 + dynamic
-    assert all(f"{words} of {len(ids) - 1:,} tokens" in line for line in lines)
+    assert out.count(f" | {words} of {len(ids) - 1:,} tokens") == 3 + dynamic
     alone = math.exp(evaluate(build_params(read_checkpoint(trained)), ids[: words + 1], 1, 70))
     assert ppls(out, "model alone") == pytest.approx([alone], abs=0.006)
 
@@ -195,6 +144,8 @@ def test_a_reading_that_is_cut_short_reports_what_was_read(dynamic, run, trained
         (["--data", "absent"], "absent/train.txt"),
         (["--data", "sample"], "--data sample"),
         (["--lambdasm", "1.5"], "--lambdasm"),
+        (["--decay", "0.1"], "--decay: has no effect without --dynamic"),
+        (["--tune-words", "9"], "--tune-words"),
         (["--cuda", "--device", "cpu"], "--cuda"),
     ],
 )

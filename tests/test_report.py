@@ -14,7 +14,7 @@ import pytest
 import main
 from conftest import ROOT, invoke
 from report import plot, reproduce, results
-from report.experiments import EXPERIMENTS, FIGURES, SCALES, command, flags_of
+from report.experiments import EXPERIMENTS, FIGURES, SCALES, command, model_path
 
 pytest.importorskip("matplotlib", reason="requirements-plot.txt is not installed")
 
@@ -30,28 +30,21 @@ def test_eleven_experiments_are_the_reports():
     assert set().union(*FIGURES.values()) == set(EXPERIMENTS)
 
 
+PUBLISHED = {
+    "ptb-lstm":
+        "--batch_size 20 --data data/penn --dropouti 0.4 --dropouth 0.25 --seed 141 --epoch 500",
+    "wt2-lstm": "--epochs 750 --data data/wikitext-2 --dropouth 0.2 --seed 1882",
+}
+
+
 @pytest.mark.parametrize("scale", SCALES)
-def test_every_command_parses(scale):
+def test_the_commands_are_those_of_the_experiments(scale):
     for name, experiment in EXPERIMENTS.items():
-        argv = command(name, scale, OUT)
-        assert argv[0] == ("finetune.py" if experiment.base else "main.py")
-        if not experiment.base:
-            main.parse_args(argv[1:])
-
-
-@pytest.mark.parametrize(
-    ("name", "published"),
-    [
-        ("ptb-lstm", "--batch_size 20 --data data/penn --dropouti 0.4 --dropouth 0.25 --seed 141 "
-                     "--epoch 500"),
-        ("wt2-lstm", "--epochs 750 --data data/wikitext-2 --dropouth 0.2 --seed 1882"),
-    ],
-)
-def test_at_full_scale_the_published_commands_run(name, published):
-    argv = command(name, "full", OUT)
-    assert main.parse_args(argv[1:]) == main.parse_args([*published.split(), *argv[-2:]])
-    finetune = flags_of(f"{name}-finetune", "full")
-    assert finetune["--seed"] in published.split()
+        script, *argv = command(name, scale, OUT)
+        assert script == ("finetune.py" if experiment.base else "main.py")
+        found = None if experiment.base else main.parse_args(argv)
+        if scale == "full" and name in PUBLISHED:
+            assert found == main.parse_args([*PUBLISHED[name].split(), *argv[-2:]])
 
 
 def test_a_list_has_each_base_once_and_first():
@@ -69,86 +62,54 @@ experiments.SCALES["tiny"] = experiments.Scale(
     "micro", "--data {data} --emsize 8 --nhid 12 --nlayers 2 --batch_size 4 --bptt 10 --epochs 2",
     "--epochs 2", {{"ptb": 1, "wt2": 1}},
 )
-flags.run(reproduce.main)
+flags.run_command(reproduce.main)
 """
 
 
-@pytest.fixture
-def begin(tmp_path, corpus_dir):
-    """A function that starts reproduce.py on the CPU, with small runs, in a process of its own."""
-    started = []
-
-    def begin(only, out):
-        argv = "--only", only, "--out", out, "--devices", "cpu"
-        started.append(subprocess.Popen(
-            [sys.executable, "-c", MICRO.format(data=corpus_dir), *argv], cwd=tmp_path, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        ))
-        return started[-1]
-
-    yield begin
-    for process in started:
-        process.kill()
-        process.communicate()
-
-
 def outcome(out):
-    """The results of all runs, without times."""
-    epochs, found = results.read_results(out)
-    timed = {"seconds", "minutes", "tokens_per_s"}
-    return found, {
-        name: [{k: v for k, v in epoch.items() if k not in timed} for epoch in run]
-        for name, run in epochs.items()
-    }
+    """The losses of both runs, and their tests."""
+    runs = results.read_epochs(out)
+    return [(name, [e["valid_loss"] for e in runs[name]], results.read_log(out, name))
+            for name in ("ptb-lstm", "ptb-lstm-finetune")]
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_ends_with_the_same_result(begin, tmp_path):
-    process = begin("ptb-lstm-finetune", "whole")
-    assert process.wait(240) == 0, process.stderr.read()
+def test_an_interrupted_run_ends_with_the_same_result(corpus_dir, tmp_path):
+    def begin(out):
+        script = MICRO.format(data=corpus_dir)
+        argv = "--only", "ptb-lstm-finetune", "--out", out, "--devices", "cpu"
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        return subprocess.Popen([sys.executable, "-c", script, *argv], cwd=tmp_path, env=env)
+
+    assert begin("whole").wait() == 0
     parts = tmp_path / "parts" / "runs"
     for number, awaited in [
-        (signal.SIGTERM, "ptb-lstm/model.pt.state"), (signal.SIGINT, "ptb-lstm/done.json"),
+        (signal.SIGTERM, "ptb-lstm/model.pt.state"), (signal.SIGINT, "ptb-lstm-finetune/log.txt"),
         (signal.SIGKILL, "ptb-lstm-finetune/model.pt.base"),
     ]:
-        process = begin("ptb-lstm-finetune", "parts")
+        process = begin("parts")
         while process.poll() is None and not (parts / awaited).exists():
             time.sleep(0.02)
         if number == signal.SIGKILL:  # of its run too, as when the machine fails
             subprocess.run(["pkill", "-KILL", "-P", str(process.pid)], check=True)
         process.send_signal(number)
-        assert process.wait(240) == (-9 if number == signal.SIGKILL else 128 + number)
-        assert not (parts / "ptb-lstm-finetune" / "done.json").exists()
-    process = begin("ptb-lstm-finetune", "parts")
-    assert process.wait(240) == 0, process.stderr.read()
+        assert process.wait() == (-9 if number == signal.SIGKILL else 128 + number)
+        assert not results.read_log(parts.parent, "ptb-lstm-finetune")[1]
+    assert begin("parts").wait() == 0
     assert outcome(parts.parent) == outcome(tmp_path / "whole")
 
 
-@pytest.mark.slow
-def test_a_run_that_fails_is_named_and_the_others_go_on(begin, tmp_path):
-    folder = tmp_path / "out" / "runs" / "ptb-lstm"
-    folder.mkdir(parents=True)
-    (folder / "model.pt").write_text("mine")
-    (folder.parent / "scale").write_text("tiny\n")
-    _, err = (process := begin("ptb-lstm-finetune,ptb-gru-3", "out")).communicate(timeout=240)
-    assert process.returncode == 2
-    assert len(err.splitlines()) == 1
-    assert err.startswith("reproduce.py: error: ptb-lstm: exit status 2, see out/runs/ptb-lstm/log")
-    assert (folder / "model.pt").read_text() == "mine"
-    assert list(results.read_results(tmp_path / "out")[1]) == ["ptb-gru-3"]
-
-
 class Run:
-    """A process that ends when it is polled for the third time; bad ones with status 2."""
+    """A process that ends when it is polled for the third time; that of wt2-lstm with status 2."""
 
-    active, log = [], []
+    active, names = [], []
 
     def __init__(self, name, scale, out, device, threads):
         assert device not in [run.device for run in self.active]
         self.name, self.device, self.polled = name, device, 0
         self.active.append(self)
-        self.log.append(name)
+        self.names.append(name)
+        write_run(out, name, 9.0, test=None if name == "wt2-lstm" else 8.0)
 
     def poll(self):
         self.polled += 1
@@ -160,31 +121,30 @@ class Run:
 
 
 def test_devices_run_one_experiment_at_a_time_and_bases_first(tmp_path, monkeypatch):
-    def record_end(model, status):
-        if status:
-            raise reproduce.InputError("bad")
-        return {"test_ppl": 1}
-
     monkeypatch.setattr(reproduce, "start", Run)
-    monkeypatch.setattr(reproduce, "record_end", record_end)
-    monkeypatch.setattr(reproduce, "write_results", lambda *a: None)
-    names = ["ptb-lstm", "ptb-lstm-finetune", "wt2-lstm", "wt2-lstm-finetune", "ptb-bilm"]
-    devices = ["cpu", "cuda:1"]
-    assert reproduce.run_all(names, "tiny", tmp_path, devices, lambda: None) == ["wt2-lstm"]
-    assert Run.log[:2] == ["ptb-lstm", "wt2-lstm"]
-    assert sorted(Run.log[2:]) == ["ptb-bilm", "ptb-lstm-finetune"]
+    names = "ptb-lstm-finetune,wt2-lstm-finetune,ptb-bilm"
+    argv = "--only", names, "--out", tmp_path / "out", "--devices", "cpu", "cpu:1"
+    monkeypatch.setattr(reproduce, "parse_device", str)
+    status, out, err = invoke(reproduce.main, *argv)
+    assert Run.names[:2] == ["ptb-lstm", "wt2-lstm"]
+    assert sorted(Run.names[2:]) == ["ptb-bilm", "ptb-lstm-finetune"]
+    assert (status, err.count("\n"), "wt2-lstm: exit status 2, see" in err) == (2, 1, True)
+    assert "ptb-bilm: done, test ppl 8.00" in out
+    Run.names.clear()
+    assert invoke(reproduce.main, *argv)[0] == 2
+    assert Run.names == ["wt2-lstm"]  # what is done is not run again
 
 
 # ------------------------------------------------------------ results
 
 
-def write_run(folder, *ppls, test=None, parts=(), suffix="", **more):
-    """Writes the files of a run in out/runs/NAME."""
-    folder.mkdir(parents=True)
-    write_lines(folder / f"model.pt{suffix}.jsonl", *ppls, **more)
-    if test:
-        found = {"parameters": 1234, "test_ppl": test, "parts": dict(parts)}
-        (folder / "done.json").write_text(json.dumps(found))
+def write_run(out, name, *ppls, test=None, parts="", suffix="", **more):
+    """Writes the files of a run in `out`."""
+    model = model_path(out, name)
+    model.parent.mkdir(parents=True, exist_ok=True)
+    write_lines(f"{model}{suffix}.jsonl", *ppls, **more)
+    end = f"| End of training | test loss  1.00 | test ppl  {test:.2f} |" if test else ""
+    model.with_name("log.txt").write_text(f"Model total parameters: 1234\n{end}\n{parts}")
 
 
 def write_lines(path, *ppls, **more):
@@ -193,14 +153,7 @@ def write_lines(path, *ppls, **more):
          "valid_loss": ppl and math.log(ppl), "train_loss": ppl and math.log(2 * ppl), **more}
         for ppl in ppls
     ]
-    path.write_text("".join(json.dumps(epoch) + "\n" for epoch in epochs))
-
-
-def read_tables(out):
-    """{first cell: the other cells} of both tables of the results."""
-    rows = [line[2:-2].split(" | ") for line in (out / "README.md").read_text().splitlines()
-            if line.startswith("| ptb")]
-    return [(row[0].split(":")[0], row[1:]) for row in rows]
+    Path(path).write_text("".join(json.dumps(epoch) + "\n" for epoch in epochs))
 
 
 def drawn(figure):
@@ -212,24 +165,28 @@ def drawn(figure):
 def test_tables_and_figures_are_the_numbers_of_the_runs(scale, tmp_path, monkeypatch):
     figures = {}
     monkeypatch.setattr(results, "save", lambda figure, path: figures.update({path.stem: figure}))
-    runs = tmp_path / "runs"
-    write_run(runs / "ptb-lstm", 320.0, 250.0, None)
-    write_run(runs / "ptb-lstm-finetune", 64.0, 63.0, test=60.5, suffix=".finetune")
-    write_run(runs / "ptb-gru-3", None)
-    write_run(runs / "ptb-bilm", 9.0, test=8.0, parts={"cloze": 7.0}, forward_ppl=12, cloze_ppl=6)
+    write_run(tmp_path, "ptb-lstm", 320.0, 250.0, None)
+    write_run(tmp_path, "ptb-lstm-finetune", 64.0, 63.0, test=60.5, suffix=".finetune")
+    write_run(tmp_path, "ptb-gru-3", None)
+    parts = "| cloze    | loss  4.27 | ppl     7.00 | bpc    6.161"
+    write_run(tmp_path, "ptb-bilm", 9.0, test=8.0, parts=parts, forward_ppl=12, cloze_ppl=6)
     results.write_results(tmp_path, scale)
-    tables = read_tables(tmp_path)
-    assert ("ptb-lstm", ["-", "90.0", "24,221,600", "48"]) in tables
-    assert ("ptb-lstm", ["250.00 (epoch 2 of 3 so far)", "61.48", "-", "58.98"]) in tables
-    assert ("ptb-lstm-finetune", ["63.00 (epoch 2 of 2)", "59.04", "60.50", "-"]) in tables
-    assert ("ptb-gru-3", ["inf (epoch 1 of 1 so far)", "695.88", "-", "655.29"]) in tables
-    assert ("ptb-bilm", ["6.00", "-", "7.00", "-"]) in tables
+    text = (tmp_path / "README.md").read_text()
+    rows = [line[2:-2].split(" | ") for line in text.splitlines() if line.startswith("| ptb")]
+    table = {name: cells for name, *cells in rows}
+    assert table["ptb-lstm: LSTM"] == [
+        "1,234", "24,221,600", "90.0", "48", "250.00 (epoch 2 of 3 so far)", "61.48", "-", "58.98"
+    ]
+    assert table["ptb-lstm-finetune: LSTM, fine-tuned"][4:] == [
+        "63.00 (epoch 2 of 2)", "59.04", "60.50", "-"
+    ]
+    assert table["ptb-gru-3: GRU, 3 layers, rate 30"][4] == "inf (epoch 1 of 1 so far)"
+    assert table["ptb-bilm: cloze"][4:] == ["6.00", "-", "7.00", "-"]
     assert set(figures) == {"figure-1", "figure-2", "figure-9", "figure-10"}  # none of GRU
     curves = drawn(figures["figure-2"])
     assert curves["LSTM"][:2] == [math.log(320), math.log(250)]
     assert drawn(figures["figure-10"])["biLM, forward"] == [math.log(12)]
     # The report's own curves and the comparison with them.
-    text = (tmp_path / "README.md").read_text()
     assert ("ptb-lstm: **more than 10% off" in text) == (scale == "full")
     report = curves.get("the report's LSTM")
     assert report == ([math.log(p) for p in (326.98, 216.01, 173.88, 150.46, 130.36, 119.65)]
@@ -252,40 +209,30 @@ def test_a_departure_from_the_reports_curve_is_named_with_its_epoch():
 def lines(tmp_path, monkeypatch):
     """JSON lines in the current folder."""
     monkeypatch.chdir(tmp_path)
-    write_lines(Path("a.pt.jsonl"), 3000.0, 200.0)
-    write_lines(Path("a.pt.finetune.jsonl"), 190.0)
-    write_lines(Path("b.jsonl"), 400.0, None, 250.0)
+    write_lines("a.pt.jsonl", 3000.0, 200.0)
+    write_lines("a.pt.finetune.jsonl", 190.0)
+    write_lines("b.jsonl", 400.0, None, 250.0)
     Path("bad.jsonl").write_text("[]\n")
     Path("empty.jsonl").write_text("")
 
 
 def test_a_plot_shows_the_runs(lines):
-    argv = "A=a.pt", "b.jsonl", "--out", "c.png", "c.svg"
-    assert invoke(plot.main, *argv)[0] == 0
-    before = [Path(name).read_bytes() for name in argv[-2:]]
-    assert before[0].startswith(b"\x89PNG")
-    assert b"<svg" in before[1]
-    invoke(plot.main, *argv)
-    assert [Path(name).read_bytes() for name in argv[-2:]] == before
+    assert invoke(plot.main, "A=a.pt", "b.jsonl", "--out", "c.png", "c.svg")[0] == 0
+    assert Path("c.png").read_bytes().startswith(b"\x89PNG")
+    assert b"<svg" in Path("c.svg").read_bytes()
 
-    figure = plot.draw({"A": plot.read_run("a.pt"), "B": plot.read_run("b.jsonl")})
+    runs = {"A": plot.read_run("a.pt"), "B": plot.read_run("b.jsonl")}
+    figure = plot.draw(runs)
     axes = figure.axes[0]
-    assert drawn(figure)["A"] == [3000, 200, 190]
-    assert drawn(figure)["B"][::2] == [400, 250]
-    assert drawn(figure)["B"][1] is None
+    assert drawn(figure) == {"A": [3000, 200, 190], "B": [400, None, 250]}
     assert axes.lines[0].get_color() != axes.lines[1].get_color()
     assert (axes.get_xlabel(), axes.get_yscale()) == ("epoch", "log")
 
-
-def test_a_plot_of_two_fields_against_time(lines):
-    figure = plot.draw(
-        {"A": plot.read_run("b.jsonl")}, ["valid_ppl", "train_ppl"], "time", "linear", "T", 500,
-    )
-    axes = figure.axes[0]
-    assert axes.lines[0].get_xdata().tolist() == [1.5, 3.0, 4.5]
-    assert drawn(figure)["A, training perplexity"][::2] == [800, 500]
-    assert axes.lines[0].get_linestyle() != axes.lines[1].get_linestyle()
-    assert (axes.get_title(), axes.get_yscale(), axes.get_ylim()[1]) == ("T", "linear", 500)
+    figure = plot.draw(runs, ["valid_loss", "train_ppl"], "time")
+    first, *_, last = figure.axes[0].lines
+    assert first.get_xdata().tolist() == [1.5, 3.0, 4.5]
+    assert drawn(figure)["B, training perplexity"] == [800, None, 500]
+    assert first.get_linestyle() != last.get_linestyle()
 
 
 # ------------------------------------------------------------ bad input
@@ -300,8 +247,7 @@ def test_a_plot_of_two_fields_against_time(lines):
         ("b.jsonl --out a.pt", "a.pt: must end in .png or .svg"),
         ("b.jsonl --out no/such.png", "no/such.png"),
         ("bad.jsonl", "bad.jsonl"),
-        ("empty.jsonl", "empty.jsonl: has no epoch"),
-        ("b.jsonl --highest 0", "--highest"),
+        ("empty.jsonl", "empty.jsonl"),
     ],
 )
 def test_bad_input_of_plot_is_named_in_one_line(argv, message, lines):

@@ -16,6 +16,9 @@ python=${PYTHON:-python3}
 # name, corpus, description
 entries="\
 check     none       the tests on a GPU, the benchmark in all precisions, the profile of a step
+ptb-fast  penn       the fast recipe on Penn Treebank, for as many epochs as there is time for
+wt2-fast  wikitext-2 the same on WikiText-2
+gru-fast  penn       the same with GRU on Penn Treebank
 ptb       penn       the published command for Penn Treebank
 ptb-80    penn       the same with batches of 80
 wt2-short wikitext-2 the short recipe on WikiText-2, for as many epochs as there is time for
@@ -25,9 +28,12 @@ run_entry() {
     local penn=(--dropouti 0.4 --dropouth 0.25 --seed 141 --epochs 500)
     case $1 in
         check) check ;;
+        ptb-fast) budget fast ptb-fast penn "${penn[@]:0:6}" ;;
+        wt2-fast) budget fast wt2-fast wikitext-2 --batch_size 80 --dropouth 0.2 --seed 1882 ;;
+        gru-fast) budget fast gru-fast penn --model GRU --alpha 0.5 --beta 0.25 "${penn[@]:0:6}" ;;
         ptb) train_and_evaluate ptb penn --batch_size 20 "${penn[@]}" ;;
         ptb-80) train_and_evaluate ptb-80 penn --batch_size 80 "${penn[@]}" ;;
-        wt2-short) short_recipe wt2-short wikitext-2 --batch_size 100 --dropouth 0.2 --seed 1882 ;;
+        wt2-short) budget short wt2-short wikitext-2 --batch_size 100 --dropouth 0.2 --seed 1882 ;;
         models)
             shares 4
             share train_and_cache lstm penn --batch_size 20 "${penn[@]}"
@@ -83,10 +89,10 @@ point() { # NAME CORPUS SECONDS FLAGS...: pointer.py, for so many seconds a spli
     fi
 }
 
-short_recipe() { # NAME CORPUS FLAGS...: for as many epochs as fit, by the time of a first one
-    local name=$1 corpus=$2 seconds epochs
-    shift 2
-    local flags=(--recipe short --data "data/$corpus" "$@" "${tiny[@]}" --epochs)
+budget() { # RECIPE NAME CORPUS FLAGS...: as many epochs as fit, by the time of a first one
+    local recipe=$1 name=$2 corpus=$3 seconds epochs
+    shift 3
+    local flags=(--recipe "$recipe" --data "data/$corpus" "$@" "${tiny[@]}" --epochs)
     begin "main.py ${flags[*]} 1 --save first.pt"
     "$python" "$root/main.py" "${flags[@]}" 1 --save first.pt >>"$log" 2>&1 </dev/null &
     while kill -0 $! 2>/dev/null && [ ! -e first.pt.jsonl ] && ((SECONDS < stop)); do
@@ -99,7 +105,7 @@ short_recipe() { # NAME CORPUS FLAGS...: for as many epochs as fit, by the time 
     epochs=$(awk "BEGIN { print int(($stop - $SECONDS - $startup) / (1.07 * ${seconds:-1e9})) }")
     epochs=$((epochs > 1 ? epochs : 1))
     note "an epoch takes ${seconds:-too many} s: --epochs $epochs"
-    train_and_evaluate "$name" "$corpus" --recipe short "$@" --epochs "$epochs"
+    train_and_evaluate "$name" "$corpus" --recipe "$recipe" "$@" --epochs "$epochs"
 }
 
 shares() { # N: divides the time among N models, with 45 s for the evaluation of each

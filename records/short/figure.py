@@ -20,5 +20,5 @@ runs = {
     for epochs in (2, 4, 8)
 }
 reference = {"LSTM, published recipe": read_report()["ptb-lstm"][:LAST]}
-figure = draw(runs, title="LSTM at full size, Penn Treebank", scale="log", reference=reference)
+figure = draw(runs, reference=reference)
 save(figure, args.out)

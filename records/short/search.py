@@ -129,7 +129,7 @@ if __name__ == "__main__":
         import main
 
         patch(sys.argv[2])
-        flags.run(lambda: main.main(sys.argv[3:]))
+        flags.run_command(lambda: main.main(sys.argv[3:]))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("names", nargs="+", metavar="NAME", help=", ".join(VARIANTS))

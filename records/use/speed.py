@@ -49,7 +49,7 @@ def main(path, data, part=20_000, times=5, words=200):
         model = RNNModel("LSTM", len(corpus.dictionary), 400, 1150, 3, tie_weights=True)
         params = nn.ModuleList([model, SplitCrossEntropyLoss(400)])
     else:
-        params = build_params(read_checkpoint(path), path)
+        params = build_params(read_checkpoint(path))
     params.eval()
     ids = corpus.valid[: part + 1]
     ways = {
