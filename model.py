@@ -43,9 +43,9 @@ class RNNModel(nn.Module):
     embedding, `dropouti` the input of the first layer, `wdrop` the hidden-to-hidden weights of
     each layer (both directions), `dropouth` what passes between layers, `dropout` the output.
 
-    With `bf16` training computes the recurrent layers in bfloat16, and `output` is in it, so that
-    the decoder's product is too; weights, dropout and all else stay float32. Evaluation is always
-    in float32.
+    With `bf16` training makes the products of the recurrent layers and of the decoder in bfloat16:
+    `output`, which the decoder takes, is in it. Weights, states and all else stay float32.
+    Evaluation is always in float32.
 
     `attention` ("single" or "combined") attends to the `attention_window` states of the last layer
     before each, see attention.py.
