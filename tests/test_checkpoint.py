@@ -28,7 +28,9 @@ from checkpoint import (
     DIGEST, VERSION, Run, back_up, how_to_resume, is_sealed, load, pack, read_checkpoint,
     read_state, run_lock, unpack, write_atomically,
 )
-from conftest import ROOT, Interrupting, arguments, invoke, make_params, make_trainer
+from conftest import (
+    ROOT, Interrupting, arguments, invoke, make_params, make_trainer, succeed,
+)
 from data import Corpus, InputError
 from flags import differences
 from kill_loop import lines, same
@@ -37,13 +39,6 @@ from utils import Preempted, environment
 
 IDENTICAL = "It goes on bit-identical to a run never interrupted"
 CHANGED = "no longer bit-identical to a run never interrupted: "
-
-
-def succeed(*argv, command=main.main):
-    """Runs a command that must succeed without a warning; returns what it prints."""
-    status, out, err = invoke(command, *argv)
-    assert (status, err) == (0, "")
-    return out
 
 
 def refuse(*argv, command=main.main):
