@@ -37,8 +37,9 @@ class Packed:
     and the product are rounded to it; what is added to the product is float32, and so is the sum.
     """
 
-    def __init__(self, weight, rows):
-        self.onednn = has_onednn(weight)
+    def __init__(self, weight, rows, once=False):
+        # Packing takes longer than one product of few rows.
+        self.onednn = has_onednn(weight) and not (once and rows < 32)
         self.dtype = weight.dtype
         self.weight = weight.t()
         if self.onednn:
@@ -68,7 +69,7 @@ def product(x, weight, bias=None):
     """x [M, K] @ weight [N, K].T (+ bias [N]) -> [M, N]."""
     if weight.dtype == torch.bfloat16 and bias is None:
         return x @ weight.t()  # as fast as with a packed matrix
-    return Packed(weight, len(x))(x, bias)
+    return Packed(weight, len(x), once=True)(x, bias)
 
 
 # ------------------------------------------------------------ recurrent layers

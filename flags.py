@@ -123,9 +123,8 @@ def parse_device(text):
 def rnn_type(text):
     """An argparse type: the name of a recurrent layer that the model is built of."""
     if text not in RNN_TYPES:
-        what = "not supported yet" if text == "QRNN" else "unknown"
         raise argparse.ArgumentTypeError(
-            f"model {text} is {what}; choose from {', '.join(RNN_TYPES)}"
+            f"model {text} is unknown; choose from {', '.join(RNN_TYPES)}"
         )
     return text
 

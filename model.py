@@ -5,9 +5,10 @@ from torch import nn
 from attention import Attention
 from embed_regularize import embedded_dropout
 from locked_dropout import LockedDropout
+from qrnn import QRNN
 from weight_drop import WeightDrop
 
-RNN_TYPES = ("LSTM", "GRU", "biLSTM", "biLM")
+RNN_TYPES = ("LSTM", "GRU", "QRNN", "biLSTM", "biLM")
 DROPOUTS = ("dropout", "dropouth", "dropouti", "dropoute", "wdrop")  # rates, see RNNModel
 # What the log and the checkpoint of a model say of its perplexity.
 NOTES = {
@@ -19,8 +20,7 @@ NOTES = {
 def check_architecture(rnn_type, ninp, nhid, attention="none"):
     """Raises ValueError, saying what to do, for a model that cannot be built."""
     if rnn_type not in RNN_TYPES:
-        what = "not supported yet" if rnn_type == "QRNN" else "unknown"
-        raise ValueError(f"model {rnn_type} is {what}; choose from {', '.join(RNN_TYPES)}")
+        raise ValueError(f"model {rnn_type} is unknown; choose from {', '.join(RNN_TYPES)}")
     if rnn_type.startswith("bi") and attention != "none":
         raise ValueError(f"attention looks back only: leave it out with {rnn_type}")
     if rnn_type == "biLSTM":
@@ -34,14 +34,16 @@ def check_architecture(rnn_type, ninp, nhid, attention="none"):
 class RNNModel(nn.Module):
     """A weight-dropped recurrent language model (Merity et al. 2017, 1708.02182).
 
-    rnn_type: "LSTM", "GRU" or "biLSTM" (each direction half as wide); for "biLM" see
-    bidirectional.py. ntoken: vocabulary size V.
+    rnn_type: "LSTM", "GRU", "QRNN" (whose first layer reads two words a step, as the original's)
+    or "biLSTM" (each direction half as wide); for "biLM" see bidirectional.py. ntoken: vocabulary
+    size V.
     ninp: embedding size E. nhid: hidden size of all layers but the last, which has E where the
     weights are tied (then `decoder.weight is encoder.weight`).
 
     Dropout rates, in the order in which a word meets them: `dropoute` drops the word from the
     embedding, `dropouti` the input of the first layer, `wdrop` the hidden-to-hidden weights of
-    each layer (both directions), `dropouth` what passes between layers, `dropout` the output.
+    each layer (both directions; of QRNN all its weights), `dropouth` what passes between layers,
+    `dropout` the output.
 
     With `bf16` training makes the products of the recurrent layers and of the decoder in bfloat16:
     `output`, which the decoder takes, is in it. Weights, states and all else stay float32.
@@ -102,6 +104,11 @@ class RNNModel(nn.Module):
 
     def make_layers(self):
         """The recurrent layers, nn.ModuleList."""
+        if self.rnn_type == "QRNN":
+            return nn.ModuleList(
+                WeightDrop(QRNN(*sizes, window=1 if layer else 2), ["linear.weight"], self.wdrop)
+                for layer, sizes in enumerate(self.widths)
+            )
         bidirectional = self.rnn_type == "biLSTM"
         cell = nn.GRU if self.rnn_type == "GRU" else nn.LSTM
         recurrent = ["weight_hh_l0"] + ["weight_hh_l0_reverse"] * bidirectional
@@ -162,15 +169,18 @@ class RNNModel(nn.Module):
     def init_hidden(self, bsz):
         """A zero state for `bsz` columns, on the model's device: one entry a layer.
 
-        (h, c) for the LSTMs, h for GRU; each [directions, bsz, H]. Then, with attention, the
-        memory of earlier states, none yet: [0, bsz, E].
+        (h, c) for the LSTMs, h for GRU, c for QRNN; each [directions, bsz, H]. QRNN's first layer
+        has (c, the last input [1, bsz, E]). Then, with attention, the memory of earlier states,
+        none yet: [0, bsz, E].
         """
         directions = 2 if self.rnn_type == "biLSTM" else 1
         states = [
             self.encoder.weight.new_zeros(directions, bsz, rnn.module.hidden_size)
             for rnn in self.rnns
         ]
-        if self.rnn_type != "GRU":
+        if self.rnn_type == "QRNN":
+            states[0] = states[0], self.encoder.weight.new_zeros(1, bsz, self.encoder.embedding_dim)
+        elif self.rnn_type != "GRU":
             states = [(h, h.clone()) for h in states]
         if self.attention is not None:
             states.append(self.encoder.weight.new_zeros(0, bsz, self.decoder.in_features))

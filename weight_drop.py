@@ -38,8 +38,8 @@ class WeightDrop(nn.Module):
     in `module`, under their own names: they are what is trained, averaged and saved. In
     evaluation, or with `dropout` 0, nothing is dropped.
 
-    With `bf16` an nn.LSTM or nn.GRU makes its products in bfloat16; inputs, outputs and parameters
-    stay in float32.
+    With `bf16` an nn.LSTM, an nn.GRU or a QRNN makes its products in bfloat16; inputs, outputs and
+    parameters stay in float32.
 
     `WeightDrop(nn.LSTM(10, 10), ["weight_hh_l0"], dropout=0.5)` is AWD-LSTM's layer.
     """
@@ -61,7 +61,7 @@ class WeightDrop(nn.Module):
                 weights[name] = drop_weight(weights[name], self.dropout, self.variational)
         if isinstance(self.module, nn.LSTM | nn.GRU):
             return call_recurrent(self.module, weights, *args, bf16=bf16)
-        return functional_call(self.module, weights, args)
+        return functional_call(self.module, weights, args, {"bf16": True} if bf16 else {})
 
 
 def call_recurrent(module, weights, x, state=None, bf16=False):

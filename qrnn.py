@@ -1,0 +1,224 @@
+"""The QRNN: a recurrent layer whose matrix products do not wait for the previous time step.
+
+Bradbury, Merity, Xiong and Socher 2016 (1611.01576), by the convention of the library with which
+the results of AWD-LSTM's authors were made: f is what the paper calls 1 - f.
+"""
+
+from functools import cache
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from cpu_kernels import product, sigmoid_backward, tanh_backward
+from utils import warn
+
+try:  # part of torch's CUDA builds
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+BLOCK = 128  # elements of a state in one program of a Triton kernel
+
+
+class QRNN(nn.Module):
+    """A QRNN layer with an output gate ("fo-pooling").
+
+        z_t, f_t, o_t = tanh, sigmoid, sigmoid of W [x_t; x_{t-1}] + b
+        c_t = f_t z_t + (1 - f_t) c_{t-1}
+        h_t = o_t c_t
+
+    `window` is the number of inputs that a step reads: 2, or 1 without x_{t-1}. `linear` has the
+    weight W [3H, window * I] and the bias b [3H].
+    """
+
+    def __init__(self, input_size, hidden_size, window=1):
+        super().__init__()
+        self.input_size, self.hidden_size, self.window = input_size, hidden_size, window
+        self.linear = nn.Linear(window * input_size, 3 * hidden_size)
+
+    def extra_repr(self):
+        return f"window={self.window}"
+
+    def forward(self, x, state, bf16=False):
+        """x [T, B, I], state -> all h [T, B, H], the state after them.
+
+        The state is c [1, B, H]; with a window of 2 (c, the last input [1, B, I], detached). With
+        `bf16` the products have factors in bfloat16.
+        """
+        c, last = state if self.window == 2 else (state, None)
+        inputs = x
+        if last is not None:
+            inputs = torch.cat([x, torch.cat([last, x[:-1]])], 2)  # [T, B, 2I]
+        dtype = torch.bfloat16 if bf16 else x.dtype
+        h, c = Recurrence.apply(dtype, inputs, self.linear.weight, self.linear.bias, c[0])
+        c = c.unsqueeze(0)
+        return h, c if last is None else (c, x[-1:].detach())
+
+
+class Recurrence(torch.autograd.Function):
+    """A QRNN layer over all time steps: one product for all of them, then element by element.
+
+    The factors of the products are of `dtype`; all else is in the precision of the state.
+    """
+
+    @staticmethod
+    def forward(ctx, dtype, x, weight, bias, c0):
+        """x [T, B, I], weight [3H, I], bias [3H], c0 [B, H] -> all h [T, B, H], the last c."""
+        steps, rows, _ = x.shape
+        x, weight = x.flatten(0, 1).to(dtype), weight.to(dtype)
+        gates = product(x, weight, bias).view(steps, rows, -1)
+        cs = c0.new_empty(steps + 1, *c0.shape)
+        cs[0] = c0
+        hs = (triton_forward if has_triton(gates) else torch_forward)(gates, cs)
+        ctx.save_for_backward(x, weight, gates, cs)
+        return hs, cs[-1].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_hs, d_c):
+        x, weight, gates, cs = ctx.saved_tensors
+        backward = triton_backward if has_triton(gates) else torch_backward
+        d_gates, d_c0 = backward(gates, cs, d_hs, d_c)
+        factors = d_gates.flatten(0, 1).to(x.dtype)
+        d_x = product(factors, weight.t()).view(*d_hs.shape[:2], -1)
+        d_weight = product(factors.t().contiguous(), x.t())
+        d_bias = d_gates.sum((0, 1))
+        return None, d_x.to(d_hs.dtype), d_weight.to(d_hs.dtype), d_bias, d_c0
+
+
+# ------------------------------------------------------------ in torch
+
+
+def torch_forward(gates, cs):
+    """Replaces gates [T, B, 3H] by z, f and o, fills all of cs [T + 1, B, H] but the first.
+
+    Returns all h [T, B, H]. Only what waits for the previous step is done step by step.
+    """
+    z, f, o = gates.chunk(3, 2)
+    # tanh(x) is 2 sigmoid(2x) - 1; torch's tanh takes several times as long as its sigmoid.
+    z.mul_(2)
+    gates.sigmoid_()
+    z.mul_(2).sub_(1)
+    for t in range(len(gates)):
+        torch.lerp(cs[t], z[t], f[t], out=cs[t + 1])
+    return o * cs[1:]
+
+
+def torch_backward(gates, cs, d_hs, d_c):
+    """Given the gradients of all h and of the last c, returns those of `gates` and the first c.
+
+    `gates` and `cs` are as `torch_forward` left them; the gradient is of what `gates` held before.
+    """
+    z, f, o = gates.chunk(3, 2)
+    d_gates = torch.empty_like(gates)
+    d_z, d_f, d_o = d_gates.chunk(3, 2)
+    kept = 1 - f  # of c_{t-1} in c_t
+    d_cs = d_hs * o
+    d_cs[-1] += d_c
+    for t in range(len(gates) - 1, 0, -1):
+        d_cs[t - 1].addcmul_(kept[t], d_cs[t])
+    tanh_backward(d_cs * f, z, grad_input=d_z)
+    sigmoid_backward(d_cs * (z - cs[:-1]), f, grad_input=d_f)
+    sigmoid_backward(d_hs * cs[1:], o, grad_input=d_o)
+    return d_gates, kept[0] * d_cs[0]
+
+
+# ------------------------------------------------------------ in Triton
+
+if triton is not None:
+    # Each program takes BLOCK elements of the state [B, H] through all steps. `steps` is never a
+    # constant of the kernel, which would be compiled anew for some lengths.
+
+    @triton.jit(do_not_specialize=["steps"])
+    def forward_kernel(gates, cs, hs, steps, rows, size, BLOCK: tl.constexpr):
+        """See torch_forward; rows is B, size H."""
+        place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        inside = place < rows * size
+        gate = place // size * 3 * size + place % size  # where an element's z is; then f, o
+        c = tl.load(cs + place, mask=inside)
+        for _ in range(steps):
+            cs += rows * size
+            z = 2 * tl.sigmoid(2 * tl.load(gates + gate, mask=inside)) - 1
+            f = tl.sigmoid(tl.load(gates + gate + size, mask=inside))
+            o = tl.sigmoid(tl.load(gates + gate + 2 * size, mask=inside))
+            c = f * z + (1 - f) * c
+            tl.store(gates + gate, z, mask=inside)
+            tl.store(gates + gate + size, f, mask=inside)
+            tl.store(gates + gate + 2 * size, o, mask=inside)
+            tl.store(cs + place, c, mask=inside)
+            tl.store(hs + place, o * c, mask=inside)
+            gates += rows * 3 * size
+            hs += rows * size
+
+    @triton.jit(do_not_specialize=["steps"])
+    def backward_kernel(gates, cs, d_hs, d_gates, d_c, steps, rows, size, BLOCK: tl.constexpr):
+        """See torch_backward. d_c [B, H] is the gradient of the last c, and becomes the first's."""
+        place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        inside = place < rows * size
+        gate = place // size * 3 * size + place % size
+        last = steps.to(tl.int64) - 1  # long texts have more than 2**31 gates
+        gates += last * rows * 3 * size
+        d_gates += last * rows * 3 * size
+        d_hs += last * rows * size
+        cs += last * rows * size  # the c before each step
+        d_c_t = tl.load(d_c + place, mask=inside)
+        c = tl.load(cs + rows * size + place, mask=inside)
+        for _ in range(steps):
+            c_before = tl.load(cs + place, mask=inside)
+            d_h = tl.load(d_hs + place, mask=inside)
+            z = tl.load(gates + gate, mask=inside)
+            f = tl.load(gates + gate + size, mask=inside)
+            o = tl.load(gates + gate + 2 * size, mask=inside)
+            d_c_t += d_h * o
+            tl.store(d_gates + gate, d_c_t * f * (1 - z * z), mask=inside)
+            tl.store(d_gates + gate + size, d_c_t * (z - c_before) * f * (1 - f), mask=inside)
+            tl.store(d_gates + gate + 2 * size, d_h * c * o * (1 - o), mask=inside)
+            d_c_t *= 1 - f
+            c = c_before
+            gates -= rows * 3 * size
+            d_gates -= rows * 3 * size
+            d_hs -= rows * size
+            cs -= rows * size
+        tl.store(d_c + place, d_c_t, mask=inside)
+
+
+def triton_forward(gates, cs):
+    """As `torch_forward`."""
+    hs = torch.empty_like(cs[1:])
+    steps, rows, size = hs.shape
+    grid = (triton.cdiv(rows * size, BLOCK),)
+    forward_kernel[grid](gates, cs, hs, steps, rows, size, BLOCK=BLOCK)
+    return hs
+
+
+def triton_backward(gates, cs, d_hs, d_c):
+    """As `torch_backward`."""
+    d_gates, d_c0 = torch.empty_like(gates), d_c.clone(memory_format=torch.contiguous_format)
+    steps, rows, size = d_hs.shape
+    grid = (triton.cdiv(rows * size, BLOCK),)
+    backward_kernel[grid](
+        gates, cs, d_hs.contiguous(), d_gates, d_c0, steps, rows, size, BLOCK=BLOCK
+    )
+    return d_gates, d_c0
+
+
+def has_triton(tensor):
+    """Whether Triton's kernels take the place of torch's loop for `tensor`."""
+    return tensor.is_cuda and triton_works()
+
+
+@cache
+def triton_works():
+    """Whether Triton's kernels run on the current GPU; a warning where they do not."""
+    if triton is None:
+        warn("Warning: Triton is not installed; the QRNN's slower loop takes its place")
+        return False
+    try:
+        triton_forward(torch.zeros(1, 1, 3, device="cuda"), torch.zeros(2, 1, 1, device="cuda"))
+    except Exception as error:  # it has many for an old GPU, or a machine without a C compiler
+        reason = str(error).partition("\n")[0]
+        warn(f"Warning: Triton fails ({reason}); the QRNN's slower loop takes its place")
+        return False
+    return True
