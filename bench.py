@@ -67,13 +67,27 @@ class Plain(RNNModel):
         x = self.mask(x, x[:1], self.dropouti)
         new_hidden = []
         for layer, state in zip(self.rnns, hidden):
-            rnn = layer.module
-            dropped = F.dropout(rnn.weight_hh_l0, self.wdrop, self.training)
-            raw, state = functional_call(rnn, {"weight_hh_l0": dropped}, (x, state))
+            rnn, [name] = layer.module, layer.weights
+            dropped = F.dropout(rnn.get_parameter(name), self.wdrop, self.training)
+            call = plain_qrnn if self.rnn_type == "QRNN" else functional_call
+            raw, state = call(rnn, {name: dropped}, (x, state))
             new_hidden.append(state)
             x = self.mask(raw, raw[:1], self.dropout if layer is self.rnns[-1] else self.dropouth)
         output = x.flatten(0, 1)
         return (output, new_hidden, [raw], [x]) if return_h else (output, new_hidden)
+
+
+def plain_qrnn(layer, weights, inputs):
+    """What `functional_call` returns, from a loop over the time steps."""
+    x, state = inputs
+    c, last = state if layer.window == 2 else (state, None)
+    read = x if last is None else torch.cat([x, torch.cat([last, x[:-1]])], 2)
+    z, f, o = F.linear(read, weights["linear.weight"], layer.linear.bias).chunk(3, 2)
+    z, f, cs = z.tanh(), f.sigmoid(), []
+    for z_t, f_t in zip(z.split(1), f.split(1)):
+        c = f_t * z_t + (1 - f_t) * c
+        cs.append(c)
+    return o.sigmoid() * torch.cat(cs), c if last is None else (c, x[-1:])
 
 
 class PlainLoss(nn.Module):
@@ -300,8 +314,8 @@ def parse_args(argv=None):
     sizes = SIZES[vars(given).pop("recipe", "ptb")]
     args = resolve_flags(given, {**parser.defaults, **sizes, "optimizer": "sgd"})
     args.lr = args.bias_lr = 1.0  # random words: there is nothing to learn
-    if args.model not in ("LSTM", "GRU"):
-        raise InputError(f"--model {args.model}: only LSTM and GRU are timed")
+    if args.model not in ("LSTM", "GRU", "QRNN"):
+        raise InputError(f"--model {args.model}: only LSTM, GRU and QRNN are timed")
     return args
 
 

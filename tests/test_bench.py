@@ -12,7 +12,7 @@ from train import evaluate
 TINY = "--emsize 8 --nhid 12 --ntoken 30 --batch_size 4 --bptt 7 --steps 2 --device cpu".split()
 
 
-@pytest.mark.parametrize("model", ["LSTM", "GRU"])
+@pytest.mark.parametrize("model", ["LSTM", "GRU", "QRNN"])
 def test_the_baseline_is_the_same_model(model):
     args = bench.parse_args([*TINY, "--model", model])
     (ours, _), (plain, _) = bench.our_side(args), bench.plain_side(args)

@@ -339,7 +339,8 @@ def train_in_parts(
     ("tries", "how"),
     [
         (12, (False, "sgd")), (12, (True, "sgd", "GRU")), (12, (False, "adam", "biLSTM")),
-        (6, (False, "sgd", "biLM")), (6, (False, "sgd", "LSTM", "combined")),
+        (6, (False, "sgd", "biLM")), (6, (False, "sgd", "QRNN")),
+        (6, (False, "sgd", "LSTM", "combined")),
     ],
 )
 def test_interrupted_anywhere_and_resumed_it_is_the_same_run(

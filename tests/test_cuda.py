@@ -204,7 +204,7 @@ def test_a_step_does_not_wait_for_the_device(flags, device):
         set_mode("default")
 
 
-@pytest.mark.parametrize("name", ["LSTM", "GRU", "biLSTM"])
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "QRNN", "biLSTM"])
 def test_no_step_and_no_evaluation_warns(name, device):
     run = make_run(device, name=name)
     with warnings.catch_warnings():

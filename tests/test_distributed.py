@@ -88,7 +88,7 @@ flags.run_command(main)
 """
 
 
-@pytest.mark.parametrize("model", ["LSTM", "GRU"])
+@pytest.mark.parametrize("model", ["LSTM", "GRU", "QRNN"])
 def test_two_ranks_take_the_steps_of_one(model, begin, tmp_path):
     """Losses, clipped gradients of model and criterion, evaluation: all as in one process."""
     script = tmp_path / "steps.py"

@@ -26,7 +26,10 @@ def run(trained):
 
 @pytest.mark.parametrize(
     ("rnn_type", "attention"),
-    [("LSTM", "none"), ("GRU", "none"), ("biLM", "none"), ("LSTM", "single"), ("GRU", "combined")],
+    [
+        ("LSTM", "none"), ("GRU", "none"), ("QRNN", "none"), ("biLM", "none"), ("LSTM", "single"),
+        ("GRU", "combined"),
+    ],
 )
 def test_each_word_is_drawn_given_all_before_it(rnn_type, attention):
     """The likeliest word is what a pass over the whole text predicts."""

@@ -59,7 +59,7 @@ def test_published_commands_mean_the_published_run(command, epochs, corpus_dir, 
 
 
 @pytest.mark.parametrize("flags", [
-    "--model biLSTM", "--model GRU --attention single",
+    "--model biLSTM", "--model GRU --attention single", "--model QRNN --attention single",
     "--attention combined --attention-window 13",
     *(f"--model biLM --objective {objective}" for objective in OBJECTIVES),
 ])

@@ -17,17 +17,19 @@ def small(rnn_type="LSTM", nlayers=3, **settings):
 
 
 @pytest.mark.parametrize(
-    ("rnn_type", "ntoken", "nlayers", "expected"),
+    ("rnn_type", "ntoken", "nhid", "nlayers", "expected"),
     [
-        ("LSTM", 10_000, 3, 24_221_600),
-        ("GRU", 10_000, 3, 19_168_700),
-        ("GRU", 10_000, 5, 35_052_500),
-        ("biLSTM", 10_000, 3, 18_611_600),
+        ("LSTM", 10_000, 1150, 3, 24_221_600),
+        ("GRU", 10_000, 1150, 3, 19_168_700),
+        ("GRU", 10_000, 1150, 5, 35_052_500),
+        ("QRNN", 10_000, 1550, 4, 24_020_150),
+        ("QRNN", 33_278, 1550, 4, 33_354_628),
+        ("biLSTM", 10_000, 1150, 3, 18_611_600),
     ],
 )
-def test_published_parameter_counts(rnn_type, ntoken, nlayers, expected):
+def test_published_parameter_counts(rnn_type, ntoken, nhid, nlayers, expected):
     with torch.device("meta"):
-        model = RNNModel(rnn_type, ntoken, 400, 1150, nlayers, tie_weights=True)
+        model = RNNModel(rnn_type, ntoken, 400, nhid, nlayers, tie_weights=True)
     assert sum(p.numel() for p in model.parameters()) == expected
 
 
@@ -41,7 +43,7 @@ def test_initialization():
         assert weight.std().item() == pytest.approx(0.2 / 12**0.5, rel=0.02)  # if uniform
 
 
-@pytest.mark.parametrize("rnn_type", ["LSTM", "GRU", "biLSTM"])
+@pytest.mark.parametrize("rnn_type", ["LSTM", "GRU", "QRNN", "biLSTM"])
 def test_interface(rnn_type):
     model = small(rnn_type)
     words, hidden = torch.randint(V, (7, 4)), model.init_hidden(4)
@@ -65,8 +67,8 @@ def test_bilstm_drops_the_recurrent_weights_of_both_directions():
 
 
 def test_an_unknown_model_is_refused_by_name():
-    with pytest.raises(ValueError, match="QRNN is not supported yet"):
-        RNNModel("QRNN", 50, 8, 12, 3)
+    with pytest.raises(ValueError, match="SRU is unknown; choose from LSTM, GRU, QRNN"):
+        RNNModel("SRU", 50, 8, 12, 3)
 
 
 # ------------------------------------------------------------ no leak
@@ -117,7 +119,8 @@ ONE_WAY = (forward_logits, lambda t: range(t + 1))  # predicts word t + 1
 
 @pytest.mark.parametrize(("rnn_type", "attention", "logits", "sees"), [
     ("LSTM", "none", *ONE_WAY), ("GRU", "none", *ONE_WAY), ("LSTM", "single", *ONE_WAY),
-    ("LSTM", "combined", *ONE_WAY), ("GRU", "combined", *ONE_WAY), ("biLM", "none", *ONE_WAY),
+    ("LSTM", "combined", *ONE_WAY), ("GRU", "combined", *ONE_WAY), ("QRNN", "none", *ONE_WAY),
+    ("QRNN", "combined", *ONE_WAY), ("biLM", "none", *ONE_WAY),
     ("biLM", "none", backward_logits, lambda t: range(t, T)),  # predicts word t - 1
     ("biLM", "none", cloze_logits, lambda t: {*range(T)} - {t + 1}),
     ("biLSTM", "none", forward_logits, lambda t: range(T)),  # the report's has seen its answer

@@ -46,7 +46,10 @@ def loss_word_by_word(params, ids, theta, lambdasm, window):
 
 @pytest.mark.parametrize(
     "model",
-    [{}, {"rnn_type": "GRU"}, {"rnn_type": "biLM"}, {"attention": "combined"}, {"splits": [4, 8]}],
+    [
+        {}, {"rnn_type": "GRU"}, {"rnn_type": "QRNN"}, {"rnn_type": "biLM"},
+        {"attention": "combined"}, {"splits": [4, 8]},
+    ],
 )
 @pytest.mark.parametrize(
     ("window", "bptt", "theta"), [(1, 4, 3.0), (5, 1000, 0.0), (30, 4, 3.0), (200, 1000, 3.0)]

@@ -42,7 +42,7 @@ class Products(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("rnn_type", ["LSTM", "biLSTM", "GRU"])
+@pytest.mark.parametrize("rnn_type", ["LSTM", "biLSTM", "GRU", "QRNN"])
 def test_in_training_all_products_are_in_bfloat16_and_all_else_in_float32(rnn_type):
     plain, bf16 = twins(rnn_type)
     words, hidden = torch.randint(50, (9, 4)), plain[0].init_hidden(4)
@@ -149,7 +149,7 @@ def test_the_flag_reaches_the_model_and_the_checkpoint(
     assert "test ppl" in out
 
 
-@pytest.mark.parametrize("rnn_type", ["LSTM", "GRU"])
+@pytest.mark.parametrize("rnn_type", ["LSTM", "GRU", "QRNN"])
 def test_a_run_in_bfloat16_is_resumed_bit_for_bit(rnn_type, corpus_dir, small, tmp_path):
     whole, parts = tmp_path / "whole.pt", tmp_path / "parts.pt"
     flags = ["--data", corpus_dir, *small, "--model", rnn_type, "--precision", "bf16"]

@@ -140,7 +140,7 @@ def test_a_schedule_goes_through_its_points(schedule, points):
         assert scheduled_share(schedule, progress) == pytest.approx(share, rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["LSTM", "GRU", "biLSTM", "biLM"])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "QRNN", "biLSTM", "biLM"])
 def test_the_ramp_reaches_every_regularizer(kind):
     model = make_params(kind, rate=0.5)[0]
     args = arguments(alpha=2.0, beta=1.0, regularization_ramp=[0.0, 2.0])
