@@ -137,8 +137,8 @@ def make_parser(description, inherited=()):
     parser = Parser(inherited, description=description)
     add = parser.add
     add("--data", "data/penn", "folder with train.txt, valid.txt and test.txt, or 'sample'")
-    add("--model", "LSTM", "recurrent layers: LSTM, GRU, QRNN, biLSTM (the report's, which reads its "
-        "own answer) or biLM (two language models and cloze prediction)", type=rnn_type)
+    add("--model", "LSTM", "recurrent layers: LSTM, GRU, QRNN, biLSTM (the report's, which reads "
+        "its own answer) or biLM (two language models and cloze prediction)", type=rnn_type)
     add("--emsize", 400, "size of word embeddings", type=count)
     add("--nhid", 1150, "hidden units per layer", type=count)
     add("--nlayers", 3, "number of layers", type=count)

@@ -36,6 +36,10 @@ CASES = {
         **COMMON, "nlayers": 3, "lr": 3.0, "epochs": 7, "nonmono": 0, "dropout": 0.3,
         "dropouth": 0.2, "dropouti": 0.25, "dropoute": 0.1, "wdrop": 0.4,
     },
+    "QRNN": {
+        **COMMON, "nlayers": 3, "lr": 22.0, "epochs": 7, "nonmono": 0, "dropout": 0.3,
+        "dropouth": 0.2, "dropouti": 0.25, "dropoute": 0.1, "wdrop": 0.2,
+    },
 }
 
 
@@ -70,6 +74,10 @@ def gru_step(from_x, state, w_hh, b_hh):
     return h, (h,)
 
 
+# Of each kind with four weights a layer: a step, and the number of states.
+STEPS = {"LSTM": (lstm_step, 2), "GRU": (gru_step, 1)}
+
+
 class Restatement:
     """AWD-LSTM in plain float64 operations; `weights` is [embedding, decoder bias, *layers].
 
@@ -77,15 +85,27 @@ class Restatement:
     `masks` is an iterator over (kind, mask) in the order of use.
     """
 
+    PER_LAYER = 4
+
     def __init__(self, kind, case, weights, masks):
-        self.step, self.states = {"LSTM": (lstm_step, 2), "GRU": (gru_step, 1)}[kind]
+        self.kind = kind
         self.weights = [weight.double().requires_grad_() for weight in weights]
         self.case, self.masks = case, masks
 
     def zero_state(self, columns):
         sizes = [w_hh.shape[1] for w_hh in self.weights[3::4]]
-        return [tuple(torch.zeros(columns, size).double() for _ in range(self.states))
+        _, states = STEPS[self.kind]
+        return [tuple(torch.zeros(columns, size).double() for _ in range(states))
                 for size in sizes]
+
+    def read_layer(self, x, state, rate, w_ih, w_hh, b_ih, b_hh):
+        """x [T, B, I] -> all outputs [T, B, H], the new state; `rate` is weight drop's."""
+        step, _ = STEPS[self.kind]
+        w_hh, outputs = self.drop("weight", w_hh, rate), []
+        for from_x in x @ w_ih.T + b_ih:
+            h, state = step(from_x, state, w_hh, b_hh)
+            outputs.append(h)
+        return torch.stack(outputs), state
 
     def drop(self, kind, x, rate):
         """x times the next mask, which must be of this kind, shape and rate."""
@@ -106,17 +126,33 @@ class Restatement:
         x = self.drop("word", embedding, rates["dropoute"])[words]
         x = self.drop("feature", x, rates["dropouti"])
         new = []
-        for w_ih, w_hh, b_ih, b_hh in zip(*(layers[i::4] for i in range(4))):
-            w_hh = self.drop("weight", w_hh, rates["wdrop"])
-            outputs, s = [], state[len(new)]
-            for from_x in x @ w_ih.T + b_ih:
-                h, s = self.step(from_x, s, w_hh, b_hh)
-                outputs.append(h)
+        for weights in zip(*(layers[i :: self.PER_LAYER] for i in range(self.PER_LAYER))):
+            raw, s = self.read_layer(x, state[len(new)], rates["wdrop"], *weights)
             new.append(s)
-            raw = torch.stack(outputs)
             is_last = len(new) == self.case.nlayers
             x = self.drop("feature", raw, rates["dropout" if is_last else "dropouth"])
         return x.flatten(0, 1) @ embedding.T + decoder_bias, new, raw, x
+
+
+class QRNNRestatement(Restatement):
+    """With QRNN layers, of a matrix and a bias each. The first layer's state has the last input."""
+
+    PER_LAYER = 2
+
+    def zero_state(self, columns):
+        sizes = [len(bias) // 3 for bias in self.weights[3::2]]
+        state = [(torch.zeros(columns, size).double(),) for size in sizes]
+        return [(*state[0], torch.zeros(columns, self.case.emsize).double()), *state[1:]]
+
+    def read_layer(self, x, state, rate, weight, bias):
+        weight, outputs = self.drop("weight", weight, rate), []
+        c, *last = state
+        for x_t in x:
+            z, f, o = (torch.cat([x_t, *last], 1) @ weight.T + bias).chunk(3, 1)
+            c = torch.sigmoid(f) * torch.tanh(z) + (1 - torch.sigmoid(f)) * c
+            outputs.append(torch.sigmoid(o) * c)
+            last = [x_t] * len(last)
+        return torch.stack(outputs), (c, *last)
 
 
 def cross_entropy(logits, targets):
@@ -171,7 +207,7 @@ def train_epoch(net, source, random, case, average):
 def trajectory(kind, case, folder, weights, masks):
     """[(training loss, validation loss, whether averaged) of each epoch], the test loss."""
     splits = read_corpus(folder)
-    net = Restatement(kind, case, weights, masks)
+    net = (QRNNRestatement if kind == "QRNN" else Restatement)(kind, case, weights, masks)
     random = np.random.RandomState(case.seed)
     rows = len(splits["train"]) // case.batch_size
     source = torch.tensor(splits["train"][: rows * case.batch_size]).view(case.batch_size, rows).T

@@ -13,7 +13,9 @@ import pytest
 from conftest import ROOT
 
 GPU = ROOT / "records" / "gpu"
-ENTRIES = ("check", "ptb-fast", "wt2-fast", "gru-fast", "ptb", "ptb-80", "wt2-short", "models")
+ENTRIES = (
+    "check", "ptb-fast", "wt2-fast", "gru-fast", "ptb", "ptb-80", "qrnn", "wt2-short", "models"
+)
 
 pytestmark = pytest.mark.skipif(not shutil.which("timeout"), reason="run.sh needs GNU timeout")
 

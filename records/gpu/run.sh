@@ -21,6 +21,7 @@ wt2-fast  wikitext-2 the same on WikiText-2
 gru-fast  penn       the same with GRU on Penn Treebank
 ptb       penn       the published command for Penn Treebank
 ptb-80    penn       the same with batches of 80
+qrnn      penn       the published QRNN command for Penn Treebank
 wt2-short wikitext-2 the short recipe on WikiText-2, for as many epochs as there is time for
 models    penn       LSTM, GRU, biLM and attention, for equal seconds"
 
@@ -33,6 +34,10 @@ run_entry() {
         gru-fast) budget fast gru-fast penn --model GRU --alpha 0.5 --beta 0.25 "${penn[@]:0:6}" ;;
         ptb) train_and_evaluate ptb penn --batch_size 20 "${penn[@]}" ;;
         ptb-80) train_and_evaluate ptb-80 penn --batch_size 80 "${penn[@]}" ;;
+        qrnn)
+            train_and_evaluate qrnn penn --model QRNN --batch_size 20 --clip 0.2 --wdrop 0.1 \
+                --nhid 1550 --nlayers 4 --emsize 400 --dropouth 0.3 --seed 9001 --dropouti 0.4 \
+                --epochs 550 ;;
         wt2-short) budget short wt2-short wikitext-2 --batch_size 100 --dropouth 0.2 --seed 1882 ;;
         models)
             shares 4
