@@ -44,6 +44,17 @@ FAULTS = {
         "train.py", "self.row += len(data)", "self.row += len(data) + 1", LSTM),
     "windows: generator not seeded": Fault(
         "utils.py", "np.random.seed(args.seed)", "np.random.seed()", LSTM),
+    # ------------------------------------------------------------ QRNN
+    "QRNN: f and 1 - f exchanged": Fault(
+        "qrnn.py", "torch.lerp(cs[t], z[t], f[t], out=cs[t + 1])",
+        "torch.lerp(z[t], cs[t], f[t], out=cs[t + 1])",
+        "test_qrnn.py::test_a_layer_is_the_equations"),
+    "QRNN: the last input is not carried on": Fault(
+        "qrnn.py", "(c, x[-1:].detach())", "(c, last)",
+        "test_qrnn.py::test_the_state_carries_the_text_on"),
+    "QRNN: the first layer reads one word a step": Fault(
+        "model.py", "window=1 if layer else 2", "window=1",
+        "test_model.py::test_published_parameter_counts"),
     # ------------------------------------------------------------ the model
     "tied weights untied": Fault(
         "model.py", "self.decoder.weight = self.encoder.weight",

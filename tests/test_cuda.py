@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 import main
+import qrnn
 import splitcross
 from checkpoint import build_params, read_checkpoint, read_state
 from conftest import (
@@ -152,6 +153,41 @@ def test_the_kernel_computes_with_the_dropped_weights(kind, device):
         twin.weight_hh_l0.copy_(dropped)
         torch.testing.assert_close(found, twin(x)[0], rtol=1e-5, atol=1e-5)
     assert (dropped == 0).double().mean().item() == pytest.approx(0.5, abs=0.01)
+
+
+# ------------------------------------------------------------ QRNN
+
+
+@cuda_alone
+def test_tritons_kernels_run_and_are_torchs_loop(device):
+    assert qrnn.triton_works()
+    for steps in (1, 16, 70):
+        gates, c = torch.randn(steps, 20, 3 * 150, device=device), torch.randn(20, 150)
+        d_hs, d_c = torch.randn(steps, 20, 150, device=device), torch.randn(20, 150, device=device)
+        found = []
+        for forward, backward in (
+            (qrnn.triton_forward, qrnn.triton_backward), (qrnn.torch_forward, qrnn.torch_backward)
+        ):
+            z_f_o, cs = gates.clone(), torch.zeros(steps + 1, 20, 150, device=device)
+            cs[0] = c
+            hs = forward(z_f_o, cs)
+            found.append([z_f_o, cs, hs, *backward(z_f_o, cs, d_hs, d_c)])
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+@cuda_alone
+def test_tritons_kernels_are_compiled_once_for_all_lengths(device, tmp_path):
+    script = (
+        "import torch, qrnn\n"
+        "for steps in (1, 5, 16, 70):\n"
+        "    gates = torch.zeros(steps, 20, 48, device='cuda')\n"
+        "    qrnn.triton_forward(gates, torch.zeros(steps + 1, 20, 16, device='cuda'))\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, check=True,
+        env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path)},
+    )
+    assert len(list(tmp_path.rglob("forward_kernel.ttir"))) == 1
 
 
 # ------------------------------------------------------------ a run
