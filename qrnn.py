@@ -128,15 +128,15 @@ def torch_backward(gates, cs, d_hs, d_c):
 # ------------------------------------------------------------ in Triton
 
 if triton is not None:
-    # Each program takes BLOCK elements of the state [B, H] through all steps. `steps` is never a
-    # constant of the kernel, which would be compiled anew for some lengths.
+    # Each program takes BLOCK elements of the state [B, H] through all steps. Without
+    # do_not_specialize the kernels would be compiled anew for some lengths (1, multiples of 16).
 
     @triton.jit(do_not_specialize=["steps"])
     def forward_kernel(gates, cs, hs, steps, rows, size, BLOCK: tl.constexpr):
         """See torch_forward; rows is B, size H."""
         place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         inside = place < rows * size
-        gate = place // size * 3 * size + place % size  # where an element's z is; then f, o
+        gate = place // size * 3 * size + place % size  # of z; those of f and o follow H apart
         c = tl.load(cs + place, mask=inside)
         for _ in range(steps):
             cs += rows * size
