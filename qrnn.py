@@ -35,11 +35,8 @@ class QRNN(nn.Module):
 
     def __init__(self, input_size, hidden_size, window=1):
         super().__init__()
-        self.input_size, self.hidden_size, self.window = input_size, hidden_size, window
+        self.hidden_size, self.window = hidden_size, window
         self.linear = nn.Linear(window * input_size, 3 * hidden_size)
-
-    def extra_repr(self):
-        return f"window={self.window}"
 
     def forward(self, x, state, bf16=False):
         """x [T, B, I], state -> all h [T, B, H], the state after them.
