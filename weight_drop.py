@@ -13,17 +13,18 @@ from utils import map_hidden
 
 
 def drop_weight(weight, dropout, variational=False):
-    """A copy of `weight` with elements zeroed at rate `dropout`, the rest over (1 - dropout).
+    """A copy of `weight` with elements zeroed at rate `dropout` and the rest scaled up.
 
-    With `variational`, whole rows are dropped. On the CPU the rate is rounded to 1/65536.
+    The scale is 1 / (1 - dropout). With `variational`, complete rows are dropped. On the CPU the
+    rate is rounded to a multiple of 1/65536.
     """
     if variational:
         return weight * F.dropout(weight.new_ones(weight.size(0), 1), dropout)
     if weight.device.type != "cpu":
         return F.dropout(weight, dropout)
-    # Drawing a float for each element costs more than the rest of this function tenfold. An int64
-    # holds four 16-bit draws. (-2**63, None) is the full range: plain random_() never sets the
-    # top bit, which would bias every fourth draw.
+    # Drawing a float per element would cost ten times the rest of this function. An int64 holds
+    # four 16-bit draws. (-2**63, None) is the full range: random_() without arguments never sets
+    # the top bit, which would bias every fourth draw.
     draws = torch.empty((weight.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
     draws = draws.view(torch.int16)[: weight.numel()].view_as(weight)
     dropped = min(round(dropout * 65536), 65535)  # of the 65,536 values a draw can take
@@ -32,14 +33,14 @@ def drop_weight(weight, dropout, variational=False):
 
 
 class WeightDrop(nn.Module):
-    """Wraps `module` so that the parameters named in `weights` are dropped at each call.
+    """Wraps `module` and applies dropout to the parameters named in `weights` at each call.
 
-    One mask a forward pass, the same at every time step. The raw parameters stay where they are,
-    in `module`, under their own names: they are what is trained, averaged and saved. In
-    evaluation, or with `dropout` 0, nothing is dropped.
+    A forward pass uses one mask for all time steps. `module` keeps the raw parameters, under their
+    own names; these are trained, averaged and saved. In evaluation, or with `dropout` 0, nothing is
+    dropped.
 
-    With `bf16` an nn.LSTM or nn.GRU makes its products in bfloat16; inputs, outputs and parameters
-    stay in float32.
+    With `bf16` an nn.LSTM or nn.GRU computes its matrix products in bfloat16; inputs, outputs and
+    parameters stay in float32.
 
     `WeightDrop(nn.LSTM(10, 10), ["weight_hh_l0"], dropout=0.5)` is AWD-LSTM's layer.
     """
@@ -65,12 +66,12 @@ class WeightDrop(nn.Module):
 
 
 def call_recurrent(module, weights, x, state=None, bf16=False):
-    """What `module`, an nn.LSTM or nn.GRU, computes with `weights` for its parameters.
+    """Calls `module`, an nn.LSTM or nn.GRU, with `weights` in place of its parameters.
 
     weights {name: tensor}, in the order of `module.named_parameters()`; x [T, B, I]; state as the
-    module's, zero where it is None. They are handed to the kernel itself: functional_call would
-    make nn.RNNBase move its own parameters to another piece of memory at each call on CUDA. With
-    `bf16` a CPU makes the products in bfloat16; elsewhere the whole layer is computed in it.
+    module's, zero if None. The weights are passed directly to the kernel: on CUDA functional_call
+    would make nn.RNNBase copy its own parameters to new memory at each call. With `bf16` a CPU
+    computes matrix products in bfloat16; other devices compute the complete layer in bfloat16.
     """
     is_lstm = isinstance(module, nn.LSTM)
     if state is None:
@@ -97,7 +98,7 @@ def call_recurrent(module, weights, x, state=None, bf16=False):
 def in_one_piece(weights, dtype):
     """The weights {name: tensor} as views of one new tensor, the matrices before the biases.
 
-    That is cuDNN's own layout. Weights that lie otherwise it copies there itself, and warns.
+    That is cuDNN's own layout. cuDNN copies weights in any other layout, with a warning.
     """
     names = sorted(weights, key=lambda name: "bias" in name)
     flat = torch.cat([weights[name].flatten() for name in names]).to(dtype)

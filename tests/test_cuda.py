@@ -88,7 +88,7 @@ def take_step(params, steps, on, dtype, precision="fp32"):
     words, targets, backward, after = (
         torch.randint(1000, (steps, 20), generator=generator).to(on) for _ in range(4)
     )
-    more = {"backward": (backward, after.flatten()), "begins": True}
+    more = {"backward": (backward, after.flatten()), "is_first_window": True}
     objective = make_objective(params, arguments(objective="both"))
     set_products(precision)
     total, loss, _ = objective(
@@ -199,7 +199,7 @@ def prepared(device, name="LSTM", batch_size=20, bptt=20, **flags):
     def step(seq_len=None):
         nonlocal hidden
         data, targets = get_batch(source, 0, args, seq_len=seq_len or random_seq_len(args.bptt))
-        more = {"backward": (data, targets), "begins": True} if name == "biLM" else {}
+        more = {"backward": (data, targets), "is_first_window": True} if name == "biLM" else {}
         now, share = settings_at(0.3, args, params[0])
         loss, hidden = train_step(objective, optimizer, data, targets, hidden, now, share, **more)
         losses.add(loss, len(data))

@@ -166,7 +166,7 @@ def test_a_run_in_bfloat16_is_resumed_bit_for_bit(rnn_type, corpus_dir, small, t
 def test_what_the_device_lacks_is_refused():
     status, out, err = invoke(main.main, "--precision", "tf32", "--device", "cpu")
     assert (status, out, err.count("\n")) == (2, "", 1)
-    assert "--precision tf32: device cpu has none; give --precision fp32" in err
+    assert "--precision tf32: not supported on device cpu; use --precision fp32" in err
 
 
 @pytest.mark.parametrize("torch_has_it", [True, False])

@@ -46,9 +46,9 @@ def test_the_log_names_what_the_recipe_set_alone(capsys):
     ("given", "message"),
     [
         ("--schedule onecycle", "--schedule onecycle: needs --epochs"),
-        ("--regularization-ramp 0.5 0", "EPOCHS one above 0"),
+        ("--regularization-ramp 0.5 0", "EPOCHS a number above 0"),
         ("--regularization-ramp nan 1", "SHARE must be a number in [0,"),
-        ("--regularization-ramp 0.5 inf", "EPOCHS one above 0"),
+        ("--regularization-ramp 0.5 inf", "EPOCHS a number above 0"),
         ("--regularization-ramp 0.5", "expected 2 arguments"),
         ("--recipe long", "argument --recipe: invalid choice: 'long'"),
         ("--schedule cosine", "argument --schedule: invalid choice"),
@@ -78,10 +78,10 @@ def begin(corpus_dir, small, tmp_path):
 @pytest.mark.parametrize(
     ("begun", "given", "message"),
     [
-        (["--schedule", "onecycle"], [], "interrupted: epochs 1 -> 2"),  # another schedule
-        (["--regularization-ramp", 0.5, 1], [], "It goes on bit-identical"),
+        (["--schedule", "onecycle"], [], "uninterrupted run: epochs 1 -> 2"),  # another schedule
+        (["--regularization-ramp", 0.5, 1], [], "The resumed run is bit-identical"),
         (["--recipe", "short", "--schedule", "constant"], ["--recipe", "short"],
-         "It goes on bit-identical"),
+         "The resumed run is bit-identical"),
         (["--recipe", "short"], ["--recipe", "published"], "--recipe published: "),
     ],
 )

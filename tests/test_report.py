@@ -259,8 +259,8 @@ def test_bad_input_of_plot_is_named_in_one_line(argv, message, lines):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ("--only ptb-lstm,ptb-rnn", "--only ptb-rnn: there are ptb-lstm, "),
-        ("--scale full", "data/penn is absent; ./getdata.sh"),
+        ("--only ptb-lstm,ptb-rnn", "--only ptb-rnn: unknown; choose from ptb-lstm, "),
+        ("--scale full", "data/penn does not exist; ./getdata.sh"),
         ("--out small", "--out small"),
         ("--out .", "--out ."),
         ("--out bad.jsonl", "bad.jsonl"),

@@ -164,7 +164,7 @@ def test_a_gpu_is_not_waited_for_within_a_step():
     losses.add(torch.empty((), device="meta"), 10)  # which cannot be read at all
     assert losses.read(ahead=1) == [1.5]
     assert losses.read(ahead=1) == []
-    losses.on_the_way.pop()
+    losses.pending.pop()
     losses.add(torch.tensor(2.5), 30)
     assert losses.read() == [2.5]
     assert losses.mean() == pytest.approx(2.25)
@@ -211,7 +211,7 @@ def test_one_cycle_is_torchs():
     steps = 5000
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     theirs = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, 3.0, total_steps=steps + 1, pct_start=train.UP, cycle_momentum=False,
+        optimizer, 3.0, total_steps=steps + 1, pct_start=train.WARMUP, cycle_momentum=False,
         div_factor=25, final_div_factor=1e4,
     )
     for step in range(steps + 1):
@@ -220,7 +220,7 @@ def test_one_cycle_is_torchs():
         optimizer.step()
         if step < steps:
             theirs.step()
-    corners = [scheduled_share("onecycle", p) for p in (0, train.UP / 2, train.UP, 1, 1.5)]
+    corners = [scheduled_share("onecycle", p) for p in (0, train.WARMUP / 2, train.WARMUP, 1, 1.5)]
     assert corners == pytest.approx([0.04, 0.52, 1, 4e-6, 4e-6])
     assert scheduled_share("constant", 0.7) == 1
     corners = [scheduled_share("trapezoid", p) for p in (0, 0.04, 0.08, 0.3, 0.7, 0.92, 0.96, 1)]
@@ -424,7 +424,8 @@ def test_a_run_follows_its_schedule_interrupted_or_not(begin, spy):
         assert (step.args.alpha, step.args.beta) == pytest.approx((2 * strength, strength))
     assert epochs > 1.8
     found = [record["lr"] for record in lines(run.records)]
-    assert found == pytest.approx([0.01 * scheduled_share("onecycle", 0.5), 0.01 * train.LAST])
+    shares = [scheduled_share("onecycle", 0.5), train.FINAL_SHARE]
+    assert found == pytest.approx([0.01 * share for share in shares])
 
 
 @pytest.mark.parametrize("rnn_type", ["LSTM", "biLM"])
@@ -454,7 +455,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_best(begin, spy):
     spy.losses = {len(spy.steps) + 4: math.nan}
     with pytest.raises(InputError, match=(
         "epoch 2, lr 5: the loss is nan at batch 4; try a lower --lr or --clip 0.25; .*m.pt keeps "
-        r"the best model so far; .*--lr 2.5 goes on from the last good state \(epoch 2, batch 0\)"
+        r"the best model so far; .*--lr 2.5 resumes from the last good state \(epoch 2, batch 0\)"
     )):
         run.fit()
     assert read_checkpoint(run.args.save)["epoch"] == 1

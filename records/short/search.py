@@ -72,7 +72,7 @@ def patch(variant):
     import train
 
     if variant == "up-0.3":
-        train.UP = 0.3
+        train.WARMUP = 0.3
     if variant == "betas-0.9-0.999":
         train.OPTIMIZERS["adamw"] = (torch.optim.AdamW, {"betas": (0.9, 0.999)})
     train_epoch, seq_len = train.Trainer.train_epoch, train.random_seq_len
