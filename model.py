@@ -43,9 +43,9 @@ class RNNModel(nn.Module):
     from the input of the first layer, `wdrop` from the hidden-to-hidden weights of each layer (both
     directions), `dropouth` between layers, `dropout` from the output of the last layer.
 
-    With `bf16`, training computes the recurrent layers in bfloat16 and returns `output` in
-    bfloat16, so that the decoder's product uses it too. Weights, dropout and everything else stay
-    in float32. Evaluation is always in float32.
+    With `bf16`, training computes the matrix products of the recurrent layers and of the decoder in
+    bfloat16, and returns `output`, the decoder's input, in bfloat16. Weights, states and everything
+    else stay in float32. Evaluation is always in float32.
 
     With `attention` ("single" or "combined"), each state of the last layer attends to the
     `attention_window` states before it, see attention.py.

@@ -56,6 +56,8 @@ class ChunkedNLL(torch.autograd.Function):
     def forward(ctx, hiddens, weight, bias, targets, with_gradient):
         """hiddens [N, H], weight [V, H], bias [V], targets [N] -> the sum of the losses."""
         chunk = CPU_CHUNK_LOGITS if hiddens.device.type == "cpu" else CHUNK_LOGITS
+        if hiddens.dtype == torch.bfloat16:
+            chunk *= 2  # the same size in bytes, and half as many additions to d_weight
         rows = max(1, chunk // len(weight))
         operand = weight.to(hiddens.dtype)
         to_logits, total = Packed(operand, rows), weight.new_zeros(())

@@ -16,9 +16,10 @@ from torch import nn
 
 import flags
 import main
-from bidirectional import make_model
+from bidirectional import is_bilm, make_model
 from checkpoint import Run
-from data import SPLITS
+from data import SPLITS, Dictionary
+from model import RNN_TYPES
 from splitcross import SplitCrossEntropyLoss
 from utils import Preempted
 from train import Trainer
@@ -108,10 +109,16 @@ def invoke(main_function, *argv):
     return exit.value.code or 0, out.getvalue(), err.getvalue()
 
 
+def succeed(*argv, command=main.main):
+    """Runs a command that must succeed without a warning; returns what it prints."""
+    status, out, err = invoke(command, *argv)
+    assert (status, err) == (0, "")
+    return out
+
+
 def train_to(path, folder, small):
     """Trains a model for one epoch; returns the path of its checkpoint."""
-    status, _, err = invoke(main.main, "--data", folder, *small, "--epochs", 1, "--save", path)
-    assert status == 0, err
+    succeed("--data", folder, *small, "--epochs", 1, "--save", path)
     return path
 
 
@@ -131,6 +138,11 @@ def trained_with_unk(small, tmp_path):
     return train_to(tmp_path / "unk.pt", folder, small)
 
 
+# The arguments of make_params for a model of each kind.
+MODELS = {kind: {"rnn_type": kind} for kind in RNN_TYPES}
+MODELS |= {f"attention {kind}": {"attention": kind} for kind in ("single", "combined")}
+
+
 def arguments(**changes):
     """The flags of a run, as a Namespace."""
     args, _ = main.parse_args(
@@ -147,6 +159,19 @@ def make_params(
     model = make_model(rnn_type, ntoken, emsize, nhid, 2, *[rate] * 5, tie_weights=True,
                        attention=attention, attention_window=13)
     return nn.ModuleList([model, SplitCrossEntropyLoss(emsize, splits)]).to(dtype)
+
+
+def make_corpus(train, evaluated, ntoken):
+    """A corpus of ids [N], whose words are their ids."""
+    return Namespace(
+        train=train, valid=evaluated, test=evaluated, name="ids", digest="0",
+        dictionary=Dictionary(map(str, range(ntoken))),
+    )
+
+
+def reversed_text(params, words, targets):
+    """What a step of biLM takes besides: a window of the reversed text, here the same one."""
+    return {"backward": (words, targets), "is_first_window": True} if is_bilm(params) else {}
 
 
 def make_trainer(params, corpus, args, check=lambda due=False: due, **kwargs):

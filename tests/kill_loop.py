@@ -22,8 +22,8 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import read_state
-from checkpoint import read_checkpoint
+from checkpoint import read_checkpoint, read_state
+from utils import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMING = {"seconds", "tokens_per_s"}
@@ -91,7 +91,7 @@ def kill_loop(folder, flags, cycles, seconds, signals=(signal.SIGKILL,), seed=0,
         raise RuntimeError((whole / "log").read_text())
     reference = outcome(whole)
     tell(f"whole: {', '.join(reference)}")
-    kills, identical = 0, True
+    kills = 0
     while kills < cycles:
         part = folder / f"killed-{kills}"
         part.mkdir()
@@ -103,23 +103,19 @@ def kill_loop(folder, flags, cycles, seconds, signals=(signal.SIGKILL,), seed=0,
                 while process.poll() is None and "Args:" not in (part / "log").read_text():
                     time.sleep(0.01)
             time.sleep(generator.uniform(0, seconds))
-            if process.poll() is not None:
-                break
             number = generator.choice(signals)
-            process.send_signal(number)
+            process.send_signal(number)  # which does nothing once the run has ended
             process.wait()
+            if process.returncode not in (-number, 128 + number):
+                break
             kills += 1
             tell(f"{kills:4d} {number.name} -> exit {process.returncode}; {where(part)}")
-            # 0: the run had come to its end before the signal
-            identical &= process.returncode in (0, -number, 128 + number)
-        ok = process.returncode == 0 and same(outcome(part), reference)
-        identical &= ok
-        verdict = "bit-identical to the whole run" if ok else "DIFFERENT from the whole run"
-        tell(f"run ended ({kills} kills): exit {process.returncode}, {verdict}")
-        if process.returncode != 0:
+        if process.returncode != 0 or not same(outcome(part), reference):
+            tell(f"exit {process.returncode}, DIFFERENT from the whole run")
             tell((part / "log").read_text())
-            break
-    return identical
+            return False
+        tell(f"run ended ({kills} kills): bit-identical to the whole run")
+    return True
 
 
 def main():
@@ -132,15 +128,11 @@ def main():
     args = parser.parse_args()
     tell = functools.partial(print, flush=True)
     tell(f"# PYTHONPATH=. python {shlex.join(sys.argv)}")
-    tell(f"# {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}, {platform.platform()}, "
-         f"Python {platform.python_version()}, torch {torch.__version__}, "
-         f"{torch.get_num_threads()} threads")
-    begin = time.monotonic()
+    now = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+    tell(f"# {now}, {platform.platform()}, {environment(torch.device('cpu'))}")
     identical = kill_loop(
         args.folder, args.flags, args.cycles, args.seconds, seed=args.seed, tell=tell
     )
-    tell(f"{args.cycles} kills in {time.monotonic() - begin:.0f} s: "
-         f"{'all ends bit-identical' if identical else 'NOT IDENTICAL'}")
     return 0 if identical else 1
 
 

@@ -1,11 +1,9 @@
-"""Attention against a restatement, over windows, and in a model that trains with it."""
+"""Attention against a restatement, over windows."""
 
 import pytest
 import torch
 
 from attention import KINDS, Attention
-from conftest import arguments, make_params
-from train import Objective, make_optimizer, train_step
 
 kinds = pytest.mark.parametrize("kind", KINDS[1:])
 
@@ -59,19 +57,3 @@ def test_large_scores_stay_finite(kind):
 def test_another_kind_is_refused():
     with pytest.raises(ValueError, match="attention dot is unknown; choose from single, combined"):
         Attention(4, "dot", 5)
-
-
-@kinds
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-@pytest.mark.parametrize("rnn_type", ["LSTM", "GRU"])
-def test_a_step_reaches_every_weight(rnn_type, kind, device):
-    with torch.device(device):
-        params = make_params(rnn_type, 20, rate=0.1, attention=kind)
-        words, targets = torch.randint(20, (9, 3)), torch.randint(20, (27,))
-    args, hidden = arguments(), params[0].init_hidden(3)
-    objective, optimizer = Objective(params), make_optimizer(params, args)
-    for _ in range(2):
-        loss, hidden = train_step(objective, optimizer, words, targets, hidden, args)
-    assert hidden[-1].shape == (13, 3, 8)  # no more than its window of the 18 states
-    assert loss.device.type == device
-    assert all(p.grad is not None and (p.is_meta or p.grad.any()) for p in params.parameters())

@@ -1,7 +1,6 @@
 """Files that are whole, sealed and plain data; one run to a path; runs that go on bit for bit."""
 
 import contextlib
-import copy
 import hashlib
 import math
 import os
@@ -29,22 +28,17 @@ from checkpoint import (
     DIGEST, VERSION, Run, back_up, how_to_resume, is_sealed, load, pack, read_checkpoint,
     read_state, run_lock, unpack, write_atomically,
 )
-from conftest import ROOT, Interrupting, arguments, invoke, make_params, make_trainer
+from conftest import (
+    ROOT, Interrupting, arguments, invoke, make_params, make_trainer, succeed,
+)
 from data import Corpus, InputError
 from flags import differences
 from kill_loop import lines, same
 from properties import TRIES, repeated
-from utils import Preempted, environment, get_generators, map_hidden
+from utils import Preempted, environment
 
 IDENTICAL = "The resumed run is bit-identical to an uninterrupted run"
 CHANGED = "no longer bit-identical to an uninterrupted run: "
-
-
-def succeed(*argv, command=main.main):
-    """Runs a command that must succeed without a warning; returns what it prints."""
-    status, out, err = invoke(command, *argv)
-    assert (status, err) == (0, "")
-    return out
 
 
 def refuse(*argv, command=main.main):
@@ -370,31 +364,6 @@ def test_interrupted_anywhere_and_resumed_it_is_the_same_run(
         assert same(found, whole)
 
     check()
-
-
-def test_what_is_compared_would_differ_if_anything_did(new_trainer):
-    """The comparison above is no tautology: lose any one part of the state and it fails."""
-    how = {"epochs": 2, "nonmono": 0, "rate": 0.3, "finetuning": True}
-
-    def go_on(**lost):
-        trainer = new_trainer(**how)
-        trainer.load_state_dict(copy.deepcopy({**half, **lost}))
-        trainer.fit()
-        return outcome(trainer.args.save)
-
-    stopped = new_trainer(Interrupting(8), **how)
-    with pytest.raises(Preempted):
-        stopped.fit()
-    half = read_state(stopped.args.save)
-    reference = go_on()
-    assert same(go_on(), reference)
-    for lost in (
-        {"average": {**half["average"], "count": half["average"]["count"] + 1}},
-        {"generators": get_generators(torch.device("cpu"))},
-        {"hidden": map_hidden(torch.zeros_like, half["hidden"])},
-        {"losses": half["losses"][1:]}, {"row": half["row"] + 1},
-    ):
-        assert not same(go_on(**lost), reference), lost.keys()
 
 
 # ---------------------------------------------------------------- when a state is saved

@@ -5,18 +5,13 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
-import train
 from checkpoint import read_checkpoint, read_state
-from conftest import NO_DROPOUT, ROOT, arguments, await_line, make_params, make_trainer
-from data import Corpus
-from utils import Preemption
+from conftest import NO_DROPOUT, ROOT, await_line
 
 ALONE = [sys.executable]
 UNDER_TORCHRUN = [*ALONE, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
@@ -84,12 +79,10 @@ def main():
         for x, y in zip(words[..., mine], targets[..., mine]):
             loss, hidden = train_step(objective, optimizer, x, y.flatten(), hidden, args)
             losses.append(distributed.mean(loss).item())
-        checks = []
         # 107 predictions in 5 columns, the last row of which is not complete; and in one column.
-        ids, count = torch.randint(50, (108,)), lambda: checks.append(1)
-        losses += [evaluate(params, ids, columns, 7, count) for columns in (5, 1)]
-        path = sys.argv[2] + str(distributed.rank())
-        torch.save([losses, len(checks), params.state_dict()], path)
+        ids = torch.randint(50, (108,))
+        losses += [evaluate(params, ids, columns, 7) for columns in (5, 1)]
+        torch.save([losses, params.state_dict()], sys.argv[2] + str(distributed.rank()))
 
 flags.run_command(main)
 """
@@ -102,11 +95,14 @@ def test_two_ranks_take_the_steps_of_one(model, begin, tmp_path):
     script.write_text(STEPS)
     finish(begin(script, model, "two"))
     finish(begin(script, model, "one", launch=ALONE))
-    one, first, second = (torch.load(tmp_path / name) for name in ("one0", "two0", "two1"))
+    finish(begin(script, model, "lone", launch=[*UNDER_TORCHRUN, "1"]))
+    one, lone, first, second = (
+        torch.load(tmp_path / name) for name in ("one0", "lone0", "two0", "two1")
+    )
+    torch.testing.assert_close(lone, one, rtol=0, atol=0)
     torch.testing.assert_close(first, second, rtol=0, atol=0)
     torch.testing.assert_close(first, one, rtol=1e-4, atol=1e-6)
-    assert one[1] == 4 + 16
-    assert one[2]["1.tail_bias"].any()
+    assert one[1]["1.tail_bias"].any()
 
 
 @pytest.mark.slow
@@ -117,43 +113,13 @@ def test_a_run_of_two_ranks_is_that_of_one(model, begin, corpus_dir, small, tmp_
              "--finetune", 1, "--lr", 1, "--model", *model.split()]
     two, _ = finish(begin("main.py", *flags, "--save", "two.pt"))
     one, _ = finish(begin("main.py", *flags, "--save", "one.pt", launch=ALONE))
-    assert "2 processes" in two
+    assert "Switching to averaged SGD" in one
     # Every line once, from the first rank, with the same losses.
-    for text in ("Model total parameters", "Switching to averaged SGD", "End of training"):
-        assert two.count(text) == one.count(text) > 0
     one, two = (list(map(float, re.findall(r"loss +([\d.]+)", log))) for log in (one, two))
     assert one == pytest.approx(two, abs=0.011)  # they are rounded
     one, two = (read_checkpoint(tmp_path / name) for name in ("one.pt", "two.pt"))
     assert one["valid_loss"] == pytest.approx(two["valid_loss"], rel=1e-4)
     torch.testing.assert_close(one["model"], two["model"], rtol=1e-2, atol=1e-4)
-
-
-ANNOUNCED = """
-import torch.distributed as dist
-import flags, main, train
-
-fit = train.Trainer.fit
-
-def announced(self):
-    print(f"backend {dist.get_backend()}, objective {type(self.objective).__name__}")
-    fit(self)
-
-train.Trainer.fit = announced
-flags.run_command(main.main)
-"""
-
-
-@pytest.mark.slow
-def test_one_process_under_torchrun_takes_the_ranks_way(begin, corpus_dir, small, tmp_path):
-    """It has the process group and the replica that two would have, and the same results."""
-    script = tmp_path / "announced.py"
-    script.write_text(ANNOUNCED)
-    flags = [*small, "--data", corpus_dir, "--epochs", 2, "--nonmono", 0, "--save"]
-    out, _ = finish(begin(script, *flags, "run.pt", launch=[*UNDER_TORCHRUN, "1"]))
-    assert "backend gloo, objective DistributedDataParallel" in out
-    finish(begin("main.py", *flags, "plain.pt", launch=ALONE))
-    models = (read_checkpoint(tmp_path / name)["model"] for name in ("run.pt", "plain.pt"))
-    torch.testing.assert_close(*models, rtol=0, atol=0)
 
 
 FAILING = """
@@ -181,9 +147,7 @@ def test_when_a_rank_fails_the_others_do_not_hang(rank, how, begin, corpus_dir, 
     script.write_text(FAILING)
     process = begin(script, *small, "--data", corpus_dir, "--save", save, rank, how,
                     until="end of epoch +1 ")
-    begun = time.monotonic()
     _, err = finish(process, 1)
-    assert time.monotonic() - begun < 40
     assert ("ValueError: this rank has failed" in err) == (how == "raises")
     assert read_state(save)["epoch"] >= 1  # the last one that was saved stands
 
@@ -194,24 +158,6 @@ def test_a_set_up_that_fails_names_its_cause(begin, corpus_dir):
     _, err = finish(process, 1)
     assert re.search("^main.py: error: the processes cannot communicate: .*nowhere", err, re.M)
     assert not re.search(rf'File "{re.escape(str(ROOT))}/\w+\.py', err)  # torchrun's own stands
-
-
-def test_a_batch_takes_one_exchange_between_the_hosts(corpus_dir, monkeypatch):
-    """That of the signals and of whether to save; the losses are exchanged by the devices."""
-    exchanged, steps = [], []
-    monkeypatch.setattr(dist, "all_reduce", lambda tensor, op=None: exchanged.append(tensor.dtype))
-    for name in ("broadcast_object_list", "all_gather_object"):
-        monkeypatch.setattr(dist, name, lambda *args, **kwargs: exchanged.append("objects"))
-    corpus = Corpus(corpus_dir)
-    trainer = make_trainer(
-        make_params(ntoken=len(corpus.dictionary)), corpus, arguments(), Preemption().check
-    )
-    monkeypatch.setattr(train, "train_step", lambda *a: steps.append(a) or (torch.ones(()), None))
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    trainer.train_epoch()
-    assert len(steps) > 20
-    assert exchanged == [torch.float32, torch.int64] * len(steps)
 
 
 @pytest.mark.slow
@@ -225,7 +171,6 @@ def test_ended_together_and_resumed_it_is_the_same_run(begin, corpus_dir, small,
     out = process.begun + out
     assert "Exiting from training early (SIGTERM)" in out
     assert out.count("torchrun --nproc_per_node=2 main.py --resume parts.pt resumes from here") == 1
-    assert len(read_state(tmp_path / "parts.pt")["generators"]["ranks"]) == 2
 
     # Another number of ranks is announced.
     out, _ = finish(begin("main.py", "--resume", "parts.pt", "--save", "alone.pt", launch=ALONE))

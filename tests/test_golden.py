@@ -17,6 +17,7 @@ import torch
 import locked_dropout
 import main
 import model
+import train
 import weight_drop
 
 TOLERANCE = 1e-5  # relative: float32 against float64 over some 150 steps
@@ -127,17 +128,12 @@ def cross_entropy(logits, targets):
 
 def evaluate(net, weights, ids, columns):
     """The mean loss of all tokens but the first, read in columns that start from a zero state."""
-    n = len(ids) - 1
-    lengths = [n // columns + (column < n % columns) for column in range(columns)]
-    starts = [sum(lengths[:column]) for column in range(columns)]
-    places = torch.arange(max(lengths))[:, None] + torch.tensor(starts)
-    words = torch.tensor([*ids, 0])  # a shorter column reads one that is not counted
-    with torch.no_grad():
-        logits, *_ = net.forward(weights, words[places], net.zero_state(columns), False)
-        losses = cross_entropy(logits, words[places + 1].flatten()).view(-1, columns)
-    counted = [losses[:length, column] for column, length in enumerate(lengths)]
-    assert sum(map(len, counted)) == n
-    return math.fsum(torch.cat(counted).tolist()) / n
+    ids, losses = torch.tensor(ids), []
+    for places in np.array_split(np.arange(len(ids) - 1), columns):
+        with torch.no_grad():
+            logits, *_ = net.forward(weights, ids[places][:, None], net.zero_state(1), False)
+        losses += cross_entropy(logits, ids[places + 1]).tolist()
+    return math.fsum(losses) / len(losses)
 
 
 def window_length(random, bptt):
@@ -147,7 +143,7 @@ def window_length(random, bptt):
 
 
 def train_epoch(net, source, random, case, average):
-    """One epoch of SGD. `average`, [sum of the iterates, their number], is updated unless None."""
+    """One epoch of SGD, whose iterates are added to the list `average` unless that is None."""
     row, losses, state = 0, [], net.zero_state(case.batch_size)
     while row < len(source) - 1:
         length = min(window_length(random, case.bptt), len(source) - 1 - row)
@@ -165,9 +161,8 @@ def train_epoch(net, source, random, case, average):
         with torch.no_grad():
             for weight, gradient in zip(net.weights, gradients):
                 weight -= rate * (shrink * gradient + case.wdecay * weight)
-        if average:
-            average[0] = [s + weight.detach() for s, weight in zip(average[0], net.weights)]
-            average[1] += 1
+        if average is not None:
+            average.append([weight.detach().clone() for weight in net.weights])
         losses += [loss.item()] * (length * case.batch_size)
         row += length
     return math.fsum(losses) / len(losses)
@@ -185,14 +180,14 @@ def trajectory(kind, case, folder, weights, masks):
         train_loss = train_epoch(net, source, random, case, average)
         evaluated = [weight.detach().clone() for weight in net.weights]
         if average:
-            evaluated = [total / average[1] for total in average[0]]
+            evaluated = [sum(iterates) / len(iterates) for iterates in zip(*average)]
         loss = evaluate(net, evaluated, splits["valid"], 10)
         epochs.append((train_loss, loss, average is not None))
         if not logs or loss < min(logs):
             best = evaluated
         before = logs[: len(logs) - case.nonmono] if len(logs) > case.nonmono else []
-        if not average and before and loss > min(before):
-            average = [[torch.zeros_like(weight) for weight in net.weights], 0]
+        if average is None and before and loss > min(before):
+            average = []
         logs.append(loss)
     return epochs, evaluate(net, best, splits["test"], 1)
 
@@ -220,19 +215,16 @@ def write_corpus(folder):
 
 
 def spy_on_weights(monkeypatch):
-    """A list that will hold the initial weights of the first model built."""
-    weights, build = [], model.RNNModel.__init__
+    """A list that will hold the weights with which the run begins."""
+    weights, fit = [], train.Trainer.fit
 
-    def spying(self, *args, **kwargs):
-        build(self, *args, **kwargs)
-        if not weights:
-            named = {name: value.detach().clone() for name, value in self.state_dict().items()}
-            weights.extend([named["encoder.weight"], named["decoder.bias"]])
-            for name in (name for name in named if name.endswith("weight_ih_l0")):
-                for part in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
-                    weights.append(named[name.replace("weight_ih", part)])
+    def spying(trainer):
+        model, _ = trainer.params
+        initial = [model.encoder.weight, model.decoder.bias, *model.rnns.parameters()]
+        weights.extend(weight.detach().clone() for weight in initial)
+        fit(trainer)
 
-    monkeypatch.setattr(model.RNNModel, "__init__", spying)
+    monkeypatch.setattr(train.Trainer, "fit", spying)
     return weights
 
 
@@ -293,8 +285,7 @@ def test_a_run_matches_the_restatement(kind, tmp_path, monkeypatch, capsys):
     case = SimpleNamespace(**CASES[kind])
     epochs, test_loss = trajectory(kind, case, folder, weights, pending)
 
-    assert len(records) == len(epochs)
-    for record, (train_loss, valid_loss, averaging) in zip(records, epochs):
+    for record, (train_loss, valid_loss, averaging) in zip(records, epochs, strict=True):
         assert record["train_loss"] == pytest.approx(train_loss, rel=TOLERANCE)
         assert record["valid_loss"] == pytest.approx(valid_loss, rel=TOLERANCE)
         assert record["averaging"] == averaging

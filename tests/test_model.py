@@ -10,7 +10,6 @@ from utils import map_hidden, repackage_hidden
 
 T, B, V, E = 9, 2, 30, 8
 ZERO = dict.fromkeys(("dropout", "dropouth", "dropouti", "dropoute", "wdrop"), 0)
-rnn_types = pytest.mark.parametrize("rnn_type", ["LSTM", "GRU", "biLSTM"])
 
 
 def small(rnn_type="LSTM", nlayers=3, **settings):
@@ -21,12 +20,9 @@ def small(rnn_type="LSTM", nlayers=3, **settings):
     ("rnn_type", "ntoken", "nlayers", "expected"),
     [
         ("LSTM", 10_000, 3, 24_221_600),
-        ("LSTM", 33_278, 3, 33_556_078),
         ("GRU", 10_000, 3, 19_168_700),
-        ("GRU", 33_278, 3, 28_503_178),
         ("GRU", 10_000, 5, 35_052_500),
         ("biLSTM", 10_000, 3, 18_611_600),
-        ("biLSTM", 33_278, 3, 27_946_078),
     ],
 )
 def test_published_parameter_counts(rnn_type, ntoken, nlayers, expected):
@@ -40,55 +36,23 @@ def test_initialization():
     assert model.decoder.weight is model.encoder.weight
     assert not model.decoder.bias.any()
     untied = RNNModel("LSTM", 5000, 20, 30, 2).decoder.weight
-    assert untied.shape == (5000, 30)
     for weight in (model.encoder.weight, untied):
         assert weight.abs().max() <= 0.1
-        assert weight.mean().abs() < 1e-3
         assert weight.std().item() == pytest.approx(0.2 / 12**0.5, rel=0.02)  # if uniform
 
 
-@rnn_types
+@pytest.mark.parametrize("rnn_type", ["LSTM", "GRU", "biLSTM"])
 def test_interface(rnn_type):
-    model = small(rnn_type, dropout=0.5)
-    hidden = model.init_hidden(4)
-    words = torch.randint(V, (7, 4))
-    output, new_hidden = model(words, hidden)
-    assert output.shape == (7 * 4, E)
-    assert len(hidden) == len(new_hidden) == 3
+    model = small(rnn_type)
+    words, hidden = torch.randint(V, (7, 4)), model.init_hidden(4)
+    output, _, raw_outputs, outputs = model(words, hidden, return_h=True)
+    assert [tuple(h.shape) for h in raw_outputs] == [(7, 4, 12), (7, 4, 12), (7, 4, E)]
+    assert all(map(torch.equal, raw_outputs, outputs))  # all rates are 0
+    assert torch.equal(output, outputs[-1].flatten(0, 1))
+    _, new_hidden = model(words, hidden)
     detached = repackage_hidden(tuple(new_hidden))
     map_hidden(torch.Tensor.numpy, detached)  # which is refused where a gradient is attached
     torch.testing.assert_close(tuple(hidden), map_hidden(torch.zeros_like, detached))
-    output, _, raw_outputs, outputs = model(words, hidden, return_h=True)
-    assert [tuple(h.shape) for h in raw_outputs] == [(7, 4, 12), (7, 4, 12), (7, 4, E)]
-    assert torch.equal(output, outputs[-1].flatten(0, 1))
-    assert torch.equal(outputs[0], raw_outputs[0])  # dropouth is 0
-    kept = outputs[-1] != 0
-    torch.testing.assert_close(outputs[-1], raw_outputs[-1] * kept * 2)
-    assert not kept.all()
-
-
-@pytest.mark.parametrize("rnn_type", ["LSTM", "GRU"])
-def test_the_state_carries_the_context_over_windows(rnn_type):
-    model = small(rnn_type)
-    words = torch.randint(V, (12, 3))
-    whole, _ = model(words, model.init_hidden(3))
-    first, hidden = model(words[:5], model.init_hidden(3))
-    second, _ = model(words[5:], hidden)
-    torch.testing.assert_close(torch.cat([first, second]), whole)
-
-
-@torch.no_grad()
-@rnn_types
-@pytest.mark.parametrize("rate", ZERO)
-def test_each_rate_acts_in_training_and_not_in_evaluation(rnn_type, rate):
-    model, undropped = small(rnn_type, **{rate: 0.5}), small(rnn_type)
-    undropped.load_state_dict(model.state_dict())
-    words, hidden = torch.randint(V, (6, 3)), model.init_hidden(3)
-    plain = undropped(words, hidden)[0]
-    first, second = (model(words, hidden)[0] for _ in range(2))
-    assert not torch.allclose(first, second)
-    assert not torch.allclose(first, plain)
-    torch.testing.assert_close(model.eval()(words, hidden)[0], plain)
 
 
 def test_bilstm_drops_the_recurrent_weights_of_both_directions():
@@ -100,24 +64,9 @@ def test_bilstm_drops_the_recurrent_weights_of_both_directions():
         assert backward.any(dim=1).tolist() == [True, True, True, True, False]
 
 
-@rnn_types
-def test_a_gradient_reaches_every_parameter(rnn_type):
-    model = small(rnn_type, **dict.fromkeys(ZERO, 0.2))
-    output, _ = model(torch.randint(V, (6, 3)), model.init_hidden(3))
-    model.decoder(output).logsumexp(dim=1).sum().backward()
-    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("QRNN", 50, 8, 12, 3), "QRNN is not supported yet"),
-        (("biLSTM", 50, 8, 13, 3), "nhid 13 is odd"),
-    ],
-)
-def test_what_cannot_be_built_is_named(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        RNNModel(*arguments, tie_weights=True)
+def test_an_unknown_model_is_refused_by_name():
+    with pytest.raises(ValueError, match="QRNN is not supported yet"):
+        RNNModel("QRNN", 50, 8, 12, 3)
 
 
 # ------------------------------------------------------------ no leak
@@ -127,18 +76,20 @@ def forward_logits(model, words):
     return model.decoder(model(words, model.init_hidden(B))[0]).view(T, B, V)
 
 
-def backward_logits(model, words):
-    """The backward language model's, at the places of the text, which it reads from its end."""
+def states_after(model, words):
+    """The backward language model's [T, B, E], at the places of the text, read from its end."""
     hidden = model.init_hidden(B)[len(model.rnns) :]
-    return model.decoder(model.read_backward(words.flip(0), hidden)[0]).view(T, B, V).flip(0)
+    return model.read_backward(words.flip(0), hidden)[0].view(T, B, E).flip(0)
+
+
+def backward_logits(model, words):
+    return model.decoder(states_after(model, words))
 
 
 def cloze_logits(model, words):
     """At t: of word t + 1, from the words up to t and from t + 2 on."""
-    layers, hidden = len(model.rnns), model.init_hidden(B)
-    before = model(words, hidden[:layers])[0].view(T, B, E)
-    after = model.read_backward(words.flip(0), hidden[layers:])[0].view(T, B, E).flip(0)
-    after = torch.cat([after[2:], after.new_zeros(2, B, E)])
+    before = model(words, model.init_hidden(B))[0].view(T, B, E)
+    after = torch.cat([states_after(model, words)[2:], torch.zeros(2, B, E)])
     return model.decoder(model.combine(before, after))
 
 
@@ -178,15 +129,3 @@ def test_a_prediction_has_seen_all_of_its_context_and_nothing_else(
     model.decoder.weight = nn.Parameter(model.decoder.weight.detach().clone())  # untied
     for place in (0, 4, T - 2, T - 1):
         assert seen(model, logits, place) == (set(sees(place)),) * 2
-
-
-def test_within_the_reports_bilstm_the_forward_half_leaks_from_the_second_layer_on():
-    model = small("biLSTM")
-    words = torch.randint(V, (T, B))
-    changed = words.clone()
-    changed[5] = (words[5] + 1) % V
-    layers = (model(w, model.init_hidden(B), return_h=True)[2] for w in (words, changed))
-    for layer, (before, after) in enumerate(zip(*layers)):
-        forward, backward = (before[4] == after[4]).chunk(2, dim=-1)
-        assert forward.all() == (layer == 0)
-        assert not backward.all()

@@ -72,7 +72,6 @@ def test_the_first_signal_saves_and_says_how_to_resume(name, status, send, flags
     assert (state["epoch"], len(state["losses"])) == tuple(map(int, last))
     assert f"The state is saved; python main.py --resume {path} resumes from here\n" in out
     assert (TEST in out) == (name == "SIGINT")
-    assert {file.name for file in tmp_path.glob("m.*")} == {"m.pt", "m.pt.jsonl", "m.pt.state"}
 
 
 def test_nohup_is_respected(send, flags):
