@@ -94,7 +94,9 @@ def run_all(names, scale, out, devices, check):
                     idle.append(device)
                     if not report_end(name, process.returncode, out, scale):
                         failed.append(name)
-                        waiting = [n for n in waiting if EXPERIMENTS[n].base != name]
+                        for dependent in [n for n in waiting if EXPERIMENTS[n].base == name]:
+                            waiting.remove(dependent)
+                            print(f"{dependent}: skipped, since {name} failed", file=sys.stderr)
             time.sleep(0.1)
     finally:
         for process, _ in running.values():

@@ -90,7 +90,9 @@ def patch(variant):
         def larger_epoch(self):
             if self.epochs_read() == self.args.epochs / 2:
                 self.args.batch_size *= 4
-                self.source = data.batchify(self.corpus.train, self.args.batch_size)
+                self.texts = [data.batchify(self.corpus.train, self.args.batch_size)]
+                self.rows = len(self.texts[0])
+                self.set_offsets(None)
             train_epoch(self)
 
         train.Trainer.train_epoch = larger_epoch
