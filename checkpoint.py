@@ -19,16 +19,16 @@ from torch import nn
 import distributed
 from bidirectional import make_model
 from data import Dictionary, InputError
-from model import DROPOUTS, NOTES
+from model import DROPOUTS, NOTES, training_settings
 from splitcross import SplitCrossEntropyLoss
-from utils import Preemption, is_device_error, log, plain, warn
+from utils import FINETUNE_RECORDS, RECORDS, Preemption, is_device_error, log, plain, warn
 
 try:
     import fcntl
 except ImportError:  # not POSIX: runs are not locked
     fcntl = None
 
-STATE, RECORDS, FINETUNE_RECORDS = ".state", ".jsonl", ".finetune.jsonl"  # after the path
+STATE = ".state"  # after the path of the checkpoint
 VERSION = 5
 SEAL = b"sha256:"
 DIGEST = 64  # characters of a SHA-256 in hexadecimal
@@ -142,11 +142,6 @@ def build_params(checkpoint, **settings):
     criterion = SplitCrossEntropyLoss(model.decoder.in_features, checkpoint["splits"])
     criterion.load_state_dict(checkpoint["criterion"])
     return nn.ModuleList([model, criterion]).to(checkpoint["model"]["encoder.weight"].device)
-
-
-def training_settings(args):
-    """RNNModel's dropout rates and `bf16`, from the flags."""
-    return {"bf16": args.precision == "bf16", **{rate: getattr(args, rate) for rate in DROPOUTS}}
 
 
 def saved_params(path, corpus, args, content=None):
@@ -351,6 +346,12 @@ class Run:
             succeeded = self.write(path, pack("training state", state))
             self.pending.pop(path, None)  # the next save writes a newer state
         return distributed.broadcast(succeeded)
+
+    def read_state(self):
+        return read_state(self.path)
+
+    def read_checkpoint(self):
+        return read_checkpoint(self.path)
 
     def best_model(self, corpus, args):
         """The best model, from its file, or from memory if it could not be written."""

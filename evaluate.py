@@ -14,12 +14,43 @@ from contextlib import nullcontext
 
 import torch
 
-from data import EOS, InputError, encode, list_most_common, words_of_lines
-from flags import Parser, add_device_flags, count, load_for_use, run_command
+from checkpoint import build_params, read_checkpoint
+from data import EOS, Dictionary, InputError, encode, list_most_common, words_of_lines
+from flags import Parser, add_device_flags, count, resolve_device, run_command
+from model import NOTES
 from train import score
-from utils import log, log_parts, loss_columns, perplexity, warn_about_unknown
+from utils import (
+    log, log_parts, loss_columns, perplexity, set_up_device, warn, warn_about_unknown,
+)
 
 BPTT = 2000  # words read at once
+
+
+def load_for_use(path, args, keep_bilm=False):
+    """Loads the checkpoint at `path` on `args.device`, by default CUDA if available.
+
+    Returns (nn.ModuleList([model, criterion]) in evaluation mode and float32, data.Dictionary).
+    Unless `keep_bilm`, a biLM is reduced to its forward language model, with a note on stderr.
+    Raises InputError for an unsatisfiable flag, and for biLSTM, which sees the word it predicts.
+    """
+    resolve_device(args)
+    args.precision = "fp32"
+    set_up_device(args)
+    checkpoint = read_checkpoint(path, args.device)
+    params = build_params(checkpoint).eval()
+    found = params[0].rnn_type
+    if args.model not in (None, found):
+        raise InputError(f"--model {args.model}: {path} holds a {found} model; leave the flag out")
+    if found == "biLSTM":
+        raise InputError(f"{path}: {NOTES[found]}; use another model")
+    if found == "biLM" and not keep_bilm:
+        params[0] = params[0].forward_half()
+        cloze = checkpoint["flags"].get("objective") == "cloze"
+        warn(
+            f"Note: only the forward language model of the biLM {path} is used"
+            + (", and it was not trained (--objective cloze)" if cloze else "")
+        )
+    return params, Dictionary(checkpoint["vocabulary"])
 
 
 def score_words(params, dictionary, words, args):

@@ -13,11 +13,10 @@ import torch.distributed as dist
 
 import distributed
 from attention import KINDS
-from checkpoint import build_params, read_checkpoint
 from cpu_kernels import has_bf16_products, keep_freed_memory
-from data import Dictionary, InputError
-from model import NOTES, RNN_TYPES, check_architecture
-from utils import Preempted, environment, is_device_error, is_out_of_memory, set_up_device, warn
+from data import InputError
+from model import RNN_TYPES, check_architecture
+from utils import Preempted, environment, is_device_error, is_out_of_memory
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota, file size limit
 ARCHITECTURE = {  # flag: RNNModel's argument
@@ -375,33 +374,6 @@ def add_device_flags(parser):
     add("--cuda", action="store_true", help="require CUDA (otherwise it is used if available)")
     add("--device", type=parse_device,
         help="cpu, cuda, cuda:N or mps (default: cuda if available, else cpu)")
-
-
-def load_for_use(path, args, keep_bilm=False):
-    """Loads the checkpoint at `path` on `args.device`, by default CUDA if available.
-
-    Returns (nn.ModuleList([model, criterion]) in evaluation mode and float32, data.Dictionary).
-    Unless `keep_bilm`, a biLM is reduced to its forward language model, with a note on stderr.
-    Raises InputError for an unsatisfiable flag, and for biLSTM, which sees the word it predicts.
-    """
-    resolve_device(args)
-    args.precision = "fp32"
-    set_up_device(args)
-    checkpoint = read_checkpoint(path, args.device)
-    params = build_params(checkpoint).eval()
-    found = params[0].rnn_type
-    if args.model not in (None, found):
-        raise InputError(f"--model {args.model}: {path} holds a {found} model; leave the flag out")
-    if found == "biLSTM":
-        raise InputError(f"{path}: {NOTES[found]}; use another model")
-    if found == "biLM" and not keep_bilm:
-        params[0] = params[0].forward_half()
-        cloze = checkpoint["flags"].get("objective") == "cloze"
-        warn(
-            f"Note: only the forward language model of the biLM {path} is used"
-            + (", and it was not trained (--objective cloze)" if cloze else "")
-        )
-    return params, Dictionary(checkpoint["vocabulary"])
 
 
 # ------------------------------------------------------------ exit codes and error lines

@@ -17,7 +17,8 @@ import torch
 
 from cpu_kernels import Cell
 from data import EOS, UNK, encode, words_of_lines
-from flags import Parser, add_device_flags, count, load_for_use, number, run_command
+from evaluate import load_for_use
+from flags import Parser, add_device_flags, count, number, run_command
 from utils import warn, warn_about_unknown
 
 

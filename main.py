@@ -11,9 +11,7 @@ import math
 import os
 from pathlib import Path
 
-from checkpoint import (
-    RECORDS, check_corpus, copy_model, open_run, read_checkpoint, read_state, saved_params,
-)
+from checkpoint import check_corpus, copy_model, open_run, read_checkpoint, read_state, saved_params
 from data import InputError, unigram
 from finetune import finetune
 from flags import (
@@ -21,7 +19,7 @@ from flags import (
     number, resolve_flags, run_command,
 )
 from train import OPTIMIZERS, WARMUP, Trainer, new_params, score, train_and_test
-from utils import log, prepare
+from utils import RECORDS, log, prepare
 
 COMMAND = "main.py"
 

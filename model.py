@@ -31,6 +31,11 @@ def check_architecture(rnn_type, ninp, nhid, attention="none"):
                 )
 
 
+def training_settings(args):
+    """RNNModel's dropout rates and `bf16`, from the flags."""
+    return {"bf16": args.precision == "bf16", **{rate: getattr(args, rate) for rate in DROPOUTS}}
+
+
 class RNNModel(nn.Module):
     """A weight-dropped recurrent language model (Merity et al. 2017, 1708.02182).
 

@@ -23,8 +23,9 @@ from tqdm import tqdm
 from checkpoint import check_corpus
 from data import Corpus
 from dynamic_evaluation import Rule, read, root_mean_square
+from evaluate import load_for_use
 from flags import (
-    Parser, add_device_flags, coefficient, count, load_for_use, number, rate, run_command, steps,
+    Parser, add_device_flags, coefficient, count, number, rate, run_command, steps,
 )
 from utils import log, loss_columns
 

@@ -18,9 +18,8 @@ from tqdm import tqdm
 
 import distributed
 from bidirectional import OBJECTIVES, BiObjective, evaluate_directions, is_bilm, make_model
-from checkpoint import read_checkpoint, read_state, training_settings
 from data import InputError, batchify, exact_windows, get_batch, unigram_loss
-from model import DROPOUTS, NOTES, activation_regularization
+from model import DROPOUTS, NOTES, activation_regularization, training_settings
 from splitcross import SplitCrossEntropyLoss, default_splits
 from utils import (
     Losses, Preempted, environment, float32_products, get_generators, is_out_of_memory, log,
@@ -580,7 +579,7 @@ class Trainer:
         """How the best model on disk differs from that of `state`: a list, [] if it does not."""
         path = self.args.save
         if os.path.exists(path):
-            checkpoint = read_checkpoint(path)
+            checkpoint = self.run.read_checkpoint()
             for key in ("architecture", "vocabulary"):
                 if checkpoint[key] != state[key]:
                     raise InputError(
@@ -652,7 +651,7 @@ class Trainer:
         """Restores the state on disk with half the learning rate, or raises InputError."""
         args, lr = self.args, self.optimizer.param_groups[0]["lr"]
         problem = f"epoch {self.epoch}, lr {lr:g}: {error}"
-        state = read_state(args.save) if self.saved else None
+        state = self.run.read_state() if self.saved else None
         if args.on_divergence == "rollback" and state and self.rollbacks < ROLLBACKS:
             best, rollbacks = self.best, self.rollbacks + 1
             self.load_state_dict(state)

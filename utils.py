@@ -17,6 +17,8 @@ from data import SPLITS, UNK, Corpus, InputError, batchify, get_batch, list_most
 
 __all__ = ["batchify", "get_batch", "repackage_hidden"]  # as in the reference
 
+RECORDS, FINETUNE_RECORDS = ".jsonl", ".finetune.jsonl"  # after the path of the checkpoint
+
 # ------------------------------------------------------------ log lines
 
 

@@ -9,7 +9,6 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from cpu_kernels import has_recurrent_layer, recurrent_layer
-from utils import map_hidden
 
 
 def drop_weight(weight, dropout, variational=False):
@@ -85,14 +84,14 @@ def call_recurrent(module, weights, x, state=None, bf16=False):
     if x.is_cuda and (replaced or any(w.dtype != dtype for w in weights.values())):
         weights = in_one_piece(weights, dtype)
     weights = [weight.to(dtype) for weight in weights.values()]
-    state = map_hidden(lambda h: h.to(dtype), state)
+    state = tuple(h.to(dtype) for h in state) if is_lstm else state.to(dtype)
     kernel = torch.lstm if is_lstm else torch.gru
     output, *state = kernel(
         x.to(dtype), state, weights, module.bias, module.num_layers, module.dropout,
         module.training, module.bidirectional, module.batch_first,
     )
-    state = tuple(state) if is_lstm else state[0]
-    return output.to(x.dtype), map_hidden(lambda h: h.to(x.dtype), state)
+    state = [h.to(x.dtype) for h in state]
+    return output.to(x.dtype), tuple(state) if is_lstm else state[0]
 
 
 def in_one_piece(weights, dtype):

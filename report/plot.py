@@ -7,9 +7,9 @@ import argparse
 import json
 from pathlib import Path
 
-from checkpoint import FINETUNE_RECORDS, RECORDS
 from data import InputError
 from flags import Parser, run_command
+from utils import FINETUNE_RECORDS, RECORDS
 
 # Okabe and Ito's colour-blind-safe colours, without yellow, which is too pale for lines.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"]

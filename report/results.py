@@ -8,9 +8,10 @@ import statistics
 from itertools import product
 from pathlib import Path
 
-from checkpoint import FINETUNE_RECORDS, RECORDS, write_atomically
+from checkpoint import write_atomically
 from report.experiments import EXPERIMENTS, FIGURES, SCALES, command, model_path
 from report.plot import LABELS, draw, read_run, save
+from utils import FINETUNE_RECORDS, RECORDS
 
 LOG = "log.txt"  # beside the model
 REPORT = Path(__file__).resolve().parent.parent / "records" / "report.json"
