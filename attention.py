@@ -13,16 +13,16 @@ KINDS = ("none", "single", "combined")
 class Attention(nn.Module):
     """Joins each state h_t with a mean of the `window` states before it, weighted by a score.
 
-        score_i = v . tanh(W_s h_i)               kind "single": of the earlier state alone
-        score_i = v . tanh(W_s h_i + W_q h_t)     kind "combined": of both
+        score_i = v . tanh(W_s h_i)               kind "single": from the earlier state only
+        score_i = v . tanh(W_s h_i + W_q h_t)     kind "combined": from both states
         a = softmax(score) over t - window <= i < t
         c_t = sum_i a_i h_i
         h'_t = tanh(W_c [h_t; c_t] + b)
 
-    h'_t takes h_t's place before the tied decoder. Where there is no earlier state, c_t is 0. The
-    part of W_c that multiplies h_t starts as the identity, and b as 0. A small random start would
-    shrink the states, which are small at first, and the model would learn little: see
-    records/attention. `size` is that of the states. Raises ValueError for another kind.
+    h'_t replaces h_t as the input of the tied decoder. If there is no earlier state, c_t is 0. The
+    part of W_c that multiplies h_t is initialized as the identity, and b as 0. Small random values
+    would shrink the states, which are small at first, and the model would learn little: see
+    records/attention. `size` is the size of a state. Raises ValueError for an unknown kind.
     """
 
     def __init__(self, size, kind, window):
@@ -40,10 +40,10 @@ class Attention(nn.Module):
     def forward(self, states, memory):
         """states [T, B, H], memory [M, B, H] (the M <= window states before them, detached).
 
-        Returns h' [T, B, H] and the memory of what follows, the last `window` states, detached.
+        Returns h' [T, B, H] and the memory for the next call: the last `window` states, detached.
         """
         steps = len(states)
-        window = min(self.window, len(memory) + steps)  # before a text is longer than the window
+        window = min(self.window, len(memory) + steps)  # shorter at the start of a text
         missing = window - len(memory)
         padding = states.new_zeros(missing, *states.shape[1:])
         past = torch.cat([padding, memory, states])  # [window + T, B, H]; h_t is past[window + t]
@@ -54,12 +54,12 @@ class Attention(nn.Module):
             keys = keys.unfold(0, window, 1)[:steps]  # [T, B, H, window], a view
             energies = (keys + self.current(states).unsqueeze(-1)).tanh()
             scores = torch.einsum("tbhw,h->tbw", energies, self.score.weight.squeeze(0))
-        # [T, B, window]: the i-th of h_t is past[t + i], which is padding below `missing`.
+        # scores [T, B, window]: the i-th at t is for past[t + i], which is padding below `missing`.
         index = torch.arange(steps, device=states.device).unsqueeze(1)
         index = (index + torch.arange(window, device=states.device)).unsqueeze(1)  # [T, 1, window]
         exists = index >= missing
         weights = scores.masked_fill(~exists, torch.finfo(scores.dtype).min).softmax(-1) * exists
-        # The band as a matrix [T, window + T] for each column, so that the sum is a product.
+        # Expand the band to a matrix [T, window + T] per column, so that the sum is a product.
         band = weights.new_zeros(*weights.shape[:2], len(past))
         band = band.scatter(2, index.expand_as(weights), weights)
         context = torch.einsum("tbi,ibh->tbh", band, past)

@@ -1,8 +1,8 @@
 """Two language models, one in each direction, and words predicted from both contexts.
 
-A forward and a backward stack never mix below the output, so neither has seen the word it predicts:
-its perplexity is that of a language model, of the text as it stands or read from its end. For cloze
-prediction a word's two contexts, all words before it and all after it, are combined.
+The forward and the backward stack never mix below the output, so neither has seen the word it
+predicts: each has the perplexity of a language model, of the text or of the reversed text. Cloze
+prediction combines a word's two contexts, all words before it and all words after it.
 """
 
 import torch
@@ -14,8 +14,8 @@ from data import exact_windows
 from model import RNNModel, activation_regularization
 from utils import Losses, float32_products
 
-CONTEXT = 10  # a window's word is scored in training with so many words of the window after it
-# The losses of which each objective minimizes the sum and reports the mean.
+CONTEXT = 10  # in training, the number of words in the window that must follow a scored word
+# The losses of each objective: training minimizes their sum and reports their mean.
 OBJECTIVES = {
     "lm": ("forward", "backward"), "cloze": ("cloze",), "both": ("forward", "backward", "cloze")
 }
@@ -24,11 +24,11 @@ OBJECTIVES = {
 class BiLM(RNNModel):
     """Two stacks of weight-dropped LSTMs that share the embedding and the tied decoder.
 
-    As an RNNModel it is its forward half. `init_hidden` has the states of the forward stack, then
-    those of the backward stack. The combiner of f [.., E], the forward state before a word, and b
-    [.., E], the backward state after it, is tanh(W [f; b] + c), which the decoder reads. W begins
-    as [I, I] and c at 0: as long as tanh is nearly linear, that is the product of both language
-    models' predictions over the softmax of the decoder's bias, renormalized.
+    Used as an RNNModel, it is the forward half. `init_hidden` returns the states of the forward
+    stack, then those of the backward stack. The combiner joins f [.., E], the forward state before
+    a word, and b [.., E], the backward state after it, to tanh(W [f; b] + c), the decoder's input.
+    W starts as [I, I] and c as 0. Where tanh is nearly linear, this is the product of the two
+    models' predictions divided by the softmax of the decoder's bias, renormalized.
     """
 
     def __init__(self, *args, **kwargs):
@@ -44,33 +44,29 @@ class BiLM(RNNModel):
         return super().init_hidden(bsz) + super().init_hidden(bsz)
 
     def read_backward(self, words, hidden, return_h=False):
-        """The backward stack over `words` [T, B], in its own order: the text's last word first.
-
-        As `forward` otherwise.
-        """
+        """As `forward`, but with the backward stack, over reversed text `words` [T, B]."""
         return self.read(self.backward_rnns, words, hidden, return_h)
 
     def forward_half(self):
-        """The forward language model alone: an RNNModel of LSTMs, in evaluation mode."""
+        """The forward language model: an RNNModel of LSTMs, in evaluation mode."""
         half = RNNModel(**{**self.architecture, "rnn_type": "LSTM"})
         weights = self.state_dict()
         half.load_state_dict({name: weights[name] for name in half.state_dict()})
         return half.to(self.decoder.weight.device).eval()
 
     def combine(self, before, after):
-        """[.., E], [.., E] -> [.., E]"""
+        """Joins the forward and the backward states: [.., E], [.., E] -> [.., E]."""
         return self.as_operand(self.combiner(torch.cat([before, after], -1)).tanh())
 
 
 class BiObjective(nn.Module):
-    """What a step of BiLM minimizes: the sum of the losses that `objective` names.
+    """The training objective of BiLM: the sum of the losses in OBJECTIVES[objective].
 
-    The backward language model reads a stream of its own, the text from its end, with a state of
-    its own that is carried on. For cloze prediction the backward stack reads the forward stream's
-    window from a zero state at its end, and the words with CONTEXT others after them in the window
-    are scored (in an epoch's first window, with as many before them), or in a window shorter than
-    twice that, with half of it. With "lm" the combiner alone learns from that, on states and a
-    decoder that it does not change.
+    The backward language model reads its own stream, the reversed text, and carries its own hidden
+    state. For cloze prediction the backward stack reads the forward stream's window from a zero
+    state at the window's end. Only words followed by CONTEXT words in the window are scored; in the
+    first window of an epoch, they also need CONTEXT words before them. A window shorter than twice
+    CONTEXT uses half its length instead. With "lm", only the combiner learns from the cloze loss.
     """
 
     def __init__(self, params, objective):
@@ -79,17 +75,17 @@ class BiObjective(nn.Module):
         self.objective = objective
 
     def groups(self):
-        """Lists of the parameters that learn together, whose gradient is clipped as one."""
+        """Lists of parameters; the gradient norm is clipped per list."""
         if "cloze" in OBJECTIVES[self.objective]:
             return [list(self.parameters())]
         combiner = list(self.params[0].combiner.parameters())
-        apart = {id(parameter) for parameter in combiner}
-        return [[p for p in self.parameters() if id(p) not in apart], combiner]
+        combiner_ids = {id(parameter) for parameter in combiner}
+        return [[p for p in self.parameters() if id(p) not in combiner_ids], combiner]
 
-    def forward(self, data, targets, hidden, alpha, beta, backward, begins):
-        """data [L, B], targets [L*B]; backward: such a pair of the reversed stream.
+    def forward(self, data, targets, hidden, alpha, beta, backward, is_first_window):
+        """data [L, B], targets [L*B]; backward: (data, targets) of the reversed stream.
 
-        Returns (the sum + AR + TAR, the mean of the losses in nats, hidden).
+        Returns (the sum of the losses + AR + TAR, their mean in nats, hidden).
         """
         model, criterion = self.params
         weight, bias = model.decoder.weight, model.decoder.bias
@@ -99,18 +95,20 @@ class BiObjective(nn.Module):
         output, states, *outputs = model(data, hidden[:layers], return_h=True)
         before = outputs[1][-1]  # [L, B, E]
         passes.append(outputs)
-        states_back = hidden[layers:]
+        backward_states = hidden[layers:]
         if "forward" in parts:
             losses["forward"] = criterion(weight, bias, output, targets)
             words, words_after = backward
-            output, states_back, *outputs = model.read_backward(words, states_back, return_h=True)
+            output, backward_states, *outputs = model.read_backward(
+                words, backward_states, return_h=True
+            )
             losses["backward"] = criterion(weight, bias, output, words_after)
             passes.append(outputs)
         targets = targets.view(data.shape)
         with torch.set_grad_enabled("cloze" in parts and torch.is_grad_enabled()):
             zero = model.init_hidden(data.size(1))[layers:]
             _, _, *outputs = model.read_backward(targets.flip(0), zero, return_h=True)
-        after = outputs[1][-1].flip(0)  # [L, B, E]: of the words from each to the window's end
+        after = outputs[1][-1].flip(0)  # [L, B, E]: after reading from the window's end to a word
         score_cloze = criterion
         if "cloze" in parts:
             passes.append(outputs)
@@ -121,9 +119,10 @@ class BiObjective(nn.Module):
             def score_cloze(*inputs):
                 return functional_call(criterion, fixed, inputs)
 
-        after = torch.cat([after[1:], torch.zeros_like(after[:1])])  # nothing follows the last
+        after = torch.cat([after[1:], torch.zeros_like(after[:1])])  # nothing follows the last word
         margin = min(CONTEXT, len(data) // 2)
-        scored = slice(min(margin, len(data) - margin - 1) if begins else 0, len(data) - margin)
+        first = min(margin, len(data) - margin - 1) if is_first_window else 0
+        scored = slice(first, len(data) - margin)
         cloze = score_cloze(
             weight, bias, model.combine(before[scored], after[scored]), targets[scored]
         )
@@ -135,7 +134,7 @@ class BiObjective(nn.Module):
         for raw, dropped in passes:
             total = total + activation_regularization(raw[-1], dropped[-1], alpha, beta)
         mean = sum(losses[part] for part in parts) / len(parts)
-        return total, mean.detach(), [*states, *states_back]
+        return total, mean.detach(), [*states, *backward_states]
 
 
 @torch.no_grad()
@@ -143,9 +142,9 @@ class BiObjective(nn.Module):
 def evaluate_directions(params, ids, batch_size, bptt, check=None):
     """{"forward", "backward", "cloze": mean negative log-likelihood in nats} of `ids` [N].
 
-    The language models predict all words but the first they read, as train.evaluate's. Cloze
-    prediction is of the same words as the forward model's. All contexts are whole columns of the
-    text, read in windows that carry the state along.
+    Each language model predicts all words but the first one it reads, as in train.evaluate. Cloze
+    prediction scores the same words as the forward model. A context extends to the end of its
+    column of the text; the columns are read in windows that carry the hidden state.
     """
     model, criterion = params
     params.eval()
@@ -156,10 +155,10 @@ def evaluate_directions(params, ids, batch_size, bptt, check=None):
     columns = distributed.columns(batch_size)
     states = model.init_hidden(columns.stop - columns.start)
 
-    def read_text(places, read, hidden, step, after_window):
-        """The losses of predicting the word `step` places from each of `places`, in this order.
+    def predict_stream(places, read, hidden, step, after_window):
+        """The losses of predicting, at each of `places` in order, the word `step` places away.
 
-        `after_window(output, places, targets)` is called with what was read.
+        Calls `after_window(output, places, targets)` after each window.
         """
         losses = Losses()
         for window, _, count in exact_windows(places, batch_size, bptt, columns):
@@ -173,27 +172,28 @@ def evaluate_directions(params, ids, batch_size, bptt, check=None):
                 check()
         return losses
 
-    # The state after reading each place of the text from its end; past the end, where nothing has
-    # been read, zero.
+    # The backward state after reading each place; zero past the end, where nothing has been read.
     after = weight.new_zeros(len(ids) + 1, weight.size(1))
     cloze = Losses()
 
-    def store(output, places, targets):
+    def store_states(output, places, targets):
         after[places] = output
 
     def predict_cloze(output, places, targets):
         combined = model.combine(output, after[places + 2])
         cloze.add(criterion(weight, bias, combined, targets), len(places))
 
-    backward = read_text(places.flip(0), model.read_backward, states[layers:], -1, store)
+    backward = predict_stream(
+        places.flip(0), model.read_backward, states[layers:], -1, store_states
+    )
     after = distributed.total(after)
-    forward = read_text(places, model, states[:layers], 1, predict_cloze)
+    forward = predict_stream(places, model, states[:layers], 1, predict_cloze)
     parts = {"forward": forward, "backward": backward, "cloze": cloze}
     return {name: losses.mean_of_all_ranks() for name, losses in parts.items()}
 
 
 def make_model(rnn_type, *args, **kwargs):
-    """An RNNModel, or its subclass for "biLM"."""
+    """An RNNModel, or a BiLM for "biLM"."""
     return (BiLM if rnn_type == "biLM" else RNNModel)(rnn_type, *args, **kwargs)
 
 

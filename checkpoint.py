@@ -1,8 +1,8 @@
-"""The files of a run: whole or absent, sealed, nothing but data, written by one run at a time.
+"""The files of a run: written atomically, sealed, data only, one run at a time per path.
 
-`model, vocabulary = load("PTB.pt")` is a trained model. Beside the checkpoint PTB.pt lie the
-training state PTB.pt.state, all that the run needs to go on, and a JSON line an epoch in
-PTB.pt.jsonl.
+`model, vocabulary = load("PTB.pt")` loads a trained model. Beside the checkpoint PTB.pt are the
+training state PTB.pt.state, from which the run can be resumed, and PTB.pt.jsonl, with one JSON line
+per epoch.
 """
 
 import contextlib
@@ -19,28 +19,28 @@ from torch import nn
 import distributed
 from bidirectional import make_model
 from data import Dictionary, InputError
-from model import DROPOUTS, NOTES
+from model import DROPOUTS, NOTES, training_settings
 from splitcross import SplitCrossEntropyLoss
-from utils import Preemption, is_device_error, log, plain, warn
+from utils import FINETUNE_RECORDS, RECORDS, Preemption, is_device_error, log, plain, warn
 
 try:
     import fcntl
-except ImportError:  # not POSIX: there is no lock; all else works
+except ImportError:  # not POSIX: runs are not locked
     fcntl = None
 
-STATE, RECORDS, FINETUNE_RECORDS = ".state", ".jsonl", ".finetune.jsonl"  # after the path
+STATE = ".state"  # after the path of the checkpoint
 VERSION = 5
 SEAL = b"sha256:"
 DIGEST = 64  # characters of a SHA-256 in hexadecimal
 
-# ------------------------------------------------------------ files: whole or absent, and sealed
+# ------------------------------------------------------------ atomic writes and seals
 
 
 def write_atomically(path, content):
-    """Puts the bytes `content` at `path`, where at every moment the old file lies or the new one.
+    """Writes the bytes `content` to `path`, which at any moment holds the old file or the new one.
 
-    Written beside it, synced, renamed; then the folder is synced. Of a symbolic link the target is
-    replaced. Raises InputError, naming the file, when that fails.
+    Writes a temporary file, syncs it, renames it, and syncs the folder. If `path` is a symbolic
+    link, its target is replaced. Raises InputError, naming the file, on failure.
     """
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f"{target.name}.tmp")
@@ -54,7 +54,7 @@ def write_atomically(path, content):
             descriptor = os.open(target.parent, os.O_RDONLY)
             os.fsync(descriptor)
             os.close(descriptor)
-    except BaseException as error:  # a full disk or Ctrl-C alike: leave no half-written file
+    except BaseException as error:  # including Ctrl-C: leave no partial file behind
         with contextlib.suppress(OSError):
             temporary.unlink()
         if isinstance(error, OSError):
@@ -63,9 +63,9 @@ def write_atomically(path, content):
 
 
 def back_up(path, suffix):
-    """Copies the file at `path` and its training state to `path` + `suffix`, numbered if need be.
+    """Copies the file at `path` and its training state to `path` + `suffix`.
 
-    Returns the copy's path. Raises InputError.
+    Adds a number if that path is taken. Returns the copy's path. Raises InputError.
     """
     copy, number = f"{path}{suffix}", 1
     while os.path.exists(copy) or os.path.exists(f"{copy}{STATE}"):
@@ -78,10 +78,10 @@ def back_up(path, suffix):
 
 
 def pack(kind, contents):
-    """The bytes of a "checkpoint" or "training state": the dictionary `contents`, sealed.
+    """Serializes the dictionary `contents` of a "checkpoint" or "training state", and seals it.
 
     torch.save writes a zip archive. The seal is its comment: "sha256:" and the SHA-256 of all bytes
-    before the digest. torch.load reads the file all the same, and `unzip -z` shows the digest.
+    before the digest. torch.load ignores it, and `unzip -z` shows it.
     """
     file = io.BytesIO()
     torch.save({"format": f"awd-lstm {kind}", "version": VERSION, **contents}, file)
@@ -92,10 +92,10 @@ def pack(kind, contents):
 
 
 def unpack(path, kind, device="cpu", content=None):
-    """The dictionary that `pack` sealed, its tensors on `device`; nothing of it is executed.
+    """The dictionary that `pack` sealed, with its tensors on `device`; executes no code from it.
 
-    `content`: its bytes, where they are not to be read from `path`. Raises InputError, naming the
-    file, when it is missing, damaged in any bit, or not of this kind and version.
+    If the bytes `content` are given, `path` is not read. Raises InputError, naming the file, when
+    it is missing, damaged in any bit, or not of this kind and version.
     """
     if content is None:
         if not os.path.exists(path):
@@ -103,23 +103,23 @@ def unpack(path, kind, device="cpu", content=None):
         content = Path(path).read_bytes()
     if not is_sealed(content):
         raise InputError(
-            f"{path}: is damaged, or no {kind} of main.py (the original code's pickled modules "
+            f"{path}: is damaged, or not a {kind} of main.py (the original code's pickled modules "
             "cannot be loaded safely); use a copy, or train again"
         )
     try:
         contents = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
         found = contents["format"], contents["version"]
-    except Exception as error:  # torch meets a foreign file with many types of error
+    except Exception as error:  # torch raises many types of error for a foreign file
         if is_device_error(error):
             raise
         found = None
     if found != (f"awd-lstm {kind}", VERSION):
-        raise InputError(f"{path}: is no {kind} of this version of main.py; train again")
+        raise InputError(f"{path}: is not a {kind} of this version of main.py; train again")
     return contents
 
 
 def is_sealed(content):
-    """Whether these bytes end in the SHA-256 of what precedes it."""
+    """Whether the bytes end with the SHA-256 of the bytes before it."""
     content = memoryview(content)
     return hashlib.sha256(content[:-DIGEST]).hexdigest().encode() == content[-DIGEST:]
 
@@ -128,7 +128,7 @@ def is_sealed(content):
 
 
 def read_checkpoint(path, device="cpu", content=None):
-    """What `Run.save_model` has written, a dictionary. Raises InputError, see `unpack`."""
+    """The dictionary that `Run.save_model` wrote. Raises InputError, see `unpack`."""
     return unpack(path, "checkpoint", device, content)
 
 
@@ -144,16 +144,11 @@ def build_params(checkpoint, **settings):
     return nn.ModuleList([model, criterion]).to(checkpoint["model"]["encoder.weight"].device)
 
 
-def training_settings(args):
-    """RNNModel's dropout rates and `bf16`, as the flags say."""
-    return {"bf16": args.precision == "bf16", **{rate: getattr(args, rate) for rate in DROPOUTS}}
-
-
 def saved_params(path, corpus, args, content=None):
     """nn.ModuleList([model, criterion]) of the checkpoint at `path`, with the dropouts of `args`.
 
-    `content`: its bytes, where they are not to be read. Raises InputError when it is unusable or
-    its vocabulary is not the corpus's.
+    If the bytes `content` are given, `path` is not read. Raises InputError when the checkpoint is
+    unusable or its vocabulary is not the corpus's.
     """
     checkpoint = read_checkpoint(path, args.device, content)
     check_corpus(checkpoint["vocabulary"], corpus, args, path)
@@ -163,21 +158,21 @@ def saved_params(path, corpus, args, content=None):
 def check_corpus(words, corpus, args, path, digest=None):
     """Raises InputError unless the corpus from --data has the `words` of the model at `path`.
 
-    With `digest`, the SHA-256 of a corpus, it has to be the same text too.
+    With `digest`, the SHA-256 of a corpus, the text must be the same too.
     """
     same_words = words == corpus.dictionary.idx2word
     if not same_words or digest not in (None, corpus.digest):
         raise InputError(
             f"--data {args.data}: its {'text' if same_words else 'vocabulary'} is not that of "
-            f"{path}; name the corpus that it was trained on"
+            f"{path}; use the corpus that it was trained on"
         )
 
 
 def load(path, device="cpu"):
     """Loads a trained model: `model, vocabulary = load("PTB.pt")`.
 
-    Returns an RNNModel on `device`, in evaluation mode, with the dropout rates it was trained
-    with; and the data.Dictionary of its words. The file alone is enough. Raises InputError.
+    Returns an RNNModel on `device`, in evaluation mode, with its training dropout rates, and the
+    data.Dictionary of its words. Needs no other file. Raises InputError.
     """
     checkpoint = read_checkpoint(path, device)
     rates = {name: rate for name, rate in checkpoint["flags"].items() if name in DROPOUTS}
@@ -189,10 +184,10 @@ def load(path, device="cpu"):
 
 
 def read_state(path, command=None):
-    """The training state beside the checkpoint at `path`, on the CPU; None where there is none.
+    """The training state beside the checkpoint at `path`, on the CPU; None if there is none.
 
-    With `command` ("main.py", "finetune.py"), the state of another command's finished run counts
-    as none. Raises InputError when the file is unusable, or the other command's run unfinished.
+    With `command` ("main.py" or "finetune.py"), the state of a finished run of the other command is
+    ignored. Raises InputError if the file is unusable, or if the other command's run is unfinished.
     """
     file = f"{path}{STATE}"
     if not path or not os.path.exists(file):
@@ -203,13 +198,13 @@ def read_state(path, command=None):
     if is_finished(state):
         return None
     raise InputError(
-        f"--resume {path}: {file} is of an unfinished run of {state['command']}; "
+        f"--resume {path}: {file} belongs to an unfinished run of {state['command']}; "
         f"{how_to_resume(state['command'], path)} continues it"
     )
 
 
 def is_finished(state):
-    """Whether the whole run of a training state has ended, with its fine-tuning if it has one."""
+    """Whether the run of a training state has finished, including its fine-tuning, if any."""
     flags, finetuning = state["flags"], state["finetuning"]
     if flags.get("finetune") and not finetuning:
         return False
@@ -222,15 +217,15 @@ def how_to_resume(command, path):
     return f"{distributed.launcher()} {command} --resume {shlex.quote(str(path))}"
 
 
-# ------------------------------------------------------------ one run to a path
+# ------------------------------------------------------------ one run per path
 
 
 @contextlib.contextmanager
 def run_lock(path):
-    """While it is held no other process trains to `path`; on the first rank.
+    """Keeps other processes from training to `path`; the first rank holds the lock.
 
-    The lock is the operating system's, on `path`.lock: however its holder dies, it is free then.
-    Raises InputError when another process holds it, or the folder cannot be written.
+    The operating system locks `path`.lock, so the lock is released however its holder dies.
+    Raises InputError when another process holds it, or the folder is not writable.
     """
     if fcntl is None or not distributed.is_first():
         yield
@@ -244,7 +239,7 @@ def run_lock(path):
                 raise BlockingIOError
         except BlockingIOError:
             raise InputError(
-                f"--save {path}: another process is training to it; wait for it, or name another"
+                f"--save {path}: in use by another process; wait for it, or choose another path"
             ) from None
         except OSError as error:
             raise InputError(f"--save {path}: cannot be written ({error.strerror})") from None
@@ -253,7 +248,7 @@ def run_lock(path):
 
 
 def check_replaceable(args):
-    """Raises InputError where what the run will write would replace a file of another kind."""
+    """Raises InputError if the run would overwrite a file of another kind."""
     path = args.save
     if os.path.isdir(path) or str(path).endswith("/"):
         raise InputError(f"--save {path}: is a folder; name a file in it")
@@ -264,12 +259,12 @@ def check_replaceable(args):
     for file, kind in kinds.items():
         if os.path.exists(file) and not is_of_kind(file, kind):
             raise InputError(
-                f"--save {path}: {file} is damaged, or not a file of a run; name another path"
+                f"--save {path}: {file} is damaged, or not a file of a run; choose another path"
             )
 
 
 def is_of_kind(file, kind):
-    """Whether a file is a run's "checkpoint", "training state", "JSON lines" or "lock"."""
+    """Whether a file is of that kind: "checkpoint", "training state", "JSON lines" or "lock"."""
     if not os.path.isfile(file):
         return False
     if kind == "lock":
@@ -284,22 +279,22 @@ def is_of_kind(file, kind):
 
 
 def copy_model(path, save):
-    """Copies the checkpoint at `path` to `save`. Raises InputError where there is one already."""
+    """Copies the checkpoint at `path` to `save`. Raises InputError if `save` exists."""
     if path != save and distributed.is_first():
         if os.path.exists(save):
             raise InputError(
-                f"--save {save}: exists; --resume {save} goes on from it, or name another path"
+                f"--save {save}: already exists; use --resume {save}, or choose another path"
             )
         if os.path.exists(path):
             read_checkpoint(path)
             write_atomically(save, Path(path).read_bytes())
-    distributed.broadcast(None)  # the others read it after that
+    distributed.broadcast(None)  # the other ranks wait for the copy
 
 
 class Run:
-    """The files that a run writes at `args.save`, and what it goes on from.
+    """Writes the files of a run to `args.save`.
 
-    One that cannot be written now is reported, kept in memory, and tried again at the next save.
+    A file that cannot be written is reported, kept in memory, and tried again at the next save.
     `command` is the command's file name; `check` raises Preempted after a signal, see
     utils.Preemption.
     """
@@ -311,23 +306,23 @@ class Run:
         self.pending = {}  # path: bytes that could not be written yet
 
     def write(self, path, content):
-        """Writes a file, and those that wait. Returns whether none is left waiting."""
+        """Writes a file and all pending ones. Returns whether no file is left pending."""
         self.pending[str(path)] = content
         return self.retry()
 
     def retry(self):
-        """Tries again to write what waits. Returns whether none is left waiting."""
+        """Tries to write the pending files. Returns whether no file is left pending."""
         for path, content in list(self.pending.items()):
             try:
                 write_atomically(path, content)
             except InputError as error:
-                warn(f"Warning: {error}; the next save tries again")
+                warn(f"Warning: {error}; will try again at the next save")
             else:
                 del self.pending[path]
         return not self.pending
 
     def save_model(self, paths, params, corpus, **progress):
-        """Writes a checkpoint, all that is needed to use a model; on the first rank.
+        """Writes a checkpoint, which is enough to use the model; on the first rank.
 
         `progress`: epoch, valid_loss (nats), averaged, finetuned.
         """
@@ -343,23 +338,29 @@ class Run:
             self.write(f"{self.path}{suffix}", lines.encode())
 
     def save_state(self, params, corpus, progress):
-        """Writes the training state; returns whether no file is left waiting."""
+        """Writes the training state; returns whether no file is left pending."""
         succeeded = self.retry()  # the state is never newer than the checkpoint it refers to
         if succeeded and distributed.is_first():
             state = {**self.describe(params, corpus), **progress, "command": self.command}
             path = f"{self.path}{STATE}"
             succeeded = self.write(path, pack("training state", state))
-            self.pending.pop(path, None)  # the next save has a newer one
+            self.pending.pop(path, None)  # the next save writes a newer state
         return distributed.broadcast(succeeded)
 
+    def read_state(self):
+        return read_state(self.path)
+
+    def read_checkpoint(self):
+        return read_checkpoint(self.path)
+
     def best_model(self, corpus, args):
-        """The best model, from its file, or from memory where that could not be written."""
+        """The best model, from its file, or from memory if it could not be written."""
         content = self.pending.get(str(self.path))
         content = distributed.broadcast(content and bytes(content))
         return saved_params(self.path, corpus, args, content)
 
     def describe(self, params, corpus):
-        """What a checkpoint and a training state share: a model, and what it was trained on."""
+        """The contents that checkpoints and training states share: the model and its origin."""
         model, criterion = params
         return {
             "architecture": model.architecture,
@@ -375,23 +376,23 @@ class Run:
 
 @contextlib.contextmanager
 def open_run(args, command):
-    """A Run at `args.save`, the only one there, whose ranks are connected and signals wait.
+    """Locks `args.save`, connects the ranks, defers signals, and yields a Run.
 
-    Raises InputError unless all that it may write can be written.
+    Raises InputError if the run could not write its files, or would overwrite other files.
     """
     with distributed.process_group(args.device):
-        args.save = distributed.broadcast(args.save)  # one made from the time differs
+        args.save = distributed.broadcast(args.save)  # a name made from the time differs by rank
         if distributed.is_first():
             check_replaceable(args)
         with run_lock(args.save), Preemption() as preemption:
             if distributed.is_first() and args.resume != args.save:
-                set_aside(args.save)
+                keep_unfinished_run(args.save)
             yield Run(args, command, preemption.check)
 
 
-def set_aside(path):
-    """Backs up an unfinished run, of an epoch or a minute at least, when a new one begins there."""
+def keep_unfinished_run(path):
+    """Backs up an unfinished run at `path`, of at least an epoch or a minute, before a new one."""
     state = read_state(path)
     if state and not is_finished(state) and (state["valid_losses"] or state["seconds"] > 60):
         again = how_to_resume(state["command"], back_up(path, ".unfinished"))
-        log(f"Note: {path} is of an unfinished run, which is kept: {again} continues it")
+        log(f"Note: {path} held an unfinished run, which is kept; {again} continues it")

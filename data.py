@@ -16,7 +16,7 @@ SPLITS = ("train", "valid", "test")
 
 
 class InputError(ValueError):
-    """The user's input cannot be used. The message is one line: what is wrong, and what to do."""
+    """Unusable input from the user. The one-line message says what is wrong and what to do."""
 
 
 class Dictionary:
@@ -31,12 +31,12 @@ class Dictionary:
 
 
 class Corpus:
-    """A corpus in three splits. The text is read each time; nothing is cached.
+    """A corpus in three splits. The text is always read again; nothing is cached.
 
     `path` is a folder with train.txt, valid.txt and test.txt (UTF-8, tokens separated by white
-    space, each line ends in an implied <eos>), or "sample" for the corpus that is built from
-    Python's own documentation. `dictionary` covers all three splits, as in published results;
-    `train`, `valid`, `test` are int64 id vectors; `digest` is the SHA-256 of the text read.
+    space, each line ends in an implied <eos>), or "sample" for a corpus built from Python's own
+    documentation. `dictionary` covers all three splits, as in published results; `train`, `valid`,
+    `test` are int64 id vectors; `digest` is the SHA-256 of the text.
 
     Raises InputError, naming the file, if a split is missing, empty, binary or not UTF-8.
     """
@@ -62,13 +62,13 @@ class Corpus:
         except FileNotFoundError:
             raise InputError(
                 f"{path}: no such file; --data takes a folder with train.txt, valid.txt and "
-                "test.txt (./getdata.sh fetches two), or 'sample'"
+                "test.txt (./getdata.sh downloads two corpora), or 'sample'"
             ) from None
 
     def _encode(self, lines, name):
         word2idx = self.dictionary.word2idx
-        id_of = word2idx.setdefault  # one look-up a token: a new word gets the next id
-        self._hash.update(b"\0split\0")  # so that moving text between splits changes the digest
+        id_of = word2idx.setdefault  # one look-up per token: a new word gets the next id
+        self._hash.update(b"\0split\0")  # moving text between splits must change the digest
         ids, blank = array("q"), True
         for words in words_of_lines(self._hashed(lines), name):
             ids.extend([id_of(word, len(word2idx)) for word in words])
@@ -86,9 +86,9 @@ class Corpus:
 
 
 def words_of_lines(lines, name):
-    """Yields the words of each of `lines`, bytes: UTF-8 (a BOM is ignored), white space between.
+    """Yields the list of words of each of `lines`, UTF-8 bytes split at white space (no BOM).
 
-    Raises InputError, with `name` and the line, where that is no text.
+    Raises InputError, naming `name` and the line number, for bytes that are not text.
     """
     for number, line in enumerate(lines, 1):
         if number == 1:
@@ -105,22 +105,22 @@ def words_of_lines(lines, name):
 def encode(words, dictionary, path):
     """Returns (ids of `words`, Counter of the words outside the vocabulary, which become <unk>).
 
-    Raises InputError, naming some of them and the checkpoint's `path`, if there is no <unk>.
+    Raises InputError, naming some of them and the checkpoint's `path`, if it has no <unk>.
     """
     ids = dictionary.word2idx
     unknown = Counter(word for word in words if word not in ids)
     if unknown and UNK not in ids:
         raise InputError(
-            f"{path}: its vocabulary has no {UNK}, and lacks {name_commonest(unknown)}; "
+            f"{path}: its vocabulary has no {UNK}, and lacks {list_most_common(unknown)}; "
             "leave them out"
         )
     return [ids[UNK if word in unknown else word] for word in words], unknown
 
 
-def name_commonest(words):
-    """The five commonest of a Counter of words, quoted, for a message."""
-    named = ", ".join(repr(word) for word, _ in words.most_common(5))
-    return f"{named} and {len(words) - 5} others" if len(words) > 5 else named
+def list_most_common(words):
+    """The five most common words of a Counter, quoted, for a message."""
+    quoted = ", ".join(repr(word) for word, _ in words.most_common(5))
+    return f"{quoted} and {len(words) - 5} others" if len(words) > 5 else quoted
 
 
 def unigram(train, ntoken):
@@ -132,16 +132,16 @@ def unigram(train, ntoken):
 def unigram_loss(train, test, ntoken):
     """Mean negative log-likelihood (nats) of `test`[1:] under the word frequencies of `train`.
 
-    Add-one smoothed; what a model that ignores all context would score on the same predictions.
+    Add-one smoothed. This is the score of a model that ignores all context.
     """
     return -unigram(train, ntoken).log()[test[1:]].mean().item()
 
 
 def batchify(data, bsz, args=None):
-    """Lays a stream of ids [N] out as `bsz` columns read in parallel: [N // bsz, bsz].
+    """Arranges a stream of ids [N] in `bsz` columns that are read in parallel: [N // bsz, bsz].
 
     Each column is a contiguous piece of the text; the remainder that does not fill a row is
-    trimmed. With the alphabet for data and bsz 4:
+    trimmed. With the alphabet as data and bsz 4:
 
         a g m s
         b h n t
@@ -150,7 +150,7 @@ def batchify(data, bsz, args=None):
         e k q w
         f l r x
 
-    The result is moved to `args.device` where `args` has one.
+    The result is moved to `args.device`, if set.
     """
     rows = data.size(0) // bsz
     columns = data[: rows * bsz].view(bsz, rows).t().contiguous()
@@ -160,23 +160,23 @@ def batchify(data, bsz, args=None):
 def get_batch(source, i, args, seq_len=None, evaluation=False):
     """Rows i to i + seq_len (default `args.bptt`) of `source` [T, B], and the words that follow.
 
-    Returns `(data [L, B], targets [L*B])`, L cut where the source ends. `evaluation` is accepted,
-    and without effect, as in the reference code.
+    Returns `(data [L, B], targets [L*B])`; L is smaller at the end of the source. `evaluation` is
+    accepted for compatibility with the reference, and has no effect.
     """
     seq_len = min(seq_len or args.bptt, len(source) - 1 - i)
     return source[i : i + seq_len], source[i + 1 : i + 1 + seq_len].reshape(-1)
 
 
 def exact_windows(ids, batch_size, bptt, columns):
-    """Yields windows in which each of the N - 1 ids that follow another is predicted exactly once.
+    """Yields windows that predict each of the `ids` [N] but the first exactly once.
 
-    `ids` [N] is laid out in `batch_size` columns, of which `columns`, a slice, are read. Columns
-    are contiguous pieces of the text that overlap by one token: the last target of one is the first
-    input of the next. A window is (inputs [T, B], targets [T, B], count), T <= bptt. Only the last
-    row can be incomplete: all but the first `count` of the flattened targets are padding.
+    The ids are arranged in `batch_size` columns, of which the slice `columns` is read. Columns are
+    contiguous pieces of the text that overlap by one token: the last target of a column is the
+    first input of the next. A window is (inputs [T, B], targets [T, B], count), T <= bptt. Only the
+    last row can be incomplete: the flattened targets after the first `count` are padding.
     """
     n = len(ids) - 1
-    rows, rest = divmod(n, batch_size)  # the first `rest` columns have one prediction more
+    rows, rest = divmod(n, batch_size)  # the first `rest` columns have one more prediction
     column = torch.arange(batch_size)[columns]
     starts = column * rows + column.clamp(max=rest)
     index = (starts + torch.arange(rows + (rest > 0)).unsqueeze(1)).clamp(max=n - 1)
@@ -189,20 +189,20 @@ def exact_windows(ids, batch_size, bptt, columns):
 
 # ------------------------------------------------------------ the sample corpus
 
-# A first try should need no network: `pydoc_data.topics`, inside Python itself, holds its language
-# reference as plain text. Its prose is kept and its code dropped. The text changes a little from
-# one Python version to the next.
+# The sample needs no network: `pydoc_data.topics`, a part of Python, holds the language reference
+# as plain text. The sample keeps its prose and drops its code. The text differs slightly between
+# Python versions.
 SAMPLE_MIN_COUNT = 3  # rarer words in the training split become <unk>
 TOKEN = re.compile(r"<unk>|[a-z]+(?:'[a-z]+)?|\d+(?:\.\d+)*|[.,;:?!()]")
-PROSE = re.compile(r"[A-Z(\"].*[a-z]{2}.*[.:]$")  # starts as a sentence does, ends as one does
+PROSE = re.compile(r"[A-Z(\"].*[a-z]{2}.*[.:]$")  # starts and ends like a sentence
 NOT_PROSE = re.compile(r"::=|>>>|==|--|\|| = .* = |   ")  # grammar, sessions, tables, code
 
 
 def sample_paragraphs():
     """The distinct paragraphs of prose in the language reference, in order of topic."""
-    from pydoc_data.topics import topics  # which not every installation of Python has
+    from pydoc_data.topics import topics  # missing from some Python installations
 
-    seen = {}  # topics repeat one another: a paragraph in two splits would give the answers away
+    seen = {}  # topics share paragraphs, which must not leak from the training split to the others
     for _, text in sorted(topics.items()):
         for block in re.split(r"\n\s*\n", text):
             block = re.sub(r"^[*\s]+|\n\s*", " ", block).strip()
@@ -212,7 +212,7 @@ def sample_paragraphs():
 
 
 def tokenize_sample(paragraph):
-    """Lower-case words, numbers as N, and punctuation; one list of tokens a sentence."""
+    """Yields a list of tokens per sentence: lower-case words, N for numbers, and punctuation."""
     for sentence in re.split(r"(?<=[.:?!])\s+(?=[A-Z\"(])", paragraph):
         tokens = ["N" if t[0].isdigit() else t for t in TOKEN.findall(sentence.lower())]
         if len(tokens) > 2:
@@ -222,7 +222,7 @@ def tokenize_sample(paragraph):
 def build_sample():
     """Returns {"train": lines, "valid": lines, "test": lines}, each line UTF-8 bytes.
 
-    Of every ten paragraphs eight go to training, one to validation, one to test.
+    Eight of every ten paragraphs are for training, one is for validation, one for test.
     """
     splits = {split: [] for split in SPLITS}
     for number, paragraph in enumerate(sample_paragraphs()):

@@ -1,10 +1,10 @@
-"""Data-parallel training: torchrun starts one process (rank) per device, each with some columns.
+"""Data-parallel training: torchrun starts one process (rank) per device.
 
     torchrun --nproc_per_node=2 main.py --data data/penn --batch_size 20
 
-All ranks read the same windows of the text; DistributedDataParallel averages their gradients, so
-all take the same step. A process that torchrun did not start is the only rank, and nothing is
-exchanged.
+Each rank has some of the batch's columns. All ranks read windows of the same lengths, and
+DistributedDataParallel averages their gradients, so all ranks take the same step. Without torchrun
+the process is the only rank and communicates with no other.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def is_distributed():
-    """Whether torchrun started this process, be it the only one."""
+    """Whether torchrun started this process, even if it is the only one."""
     return "RANK" in os.environ
 
 
@@ -36,7 +36,7 @@ def is_first():
 
 
 def launcher():
-    """What starts a command in the way this process was started: "python", or torchrun."""
+    """The start of a command line that starts processes as this run was started."""
     if not is_distributed():
         return "python"
     return f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', size())}"
@@ -44,7 +44,7 @@ def launcher():
 
 @contextlib.contextmanager
 def process_group(device):
-    """Connects the ranks while it is held: NCCL for CUDA tensors, gloo for those on the CPU."""
+    """Connects the ranks: with NCCL for CUDA tensors, with gloo for CPU tensors."""
     if not is_distributed():
         yield
         return
@@ -55,38 +55,38 @@ def process_group(device):
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_cuda else "gloo", device_id=device if on_cuda else None
         )
-    except RuntimeError as error:  # gloo's errors have no type of their own
+    except RuntimeError as error:  # gloo has no error type of its own
         raise dist.DistError(str(error)) from None
     yield
-    dist.destroy_process_group()  # not after an error: it would wait for the other ranks
+    dist.destroy_process_group()  # skipped after an error: it would wait for the other ranks
 
 
 def columns(count):
-    """The slice of `count` columns that this rank has, as even as they can be divided."""
+    """This rank's slice of `count` columns, which are divided as evenly as possible."""
     return slice(count * rank() // size(), count * (rank() + 1) // size())
 
 
 def replicate(module):
-    """`module` with the first rank's weights, whose gradients are averaged over the ranks."""
+    """`module` with the first rank's weights and with gradients averaged over the ranks."""
     if not is_distributed():
         return module
     return DistributedDataParallel(module, gradient_as_bucket_view=True)
 
 
 def mean(loss):
-    """A loss, a tensor, averaged over the ranks in place; the host does not wait for it."""
+    """Averages a loss, a tensor, over the ranks in place; the host does not wait for it."""
     return total(loss).div_(size()) if is_distributed() else loss
 
 
 def total(tensor):
-    """A tensor, summed over the ranks in place."""
+    """Sums a tensor over the ranks in place, and returns it."""
     if is_distributed():
         dist.all_reduce(tensor)
     return tensor
 
 
 def largest(*numbers):
-    """The largest of the ranks' numbers at each place; a list of whole numbers, on the host."""
+    """The maximum of each of `numbers`, integers, over the ranks; a list on the host."""
     if not is_distributed():
         return list(numbers)
     found = torch.tensor(numbers)
@@ -95,7 +95,7 @@ def largest(*numbers):
 
 
 def broadcast(value):
-    """The first rank's value, any object."""
+    """The first rank's `value`, any object."""
     values = [value]
     if is_distributed():
         dist.broadcast_object_list(values, 0, device=torch.device("cpu"))
@@ -103,7 +103,7 @@ def broadcast(value):
 
 
 def all_gather(value):
-    """The values of all ranks, any objects, in a list."""
+    """The list of all ranks' `value`, any objects."""
     values = [value] * size()
     if is_distributed():
         dist.all_gather_object(values, value)

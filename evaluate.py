@@ -1,10 +1,10 @@
-"""Scores text with a trained model: its perplexity, of a whole file or line by line.
+"""Computes a trained model's perplexity on text files, per file or per line.
 
     python evaluate.py --checkpoint PTB.pt my.txt
     echo "the company said it would not" | python evaluate.py --checkpoint PTB.pt --per-line
 
-Text is as for training: UTF-8, tokens separated by white space, a sentence a line. Each line ends
-in <eos>, which is predicted too; another <eos> precedes the first word.
+The format is that of training: UTF-8, tokens separated by white space, one sentence per line. Each
+line ends in <eos>, which is predicted too; another <eos> precedes the first word.
 """
 
 import sys
@@ -14,19 +14,50 @@ from contextlib import nullcontext
 
 import torch
 
-from data import EOS, InputError, encode, name_commonest, words_of_lines
-from flags import Parser, add_device_flags, count, load_for_use, run_command
+from checkpoint import build_params, read_checkpoint
+from data import EOS, Dictionary, InputError, encode, list_most_common, words_of_lines
+from flags import Parser, add_device_flags, count, resolve_device, run_command
+from model import NOTES
 from train import score
-from utils import log, log_parts, loss_columns, perplexity, warn_of_unknown
+from utils import (
+    log, log_parts, loss_columns, perplexity, set_up_device, warn, warn_about_unknown,
+)
 
-BPTT = 2000  # words that are read at once
+BPTT = 2000  # words read at once
+
+
+def load_for_use(path, args, keep_bilm=False):
+    """Loads the checkpoint at `path` on `args.device`, by default CUDA if available.
+
+    Returns (nn.ModuleList([model, criterion]) in evaluation mode and float32, data.Dictionary).
+    Unless `keep_bilm`, a biLM is reduced to its forward language model, with a note on stderr.
+    Raises InputError for an unsatisfiable flag, and for biLSTM, which sees the word it predicts.
+    """
+    resolve_device(args)
+    args.precision = "fp32"
+    set_up_device(args)
+    checkpoint = read_checkpoint(path, args.device)
+    params = build_params(checkpoint).eval()
+    found = params[0].rnn_type
+    if args.model not in (None, found):
+        raise InputError(f"--model {args.model}: {path} holds a {found} model; leave the flag out")
+    if found == "biLSTM":
+        raise InputError(f"{path}: {NOTES[found]}; use another model")
+    if found == "biLM" and not keep_bilm:
+        params[0] = params[0].forward_half()
+        cloze = checkpoint["flags"].get("objective") == "cloze"
+        warn(
+            f"Note: only the forward language model of the biLM {path} is used"
+            + (", and it was not trained (--objective cloze)" if cloze else "")
+        )
+    return params, Dictionary(checkpoint["vocabulary"])
 
 
 def score_words(params, dictionary, words, args):
-    """Scores `words`, which an <eos> precedes, in at most `args.batch_size` columns.
+    """Scores `words` after an <eos>, in at most `args.batch_size` columns.
 
-    Returns (mean loss in nats, {name: loss} of a biLM's parts, Counter of the unknown words). The
-    loss of a biLM is that of cloze prediction.
+    Returns (mean loss in nats, {name: loss} of a biLM's parts, Counter of the unknown words). A
+    biLM's loss is its cloze loss.
     """
     ids, unknown = encode([EOS, *words], dictionary, args.checkpoint)
     columns = min(args.batch_size, len(words))
@@ -35,26 +66,26 @@ def score_words(params, dictionary, words, args):
 
 
 def score_text(params, dictionary, path, lines, args):
-    """Logs the loss of a whole text, read as one stream."""
+    """Logs the loss of a text, read as one stream."""
     words = [word for line in lines for word in (*line, EOS)]
     if set(words) <= {EOS}:
         raise InputError(f"{path}: holds no words")
     loss, parts, unknown = score_words(params, dictionary, words, args)
-    named = f" ({name_commonest(unknown)})" if unknown else ""
+    named = f" ({list_most_common(unknown)})" if unknown else ""
     log(f"| {path} | {loss_columns(loss)} | {len(words):,} tokens, "
         f"{unknown.total():,} unknown{named}")
     log_parts(parts)
 
 
 def score_each_line(params, dictionary, path, lines, args):
-    """Prints for each line of a text: perplexity, loss, tokens, unknown words, the line."""
+    """Prints each line's perplexity, loss, number of tokens, number of unknown words, and text."""
     all_unknown = Counter()
     for words in lines:
         loss, _, unknown = score_words(params, dictionary, [*words, EOS], args)
         row = f"{perplexity(loss):.2f}", f"{loss:.4f}", len(words) + 1, unknown.total()
         print(*row, " ".join(words), sep="\t", flush=True)
         all_unknown += unknown
-    warn_of_unknown(all_unknown)
+    warn_about_unknown(all_unknown)
 
 
 def parse_args(argv=None):
@@ -63,11 +94,11 @@ def parse_args(argv=None):
     add("text", nargs="*", default=["-"], help="text files (default: -, standard input)")
     add("--checkpoint", required=True, help="the trained model")
     add("--per-line", action="store_true",
-        help="score each line on its own, and print for each: perplexity, loss in nats a token, "
-             "tokens, unknown words, the line; separated by tabs")
+        help="score each line separately and print, separated by tabs: perplexity, loss in nats "
+             "per token, number of tokens, number of unknown words, the line")
     add("--batch_size", type=count, default=1, metavar="N",
-        help="parts in which a whole text is read side by side; more are faster, but each but the "
-             "first begins without its context (default: 1)")
+        help="number of parts of a text that are read in parallel; more parts are faster, but all "
+             "parts except the first start without context (default: 1)")
     add_device_flags(parser)
     args = parser.parse_args(argv)
     if args.per_line and args.batch_size > 1:

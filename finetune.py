@@ -1,11 +1,11 @@
-"""Fine-tunes a model that main.py trained: SGD averaged from its first step.
+"""Fine-tunes a model that main.py trained, with SGD averaged from the first step.
 
     python finetune.py --data sample --epochs 10 --save sample.pt
     python finetune.py --resume sample.pt
 
-Takes the flags of main.py. Those that are not given, the architecture among them, are as the
-model was trained; dropouts, weight drop, AR and TAR as they were at the end of a ramp. Stops when
-the validation loss meets the trigger; see train.is_nonmonotone. Exit codes as main.py's.
+Takes the flags of main.py. The default of a flag, including the architecture, is its value in
+training; after a ramp, dropouts, weight drop, AR and TAR keep their final strength. Stops when the
+validation loss meets the trigger, see train.is_nonmonotone. Exit codes are those of main.py.
 """
 
 from argparse import Namespace
@@ -34,15 +34,15 @@ INHERITED = (
 def finetune(corpus, args, run, state=None):
     """Fine-tunes the model at `args.save`; returns the exit status.
 
-    `args` are the flags of main.py, with `finetune` epochs at most, or of finetune.py. With `state`
-    it goes on from there.
+    `args` are the flags of main.py, with at most `finetune` epochs, or those of finetune.py.
+    Resumes from `state`, if given.
     """
     args = tuning_flags(args, state)
     if state:
         trainer = Trainer(new_params(corpus, args), corpus, args, run, finetuning=True)
         trainer.resume(state, differences(state, run.flags, args.device))
         return train_and_test(trainer)
-    # What a resumed run compares with are this phase's rates.
+    # A resumed run compares its flags with the rates of this phase.
     run.flags |= {flag: getattr(args, flag) for flag in OPTIMIZER_FLAGS}
     params = saved_params(args.save, corpus, args)
     base = broadcast(back_up(args.save, ".base") if is_first() else None)
@@ -56,7 +56,7 @@ def finetune(corpus, args, run, state=None):
 
 
 def tuning_flags(args, state):
-    """The flags of fine-tuning: SGD at a constant rate, the regularizers as a ramp left them."""
+    """The flags of fine-tuning: SGD at a constant rate, the regularizers of the end of a ramp."""
     flags = vars(args)
     tuning = {"epochs": flags.get("finetune", args.epochs), "optimizer": "sgd", "when": [],
               "schedule": "constant", "regularization_ramp": None}
@@ -68,7 +68,7 @@ def tuning_flags(args, state):
 
 
 def parse_args(argv=None):
-    """(the flags of finetune.py as a Namespace, the training state to go on from or None).
+    """Returns (the flags as a Namespace, the training state of --resume or None).
 
     Exits with 2, or raises InputError.
     """
@@ -100,7 +100,7 @@ def main(argv=None):
     with open_run(args, COMMAND) as run:
         corpus = prepare(args)
         if state:
-            state = read_state(args.resume, COMMAND)  # now that no other process writes it
+            state = read_state(args.resume, COMMAND)  # again, now that the run is locked
             words, digest = state["vocabulary"], state["corpus"]["sha256"]
             check_corpus(words, corpus, args, args.resume, digest)
         elif args.resume:

@@ -1,4 +1,4 @@
-"""The flags of main.py and finetune.py: defaults, presets, checks; how a command ends."""
+"""The flags of main.py and finetune.py: defaults, presets, checks; exit codes and error lines."""
 
 import argparse
 import errno
@@ -13,24 +13,24 @@ import torch.distributed as dist
 
 import distributed
 from attention import KINDS
-from checkpoint import build_params, read_checkpoint
 from cpu_kernels import has_bf16_products, keep_freed_memory
-from data import Dictionary, InputError
-from model import NOTES, RNN_TYPES, check_architecture
-from utils import Preempted, environment, is_device_error, is_out_of_memory, set_up_device, warn
+from data import InputError
+from model import RNN_TYPES, check_architecture
+from utils import Preempted, environment, is_device_error, is_out_of_memory
 
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, a quota, the largest file
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota, file size limit
 ARCHITECTURE = {  # flag: RNNModel's argument
     "model": "rnn_type", "emsize": "ninp", "nhid": "nhid", "nlayers": "nlayers",
     "attention": "attention", "attention_window": "attention_window",
 }
-# What defaults to something else with another optimizer than SGD.
+# Defaults that depend on the optimizer.
 OPTIMIZER_DEFAULTS = {
     "sgd": {}, "adam": {"lr": 1e-3}, "adamw": {"lr": 5e-3, "wdecay": 0.02}
 }
-# A recipe sets flags; a given flag overrides just itself. At a rate of 30 GRU's biases diverge, as
-# the report's did, and so do those of the layers that join states (biLM's combiner, attention). AR
-# and TAR are mean squares, and GRU's states, without an output gate, are larger: see records/gru.
+# A recipe sets flags; a flag on the command line overrides only that flag. At a learning rate of 30
+# the GRU's biases diverge, as the report's did, and so do the biases of biLM's combiner and of
+# attention. AR and TAR are mean squares of the states, and a GRU's states, which have no output
+# gate, are larger: see records/gru.
 RECIPES = {
     "published": {},
     "gru": {"lr": 10.0, "bias_lr": 0.02, "decoder_bias": "unigram", "alpha": 0.5, "beta": 0.25},
@@ -45,12 +45,12 @@ RECIPES = {
     },
 }
 RECIPES["short-gru"] = {**RECIPES["short"], "alpha": 0.5, "beta": 0.25}
-# What cannot change in the middle of a run: the position in the text, the optimizer's state or the
-# random numbers would lose their meaning.
+# Flags that cannot change within a run: the position in the text, the optimizer's state or the
+# random numbers would become invalid.
 FIXED_FLAGS = (
     "recipe", "batch_size", "optimizer", "seed", "decoder_bias", "objective", *ARCHITECTURE
 )
-# What may change without changing what is computed; `data` is compared by its content.
+# Flags that do not affect the result; `data` is compared by its content.
 FREE_FLAGS = (
     "data", "save", "resume", "epochs", "finetune", "log_interval", "cuda", "device", "tied",
     "checkpoint_minutes", "on_divergence",
@@ -69,11 +69,11 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
     def add(self, name, default, help, **kwargs):
-        """Adds a flag that leaves no trace in the namespace unless it is given."""
+        """Adds a flag that is absent from the namespace unless it is given."""
         dest = name.lstrip("-").replace("-", "_")
         self.defaults[dest] = default
         if dest in self.inherited:
-            help = f"{help.partition(' (default:')[0]} (default: as the model was trained)"
+            help = f"{help.partition(' (default:')[0]} (default: as in training)"
         elif not (default in (None, "", []) or isinstance(default, bool) or "(default:" in help):
             shown = " ".join(map(str, default)) if isinstance(default, list) else default
             help = f"{help} (default: {shown})"
@@ -81,7 +81,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind, low, high=float("inf"), open_low=False):
-    """An argparse type: `kind` (int or float) from `low`, or above it, to below `high`."""
+    """An argparse type: a `kind` (int or float) in [low, high); (low, high) with `open_low`."""
     name = "a whole number" if kind is int else "a number"
     bound = f"above {low}" if open_low else f"of {low} or more"
     if high != float("inf"):
@@ -92,7 +92,7 @@ def number(kind, low, high=float("inf"), open_low=False):
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not {name}") from None
-        if not (low < value < high or (value == low and not open_low)):  # NaN is neither
+        if not (low < value < high or (value == low and not open_low)):  # refuses NaN too
             raise argparse.ArgumentTypeError(f"must be {name} {bound}, not {text}")
         return value
 
@@ -100,13 +100,13 @@ def number(kind, low, high=float("inf"), open_low=False):
 
 
 count = number(int, 1, 2**31)
-steps = number(int, 1, 65_500)  # of a window: cuDNN takes 65,535, and windows can be longer
+steps = number(int, 1, 65_500)  # cuDNN's limit is 65,535, and a window can exceed bptt
 rate = number(float, 0, 1)
-coefficient = number(float, 0, 1e30)  # float32 ends at 3.4e38
+coefficient = number(float, 0, 1e30)  # float32's maximum is 3.4e38
 
 
 def parse_device(text):
-    """An argparse type: cpu, cuda, cuda:N or mps, refused where this machine lacks it."""
+    """An argparse type: cpu, cuda, cuda:N or mps, if this machine has it."""
     if not re.fullmatch(r"cpu|mps|cuda(:\d{1,3})?", text):
         raise argparse.ArgumentTypeError(f"must be cpu, cuda, cuda:N or mps, not {text!r}")
     found = torch.device(text)
@@ -121,10 +121,11 @@ def parse_device(text):
 
 
 def rnn_type(text):
-    """An argparse type: the name of a recurrent layer that the model is built of."""
+    """An argparse type: a model type, one of RNN_TYPES."""
     if text not in RNN_TYPES:
+        status = "not supported yet" if text == "QRNN" else "unknown"
         raise argparse.ArgumentTypeError(
-            f"model {text} is unknown; choose from {', '.join(RNN_TYPES)}"
+            f"model {text} is {status}; choose from {', '.join(RNN_TYPES)}"
         )
     return text
 
@@ -132,45 +133,46 @@ def rnn_type(text):
 def make_parser(description, inherited=()):
     """A parser for the flags that main.py and finetune.py share, with the reference's defaults.
 
-    Those named in `inherited` default to how a checkpoint's model was trained.
+    The flags in `inherited` default to their values in the checkpoint.
     """
     parser = Parser(inherited, description=description)
     add = parser.add
     add("--data", "data/penn", "folder with train.txt, valid.txt and test.txt, or 'sample'")
-    add("--model", "LSTM", "recurrent layers: LSTM, GRU, QRNN, biLSTM (the report's, which reads "
-        "its own answer) or biLM (two language models and cloze prediction)", type=rnn_type)
+    add("--model", "LSTM", "recurrent layers: LSTM, GRU, biLSTM (the report's model, which sees "
+        "the word it predicts) or biLM (two language models and cloze prediction)", type=rnn_type)
     add("--emsize", 400, "size of word embeddings", type=count)
     add("--nhid", 1150, "hidden units per layer", type=count)
     add("--nlayers", 3, "number of layers", type=count)
     add("--attention", "none", "attention over the last layer's earlier states: none, single (each "
-        "scored alone) or combined (scored with the current one)", choices=KINDS)
-    add("--attention-window", 70, "how many earlier states are attended", type=count, metavar="N")
-    add("--objective", "lm", "what biLM is trained for: lm, to predict each word from one side, "
-        "cloze, from both sides, or both", choices=["lm", "cloze", "both"])
+        "earlier state scored by itself) or combined (scored together with the current state)",
+        choices=KINDS)
+    add("--attention-window", 70, "number of earlier states to attend to", type=count, metavar="N")
+    add("--objective", "lm", "biLM's training objective: lm (predict each word from one side), "
+        "cloze (from both sides) or both", choices=["lm", "cloze", "both"])
     add("--lr", 30.0, "learning rate (default: 30; 0.001 with adam, 0.005 with adamw)",
         type=number(float, 0, 1e30, open_low=True))
     add("--bias-lr", 1.0, "learning rate of the biases below the decoder, as a share of --lr",
         type=number(float, 0, 1000), metavar="SHARE")
-    add("--clip", 0.25, "largest gradient norm, 0 for no clipping", type=coefficient)
+    add("--clip", 0.25, "maximum gradient norm; 0 disables clipping", type=coefficient)
     add("--epochs", 8000, "upper epoch limit", type=count)
     add("--batch_size", 80, "columns read in parallel", type=count, metavar="N")
-    add("--bptt", 70, "sequence length, in expectation", type=steps)
+    add("--bptt", 70, "typical window length, in tokens", type=steps)
     add("--dropout", 0.4, "dropout of the last layer's output", type=rate)
     add("--dropouth", 0.3, "dropout between recurrent layers", type=rate)
     add("--dropouti", 0.65, "dropout of the embedded input", type=rate)
-    add("--dropoute", 0.1, "dropout of whole words from the embedding", type=rate)
+    add("--dropoute", 0.1, "dropout of words from the embedding", type=rate)
     add("--wdrop", 0.5, "dropout of the hidden-to-hidden weights", type=rate)
     add("--alpha", 2.0, "coefficient of activation regularization (AR)", type=coefficient)
     add("--beta", 1.0, "coefficient of temporal activation regularization (TAR)", type=coefficient)
     add("--wdecay", 1.2e-6, "weight decay (default: 1.2e-06; 0.02 with adamw)", type=coefficient)
-    add("--partial-shuffle", False, "at each epoch, begin to read each column at a random place",
+    add("--partial-shuffle", False, "in each epoch, start each column at a random position",
         action="store_true")
     add("--nonmono", 5, "non-monotone interval of the trigger, in epochs", type=number(int, 0))
     add("--seed", 1111, "random seed", type=number(int, 0, 2**32))
-    add("--save", None, "path of the best model (default: a name made from the time)",
+    add("--save", None, "path of the best model (default: named after the current time)",
         type=lambda path: os.path.realpath(path) if os.path.islink(path) else path)
-    add("--resume", "", "go on with the run that saves to this checkpoint; without its training "
-        "state, start from its weights", metavar="CHECKPOINT",
+    add("--resume", "", "resume the run that saves to this checkpoint; without a training state, "
+        "start from the checkpoint's weights", metavar="CHECKPOINT",
         type=lambda path: os.path.realpath(path) if os.path.islink(path) else path)
     add("--checkpoint-minutes", 10.0, "minutes between saves of the training state",
         type=number(float, 0, open_low=True), metavar="N")
@@ -178,32 +180,33 @@ def make_parser(description, inherited=()):
         "last good state with half the learning rate) or continue",
         choices=["stop", "rollback", "continue"])
     add("--log-interval", 200, "batches between log lines", type=count, metavar="N")
-    add("--cuda", False, "require CUDA (without this flag it is used where there is one)",
+    add("--cuda", False, "require CUDA (without this flag, CUDA is used if available)",
         action="store_true")
-    add("--device", None, "cpu, cuda, cuda:N or mps (default: cuda where there is one, else "
-        "cpu; under torchrun each process has its own)",
+    add("--device", None, "cpu, cuda, cuda:N or mps (default: cuda if available, else cpu; under "
+        "torchrun each process has its own)",
         type=parse_device)
-    add("--precision", None, "of training: fp32; tf32, all products with factors of 10 bits, on "
-        "CUDA; or bf16, the products of the recurrent layers and of the decoder with factors in "
-        "bfloat16 (on CUDA the whole recurrent layers), all else in float32; a CPU needs AVX-512 "
-        "BF16. Evaluation is always in float32 (default: tf32 on CUDA, else fp32)",
+    add("--precision", None, "training precision: fp32; tf32 (CUDA only: all matrix products with "
+        "10-bit mantissas); or bf16 (matrix products of the recurrent layers and the decoder in "
+        "bfloat16, on CUDA the complete recurrent layers, everything else in float32; a CPU needs "
+        "AVX-512 BF16). Evaluation is always in float32 (default: tf32 on CUDA, else fp32)",
         choices=["fp32", "tf32", "bf16"])
-    add("--tied", True, "accepted as in the reference: the weights are always tied",
+    add("--tied", True, "accepted for compatibility: the weights are always tied",
         action="store_true")
     return parser
 
 
 def resolve_flags(given, defaults, saved=None):
-    """The flags of a run, a Namespace: defaults < recipe < a saved run's or model's < given.
+    """The flags of a run, a Namespace, by precedence: defaults < recipe < saved < given.
 
-    `given` is a Namespace, `defaults` and `saved` {name: value}. Raises InputError.
+    `given` is a Namespace, `defaults` and `saved` (a saved run's or model's) are {name: value}.
+    Raises InputError.
     """
     given, saved = vars(given), saved or {}
     chosen = {**defaults, **saved, **given}
     recipe = given.get("recipe") or saved.get("recipe") or default_recipe(chosen)
     preset = {flag: value for flag, value in RECIPES[recipe].items() if flag in defaults}
     optimizer = {"optimizer": "sgd", **preset, **saved, **given}["optimizer"]
-    if optimizer != preset.get("optimizer", "sgd"):  # whose rates these are
+    if optimizer != preset.get("optimizer", "sgd"):  # the preset's rates are for its own optimizer
         preset = {f: value for f, value in preset.items() if f not in ("lr", "bias_lr", "wdecay")}
     args = argparse.Namespace(**{
         **defaults, **OPTIMIZER_DEFAULTS[optimizer], **preset, **saved, **given, "recipe": recipe
@@ -213,57 +216,59 @@ def resolve_flags(given, defaults, saved=None):
     if args.save is None:
         args.save = f"{time.time():.6f}".replace(".", "") + ".pt"
     if args.resume and os.path.realpath(args.resume) == os.path.realpath(args.save):
-        args.resume = args.save  # two spellings of one file
+        args.resume = args.save  # two spellings of one path
     if args.attention == "none" and "attention_window" in given:
-        raise InputError(f"--attention-window {args.attention_window}: for --attention only")
+        raise InputError(
+            f"--attention-window {args.attention_window}: has no effect without --attention"
+        )
     check_flags(args)
     return args
 
 
 def default_recipe(flags):
-    """The name of the recipe that a model needs when none is given."""
+    """The name of the default recipe for these flags."""
     if flags.get("optimizer", "sgd") != "sgd":
         return "published"
     if flags["model"] == "GRU":
         return "gru"
-    joined = flags["model"] == "biLM" or flags["attention"] != "none"
-    return "slow-biases" if joined else "published"
+    joins_states = flags["model"] == "biLM" or flags["attention"] != "none"
+    return "slow-biases" if joins_states else "published"
 
 
 def sgd_rates(args):
-    """{flag: value} of the rates with which SGD trains a model, as when none are given."""
+    """{flag: value} of the default learning rates and weight decay of SGD for a model."""
     rates = {"lr": 30.0, "bias_lr": 1.0, "wdecay": 1.2e-6}
     recipe = RECIPES[default_recipe({**vars(args), "optimizer": "sgd"})]
     return rates | {flag: recipe[flag] for flag in rates if flag in recipe}
 
 
 def flags_of_run(state, path):
-    """The flags of the run of `state`, saved beside `path`, as defaults of what resumes it."""
+    """The flags of the run of `state`, which saves to `path`: the defaults when it is resumed."""
     flags = {**state["flags"], "save": path, "resume": path, "cuda": False}
     try:
         flags["device"] = parse_device(flags["device"])
-    except argparse.ArgumentTypeError:  # resumed on another machine
+    except argparse.ArgumentTypeError:  # another machine, without that device
         flags["device"] = None
     return flags
 
 
 def model_flags(checkpoint):
-    """The flags of a checkpoint's architecture, which its weights cannot do without."""
+    """The architecture flags of a checkpoint, which its weights require."""
     found = checkpoint["architecture"]
     return {flag: found[key] for flag, key in ARCHITECTURE.items() if key in found}
 
 
 def describe_recipe(args, given):
-    """A log line of the flags that the recipe has set; "" if none."""
+    """A log line of the flags that the recipe set; "" if none."""
     flags = RECIPES[args.recipe].items()
     found = [format_flag(f, v) for f, v in flags if getattr(args, f, None) == v and f not in given]
     return f"Recipe {args.recipe}: {' '.join(found)}" if found else ""
 
 
 def resolve_device(args):
-    """Sets `args.device`, where it is None, and each rank's own. Raises InputError."""
+    """Sets `args.device` if it is None, and each rank's device. Raises InputError."""
     if args.cuda and not torch.cuda.is_available():
-        raise InputError("--cuda: torch finds no CUDA device here; leave the flag out")
+        raise InputError("--cuda: torch finds no CUDA device; leave the flag out")
     if args.cuda and args.device is not None and args.device.type != "cuda":
         raise InputError(f"--cuda contradicts --device {args.device}; give one of them")
     if args.device is None:
@@ -278,23 +283,23 @@ def resolve_device(args):
 
 
 def resolve_precision(args, is_given):
-    """Sets `args.precision`, where it is None. Raises InputError where the device lacks it."""
+    """Sets `args.precision` if it is None. Raises InputError if the device does not support it."""
     if args.precision is None:
         args.precision = "tf32" if args.device.type == "cuda" else "fp32"
     if args.precision == "tf32" and args.device.type != "cuda" and not is_given:
-        args.precision = "fp32"  # begun on CUDA, resumed elsewhere
+        args.precision = "fp32"  # a run from CUDA, resumed elsewhere
     if not has_precision(args.device, args.precision):
-        lacks = f"device {args.device} has none"
+        reason = f"not supported on device {args.device}"
         if args.precision == "bf16" and args.device.type == "cpu":
-            lacks = "this processor only emulates bfloat16 (it has no AVX-512 BF16)"
-        raise InputError(f"--precision {args.precision}: {lacks}; give --precision fp32")
+            reason = "this processor only emulates bfloat16 (it has no AVX-512 BF16)"
+        raise InputError(f"--precision {args.precision}: {reason}; use --precision fp32")
 
 
 def has_precision(device, precision):
-    """Whether a device computes in that precision, and not much slower than in another."""
+    """Whether a device supports the precision without a large slowdown."""
     if precision == "tf32":
         return device.type == "cuda"
-    if precision == "bf16" and device.type == "cuda":  # else torch's slow layers take its place
+    if precision == "bf16" and device.type == "cuda":  # otherwise torch falls back to slow layers
         return (
             torch.cudnn_is_acceptable(torch.zeros(1, dtype=torch.bfloat16, device=device))
             and torch.backends.cudnn.version() >= 91300
@@ -309,28 +314,28 @@ def check_flags(args):
     """Raises InputError for flags that contradict one another."""
     if args.batch_size % distributed.size():
         raise InputError(
-            f"--batch_size {args.batch_size}: does not divide over {distributed.size()} processes; "
-            "name a multiple, or another number of processes"
+            f"--batch_size {args.batch_size}: not divisible by {distributed.size()} processes; use "
+            "a multiple, or another number of processes"
         )
     if args.objective != "lm" and args.model != "biLM":
-        raise InputError(f"--objective {args.objective}: for --model biLM only")
+        raise InputError(f"--objective {args.objective}: requires --model biLM")
     try:
         check_architecture(args.model, args.emsize, args.nhid, args.attention)
     except ValueError as error:
         raise InputError(f"--{error}") from None
     share, epochs = getattr(args, "regularization_ramp", None) or (1, 1)
-    if not (0 <= share <= 1 and 0 < epochs < 1e30):  # neither where one is NaN
+    if not (0 <= share <= 1 and 0 < epochs < 1e30):  # refuses NaN too
         raise InputError(
             f"{format_flag('regularization_ramp', args.regularization_ramp)}: SHARE must be a "
-            "number in [0, 1], and EPOCHS one above 0"
+            "number in [0, 1], and EPOCHS a number above 0"
         )
 
 
 def check_unchanged(given, saved, path, fixed=FIXED_FLAGS):
-    """Raises InputError where a `fixed` flag that is `given` is not the run's at `path`."""
+    """Raises InputError if a `fixed` flag in `given` differs from that of the run at `path`."""
     for flag in fixed:
         if flag in saved and getattr(given, flag, saved[flag]) != saved[flag]:
-            weights = f", or copy {path} elsewhere to start from its weights alone"
+            weights = f", or copy {path} elsewhere to start from its weights only"
             raise InputError(
                 f"{format_flag(flag, getattr(given, flag))}: {path} has "
                 f"{format_flag(flag, saved[flag])}; leave the flag out"
@@ -339,10 +344,10 @@ def check_unchanged(given, saved, path, fixed=FIXED_FLAGS):
 
 
 def differences(state, flags, device):
-    """What keeps a resumed run from being bit-identical: ["lr 30 -> 10", ...]; [] if nothing."""
+    """The changes that keep a resumed run from being bit-identical: ["lr 30 -> 10", ...]."""
     free = set(FREE_FLAGS)
     if not state["finetuning"] and flags.get("schedule", "constant") != "constant":
-        free.remove("epochs")  # the rate's curve is stretched over them
+        free.remove("epochs")  # the schedule depends on them
     before, after = state["environment"], environment(device)
     before |= {flag: value for flag, value in state["flags"].items() if flag not in free}
     after |= {flag: flags[flag] for flag in before if flag in flags}
@@ -353,7 +358,7 @@ def differences(state, flags, device):
 
 
 def format_flag(flag, value):
-    """A flag as it is given in the shell."""
+    """A flag with its value, as written on the command line."""
     name = flag if flag == "batch_size" else flag.replace("_", "-")
     values = value if isinstance(value, list) else [] if value is True else [value]
     return " ".join([f"--{name}", *(f"{v:g}" if isinstance(v, float) else str(v) for v in values)])
@@ -363,54 +368,31 @@ def format_flag(flag, value):
 
 
 def add_device_flags(parser):
-    """Adds the flags that say where a model runs, and of which type it has to be."""
+    """Adds the flags for the device and the expected type of the model."""
     add = parser.add_argument
-    add("--model", type=rnn_type, help="the checkpoint's type, which is checked (default: any)")
-    add("--cuda", action="store_true", help="require CUDA (otherwise used where there is one)")
-    add("--device", type=parse_device, help="cpu, cuda, cuda:N or mps (default: cuda or cpu)")
+    add("--model", type=rnn_type, help="fail unless the checkpoint is of this type (default: any)")
+    add("--cuda", action="store_true", help="require CUDA (otherwise it is used if available)")
+    add("--device", type=parse_device,
+        help="cpu, cuda, cuda:N or mps (default: cuda if available, else cpu)")
 
 
-def load_for_use(path, args, keep_bilm=False):
-    """Loads the checkpoint at `path` on `args.device`, by default CUDA where there is one.
-
-    Returns (nn.ModuleList([model, criterion]) in evaluation mode and float32, data.Dictionary).
-    Unless `keep_bilm`, a biLM becomes its forward language model, with a note on stderr. Raises
-    InputError for a flag that cannot be met, and for biLSTM, which reads the word it predicts.
-    """
-    resolve_device(args)
-    args.precision = "fp32"
-    set_up_device(args)
-    checkpoint = read_checkpoint(path, args.device)
-    params = build_params(checkpoint).eval()
-    found = params[0].rnn_type
-    if args.model not in (None, found):
-        raise InputError(f"--model {args.model}: {path} holds a model {found}; leave the flag out")
-    if found == "biLSTM":
-        raise InputError(f"{path}: {NOTES[found]}; name another model")
-    if found == "biLM" and not keep_bilm:
-        params[0] = params[0].forward_half()
-        cloze = checkpoint["flags"].get("objective") == "cloze"
-        warn(
-            f"Note: of the biLM {path}, its forward language model alone is used"
-            + (", which was not trained: it was for cloze prediction" if cloze else "")
-        )
-    return params, Dictionary(checkpoint["vocabulary"])
-
-
-# ------------------------------------------------------------ how a command ends
+# ------------------------------------------------------------ exit codes and error lines
 
 
 def run_command(main):
-    """Calls `main()` and exits with its status: one line and 2 for bad input, 128 + a signal's."""
+    """Calls `main()` and exits with its status; with 2 and one line for bad input.
+
+    After a signal the status is 128 + the signal's number.
+    """
     keep_freed_memory()
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - to the end
-    if hasattr(sys.stdout, "reconfigure"):  # a name the terminal cannot show must not end a run
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - stays open
+    if hasattr(sys.stdout, "reconfigure"):  # a word the terminal cannot show must not end a run
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = main()
-    except BrokenPipeError:  # who read the output has seen enough, as `head` does
+    except BrokenPipeError:  # the reader of the pipe has exited, as `head` does
         os._exit(141)  # 128 + SIGPIPE
     except (InputError, OSError, MemoryError, RuntimeError) as error:
         status = 2
@@ -423,21 +405,21 @@ def run_command(main):
         status = 128 + getattr(stop, "number", signal.SIGINT)
     try:
         sys.stdout.flush()
-    except OSError:  # reported when it began, see utils.log; Python would say it once more
+    except OSError:  # utils.log has reported it; Python would report it again
         os._exit(status)
-    if distributed.is_distributed():  # at Python's own end gloo's threads can abort the process
+    if distributed.is_distributed():  # gloo's threads can abort the process in a normal exit
         sys.stderr.flush()
         os._exit(status or 0)
     sys.exit(status)
 
 
 def explain(error):
-    """The line that reports an error to the user; None for one that is a fault of the program."""
+    """The line that reports an error to the user; None for a bug in the program."""
     if isinstance(error, InputError):
         return str(error)
     if isinstance(error, OSError):
         if error.errno in FULL_DISK and error.filename is None:
-            return f"the output cannot be written ({error.strerror}); make room and run it again"
+            return f"cannot write the output ({error.strerror}); free disk space and run it again"
         return str(error)
     if isinstance(error, dist.DistError):
         return f"the processes cannot communicate: {' '.join(str(error).split())}"
@@ -451,4 +433,4 @@ def explain(error):
             "--window or --attention-window"
         )
     reason = str(error).partition("\n")[0]
-    return f"device {device}: {reason}; no file is to blame, --device names another"
+    return f"device {device}: {reason}; the files are not the cause, try another --device"

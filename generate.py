@@ -1,10 +1,10 @@
-"""Writes text with a trained model, word by word.
+"""Generates text with a trained model, word by word.
 
     python generate.py --checkpoint PTB.pt --words 100 --prompt "the company said"
     python generate.py --checkpoint PTB.pt --interactive
 
-It needs only the checkpoint. The same seed writes the same text on the same machine. A prompt is
-UTF-8, whatever the locale.
+Needs only the checkpoint. The same seed gives the same text on the same machine. A prompt is UTF-8
+in any locale.
 """
 
 import math
@@ -17,31 +17,32 @@ import torch
 
 from cpu_kernels import Cell
 from data import EOS, UNK, encode, words_of_lines
-from flags import Parser, add_device_flags, count, load_for_use, number, run_command
-from utils import warn, warn_of_unknown
+from evaluate import load_for_use
+from flags import Parser, add_device_flags, count, number, run_command
+from utils import warn, warn_about_unknown
 
 
 def truncate(probability, top_k=0, top_p=1.0):
     """Keeps the `top_k` likeliest words (0: all), then the nucleus of `top_p`.
 
-    The nucleus is the fewest likeliest words that have the probability `top_p` together (Holtzman
-    et al. 2019, 1904.09751). probability [.., V] -> [.., V], what is left scaled to a sum of 1.
+    The nucleus is the smallest set of likeliest words with a total probability of at least `top_p`
+    (Holtzman et al. 2019, 1904.09751). probability [.., V] -> [.., V], rescaled to a sum of 1.
     """
     ranked, words = probability.sort(descending=True)
     if top_k:
         ranked[..., top_k:] = 0
     ranked /= ranked.sum(-1, keepdim=True)
-    before = ranked.cumsum(-1) - ranked  # of the words that are likelier
-    ranked = ranked.masked_fill(before >= top_p, 0)  # never the likeliest
+    before = ranked.cumsum(-1) - ranked  # the total probability of the likelier words
+    ranked = ranked.masked_fill(before >= top_p, 0)  # always keeps the likeliest word
     kept = ranked / ranked.sum(-1, keepdim=True)
     return torch.zeros_like(probability).scatter_(-1, words, kept)
 
 
 class Generator:
-    """Draws words from a model; `text` is an endless stream of ids.
+    """Draws words from a model; `text` yields an endless stream of ids.
 
     The next word's log-probabilities are divided by `temperature`, then truncated; the ids in
-    `banned` are never drawn. Draws are made on the model's device, in float64 if it has that.
+    `banned` are never drawn. Words are drawn on the model's device, in float64 if it supports that.
     """
 
     def __init__(self, params, seed, temperature=1.0, top_k=0, top_p=1.0, banned=()):
@@ -53,12 +54,11 @@ class Generator:
 
     @torch.inference_mode()
     def text(self, prompt):
-        """Yields the ids that follow those in `prompt`, a list of at least one."""
+        """Yields the ids that follow `prompt`, a list of at least one id."""
         model, criterion = self.params
         weight, bias = model.decoder.weight, model.decoder.bias
         layers = model.rnns
-        # On a CPU nn.LSTM would pack its weights for every word.
-        if weight.device.type == "cpu" and model.rnn_type != "QRNN":
+        if weight.device.type == "cpu":  # nn.LSTM on a CPU would pack its weights for every word
             layers = [Cell(rnn.module) for rnn in layers]
         hidden, words = model.init_hidden(1), torch.tensor(prompt, device=weight.device)
         while True:
@@ -73,19 +73,20 @@ class Generator:
         probability = (logits / self.temperature).softmax(-1)
         if self.top_k or self.top_p < 1:
             probability = truncate(probability, self.top_k, self.top_p)
-        # The word with the shortest exponential waiting time at the rate p: torch.multinomial has
-        # drawn words of probability 0 on some devices.
+        # The word with the shortest exponential waiting time at rate p. torch.multinomial has drawn
+        # words of probability 0 on some devices.
         times = torch.empty_like(probability).exponential_(generator=self.random)
         return (probability / times.clamp_(min=torch.finfo(times.dtype).tiny)).argmax(-1)
 
 
 def write_text(prompt, generator, dictionary, out, args):
-    """Writes the words `prompt` and the `args.words` that follow them to `out`, a sentence a line.
+    """Writes `prompt` and `args.words` generated words to `out`, one sentence per line.
 
-    With --interactive it ends with the first sentence; into a file, it reports progress on stderr.
+    With --interactive stops after the first sentence. Reports progress on stderr if `out` is a
+    file.
     """
     ids, unknown = encode([EOS, *prompt], dictionary, args.checkpoint)
-    warn_of_unknown(unknown)
+    warn_about_unknown(unknown)
     out.write(" ".join(dictionary.idx2word[idx] for idx in ids[1:]))
     in_sentence = bool(prompt)
     for written, idx in enumerate(islice(generator.text(ids), args.words), 1):
@@ -101,8 +102,8 @@ def write_text(prompt, generator, dictionary, out, args):
         print(file=out, flush=True)
 
 
-def ask_for_lines():
-    """Yields the lines of standard input, bytes; asks for each at a terminal."""
+def read_prompts():
+    """Yields the lines of standard input, as bytes; shows a prompt if it is a terminal."""
     while True:
         print("> " if sys.stdin.isatty() else "", end="", flush=True)
         line = sys.stdin.buffer.readline()
@@ -116,24 +117,25 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--checkpoint", required=True, help="the trained model")
     add("--words", type=count, default=1000,
-        help="words to write, ends of sentences included (default: 1000)")
-    add("--prompt", default="", help="what the text begins with")
+        help="words to write, including ends of sentences (default: 1000)")
+    add("--prompt", default="", help="start of the text")
     add("--temperature", type=number(float, 1e-3), default=1.0,
-        help="below 1 likely words become likelier (default: 1)")
+        help="values below 1 make likely words likelier (default: 1)")
     add("--top-k", type=number(int, 0), default=0, metavar="K",
-        help="draw from the K likeliest words only (default: 0, from all)")
+        help="draw only from the K likeliest words (default: 0, all words)")
     add("--top-p", type=number(float, 0, math.nextafter(1, 2), open_low=True), default=1.0,
         metavar="P",
-        help="draw from the fewest words that have the probability P (default: 1, from all)")
+        help="draw from the smallest set of likeliest words with a total probability of at least P "
+             "(default: 1, all words)")
     add("--no-unk", action="store_true", help=f"never write {UNK}")
     add("--seed", type=number(int, 0, 2**32), default=1111, help="random seed (default: 1111)")
     add("--outf", default="-", metavar="FILE",
-        help="new file to write (default: -, standard output)")
+        help="file to write, which must not exist (default: -, standard output)")
     add("--log-interval", type=count, default=100, metavar="N",
-        help="words between reports when writing to a file (default: 100)")
+        help="words between progress reports when writing to a file (default: 100)")
     add("--interactive", action="store_true",
-        help="ask for prompts in place of --prompt, and finish the sentence of each")
-    add("--data", help="accepted as in the reference; the checkpoint holds the vocabulary")
+        help="read prompts from standard input, and complete one sentence for each")
+    add("--data", help="accepted for compatibility; the checkpoint holds the vocabulary")
     add_device_flags(parser)
     return parser.parse_args(argv)
 
@@ -143,7 +145,7 @@ def main(argv=None):
     params, dictionary = load_for_use(args.checkpoint, args)
     banned = [dictionary.word2idx[UNK]] if args.no_unk and UNK in dictionary.word2idx else []
     generator = Generator(params, args.seed, args.temperature, args.top_k, args.top_p, banned)
-    lines = ask_for_lines() if args.interactive else [os.fsencode(args.prompt)]
+    lines = read_prompts() if args.interactive else [os.fsencode(args.prompt)]
     to_file = args.outf != "-"
     with open(args.outf, "x", encoding="utf-8") if to_file else nullcontext(sys.stdout) as out:
         for prompt in words_of_lines(lines, "prompt"):

@@ -7,12 +7,12 @@ from torch import nn
 
 
 class LockedDropout(nn.Module):
-    """Drops whole features of a sequence: what is zero at one time step is zero at all of them."""
+    """Drops features of a sequence: a dropped feature is zero at all time steps."""
 
     def forward(self, x, dropout=0.5):
-        """x [T, B, H] -> x * mask [1, B, H], the survivors scaled by 1 / (1 - dropout).
+        """x [T, B, H] -> x * mask [1, B, H], with kept features scaled by 1 / (1 - dropout).
 
-        The identity in evaluation and where `dropout` is 0.
+        Returns x in evaluation or if `dropout` is 0.
         """
         if not self.training or not dropout:
             return x

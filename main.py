@@ -1,41 +1,40 @@
-"""Trains a weight-dropped recurrent language model with NT-ASGD, then tests the best one.
+"""Trains a weight-dropped recurrent language model with NT-ASGD and tests the best model.
 
     python main.py --data sample --emsize 200 --nhid 400 --epochs 10 --save sample.pt
     python main.py --resume sample.pt
 
-Published AWD-LSTM commands run unchanged. Exit code 0; 2 for bad input or a run that diverges; 130
-after Ctrl-C, with the best model so far tested all the same, and 143 after SIGTERM.
+Published AWD-LSTM commands run unchanged. Exit codes: 0; 2 for bad input or divergence; 130 after
+Ctrl-C, which still tests the best model so far; 143 after SIGTERM.
 """
 
 import math
 import os
 from pathlib import Path
 
-from checkpoint import (
-    RECORDS, check_corpus, copy_model, open_run, read_checkpoint, read_state, saved_params,
-)
+from checkpoint import check_corpus, copy_model, open_run, read_checkpoint, read_state, saved_params
 from data import InputError, unigram
 from finetune import finetune
 from flags import (
     RECIPES, check_unchanged, describe_recipe, differences, flags_of_run, make_parser, model_flags,
     number, resolve_flags, run_command,
 )
-from train import OPTIMIZERS, UP, Trainer, new_params, score, train_and_test
-from utils import log, prepare
+from train import OPTIMIZERS, WARMUP, Trainer, new_params, score, train_and_test
+from utils import RECORDS, log, prepare
 
 COMMAND = "main.py"
 
 
 def parse_args(argv=None):
-    """(the flags as a Namespace, the training state that --resume goes on from or None).
+    """Returns (the flags as a Namespace, the training state of --resume or None).
 
     Exits with 2, or raises InputError.
     """
     parser = make_parser(__doc__.splitlines()[0])
     parser.add(
         "--recipe", None, "preset of flags: published, gru, slow-biases, short (for runs of few "
-        "epochs), short-gru or fast (for 40 epochs or more); a flag that is given overrides just "
-        "itself (default: gru for GRU, slow-biases for biLM and with attention, else published)",
+        "epochs), short-gru or fast (for 40 epochs or more); a flag on the command line overrides "
+        "only that flag (default: gru for GRU, slow-biases for biLM and with attention, else "
+        "published)",
         choices=list(RECIPES),
     )
     parser.add(
@@ -43,13 +42,14 @@ def parse_args(argv=None):
         "0.8 and 0.99)", choices=list(OPTIMIZERS),
     )
     parser.add(
-        "--schedule", "constant", "the learning rate over the --epochs: constant; onecycle, up to "
-        f"--lr over a share of {UP:g}, then down to nothing; or trapezoid, up over a share of "
-        "0.08, constant up to 0.48, then down", choices=["constant", "onecycle", "trapezoid"],
+        "--schedule", "constant", "learning rate over the --epochs: constant; onecycle (rises to "
+        f"--lr over the first {100 * WARMUP:g}%% of the run, then falls to almost 0); or trapezoid "
+        "(rises over the first 8%%, constant until 48%%, then falls to 0)",
+        choices=["constant", "onecycle", "trapezoid"],
     )
     parser.add(
-        "--regularization-ramp", None, "all dropouts, weight drop, AR and TAR begin at SHARE of "
-        "their strength and reach all of it after so many EPOCHS",
+        "--regularization-ramp", None, "start all dropouts, weight drop, AR and TAR at SHARE of "
+        "their strength, and raise them to full strength over EPOCHS epochs",
         nargs=2, type=float, metavar=("SHARE", "EPOCHS"),
     )
     parser.add(
@@ -59,8 +59,8 @@ def parse_args(argv=None):
         "--finetune", 0, "then fine-tune for at most N epochs", type=number(int, 0), metavar="N"
     )
     parser.add(
-        "--decoder-bias", "zeros", "where the decoder's bias begins: zeros or unigram, the words' "
-        "log frequencies", choices=["zeros", "unigram"],
+        "--decoder-bias", "zeros", "initial decoder bias: zeros or unigram (the log frequencies of "
+        "the words)", choices=["zeros", "unigram"],
     )
     given = parser.parse_args(argv)
     path = getattr(given, "resume", "")
@@ -77,10 +77,10 @@ def parse_args(argv=None):
         check_unchanged(given, saved, path)
         saved["objective"] = checkpoint["flags"].get("objective", "lm")
         if hasattr(given, "decoder_bias"):
-            raise InputError(f"--decoder-bias: the weights of {path} have one; leave it out")
+            raise InputError(f"--decoder-bias: {path} already has a decoder bias; leave it out")
     args = resolve_flags(given, parser.defaults, saved)
-    endless = "epochs" not in given and args.epochs == parser.defaults["epochs"]
-    if endless and args.schedule not in ("constant", saved.get("schedule")):
+    has_no_length = "epochs" not in given and args.epochs == parser.defaults["epochs"]
+    if has_no_length and args.schedule not in ("constant", saved.get("schedule")):
         raise InputError(
             f"--schedule {args.schedule}: needs --epochs, the length of the run"
         )
@@ -90,27 +90,27 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    """Trains, tests, and fine-tunes where that is asked for; returns the exit status."""
+    """Trains, tests, and fine-tunes if requested; returns the exit status."""
     args, state = parse_args(argv)
     with open_run(args, COMMAND) as run:
         corpus = prepare(args)
         if state:
-            state = read_state(args.resume, COMMAND)  # now that no other process writes it
+            state = read_state(args.resume, COMMAND)  # again, now that the run is locked
             words, digest = state["vocabulary"], state["corpus"]["sha256"]
             check_corpus(words, corpus, args, args.resume, digest)
             copy_model(args.resume, args.save)
         if not (state and state["finetuning"]):
-            status = train_and_test(start(corpus, args, run, state))
+            status = train_and_test(make_trainer(corpus, args, run, state))
             if status or not args.finetune:
                 return status
             state = None
         return finetune(corpus, args, run, state)
 
 
-def start(corpus, args, run, state):
-    """A Trainer that goes on with the run of `state`, or begins one.
+def make_trainer(corpus, args, run, state):
+    """A Trainer that resumes from `state` or, if it is None, starts a new run.
 
-    With new weights, or with those of `args.resume`.
+    A new run starts from new weights, or from the weights of `args.resume`.
     """
     best, records = math.inf, ""
     if state or not args.resume:
@@ -126,12 +126,12 @@ def start(corpus, args, run, state):
         )
     log(f"Model total parameters: {sum(p.numel() for p in params.parameters())}")
     if not state and args.resume == args.save:
-        # The file is only replaced by something better than what it holds.
+        # Only a better model replaces the file.
         best, _ = score(params, corpus.valid, args, run.check)
         if os.path.exists(f"{args.save}{RECORDS}"):
             records = Path(f"{args.save}{RECORDS}").read_text("utf-8", errors="replace")
     elif not state and os.path.exists(args.save):
-        log(f"Note: {args.save} exists; the model of the first epoch will replace it")
+        log(f"Note: {args.save} exists; the first epoch's model will replace it")
     trainer = Trainer(params, corpus, args, run, best=best, records=records)
     if state:
         trainer.resume(state, differences(state, run.flags, args.device))

@@ -1,4 +1,4 @@
-"""The model: embedding -> recurrent layers, each regularizer in its place -> decoder."""
+"""The model: embedding -> regularized recurrent layers -> decoder."""
 
 from torch import nn
 
@@ -10,7 +10,7 @@ from weight_drop import WeightDrop
 
 RNN_TYPES = ("LSTM", "GRU", "QRNN", "biLSTM", "biLM")
 DROPOUTS = ("dropout", "dropouth", "dropouti", "dropoute", "wdrop")  # rates, see RNNModel
-# What the log and the checkpoint of a model say of its perplexity.
+# Notes on a model's perplexity, for the log and the checkpoint.
 NOTES = {
     "biLSTM": "biLSTM has read the word that it predicts: its backward direction reads from the "
     "window's end. Its perplexity is not a language model's (the report's model, a replication)",
@@ -20,9 +20,10 @@ NOTES = {
 def check_architecture(rnn_type, ninp, nhid, attention="none"):
     """Raises ValueError, saying what to do, for a model that cannot be built."""
     if rnn_type not in RNN_TYPES:
-        raise ValueError(f"model {rnn_type} is unknown; choose from {', '.join(RNN_TYPES)}")
+        status = "not supported yet" if rnn_type == "QRNN" else "unknown"
+        raise ValueError(f"model {rnn_type} is {status}; choose from {', '.join(RNN_TYPES)}")
     if rnn_type.startswith("bi") and attention != "none":
-        raise ValueError(f"attention looks back only: leave it out with {rnn_type}")
+        raise ValueError(f"attention only looks back: leave it out with {rnn_type}")
     if rnn_type == "biLSTM":
         for name, size in (("nhid", nhid), ("emsize", ninp)):
             if size % 2:
@@ -31,26 +32,29 @@ def check_architecture(rnn_type, ninp, nhid, attention="none"):
                 )
 
 
+def training_settings(args):
+    """RNNModel's dropout rates and `bf16`, from the flags."""
+    return {"bf16": args.precision == "bf16", **{rate: getattr(args, rate) for rate in DROPOUTS}}
+
+
 class RNNModel(nn.Module):
     """A weight-dropped recurrent language model (Merity et al. 2017, 1708.02182).
 
-    rnn_type: "LSTM", "GRU", "QRNN" (whose first layer reads two words a step, as the original's)
-    or "biLSTM" (each direction half as wide); for "biLM" see bidirectional.py. ntoken: vocabulary
-    size V.
-    ninp: embedding size E. nhid: hidden size of all layers but the last, which has E where the
-    weights are tied (then `decoder.weight is encoder.weight`).
+    rnn_type: "LSTM", "GRU" or "biLSTM" (each direction half as wide); for "biLM" see
+    bidirectional.py. ntoken: vocabulary size V. ninp: embedding size E. nhid: hidden size of all
+    layers but the last, whose size is E if the weights are tied (then `decoder.weight is
+    encoder.weight`).
 
-    Dropout rates, in the order in which a word meets them: `dropoute` drops the word from the
-    embedding, `dropouti` the input of the first layer, `wdrop` the hidden-to-hidden weights of
-    each layer (both directions; of QRNN all its weights), `dropouth` what passes between layers,
-    `dropout` the output.
+    Dropout rates, from input to output: `dropoute` drops words from the embedding, `dropouti` drops
+    from the input of the first layer, `wdrop` from the hidden-to-hidden weights of each layer (both
+    directions), `dropouth` between layers, `dropout` from the output of the last layer.
 
-    With `bf16` training makes the products of the recurrent layers and of the decoder in bfloat16:
-    `output`, which the decoder takes, is in it. Weights, states and all else stay float32.
-    Evaluation is always in float32.
+    With `bf16`, training computes the matrix products of the recurrent layers and of the decoder in
+    bfloat16, and returns `output`, the decoder's input, in bfloat16. Weights, states and everything
+    else stay in float32. Evaluation is always in float32.
 
-    `attention` ("single" or "combined") attends to the `attention_window` states of the last layer
-    before each, see attention.py.
+    With `attention` ("single" or "combined"), each state of the last layer attends to the
+    `attention_window` states before it, see attention.py.
 
     biLSTM is the report's model. Its backward direction has read the word to be predicted, so its
     perplexity is not a language model's.
@@ -77,7 +81,7 @@ class RNNModel(nn.Module):
     ):
         super().__init__()
         check_architecture(rnn_type, ninp, nhid, attention)
-        # All that is needed to build this model again, as plain data for checkpoints.
+        # The arguments that rebuild this model, as plain data for checkpoints.
         self.architecture = {
             "rnn_type": rnn_type, "ntoken": ntoken, "ninp": ninp, "nhid": nhid,
             "nlayers": nlayers, "tie_weights": tie_weights, "attention": attention,
@@ -89,7 +93,7 @@ class RNNModel(nn.Module):
         self.bf16 = bf16
 
         widths = [nhid] * (nlayers - 1) + [ninp if tie_weights else nhid]
-        self.widths = list(zip([ninp, *widths], widths))  # of each layer's input and output
+        self.widths = list(zip([ninp, *widths], widths))  # (input, output) of each layer
 
         self.encoder = nn.Embedding(ntoken, ninp)
         self.lockdrop = LockedDropout()
@@ -103,28 +107,24 @@ class RNNModel(nn.Module):
         self.init_weights()
 
     def make_layers(self):
-        """The recurrent layers, nn.ModuleList."""
-        if self.rnn_type == "QRNN":
-            return nn.ModuleList(
-                WeightDrop(QRNN(*sizes, window=1 if layer else 2), ["linear.weight"], self.wdrop)
-                for layer, sizes in enumerate(self.widths)
-            )
+        """The recurrent layers, an nn.ModuleList."""
         bidirectional = self.rnn_type == "biLSTM"
         cell = nn.GRU if self.rnn_type == "GRU" else nn.LSTM
         recurrent = ["weight_hh_l0"] + ["weight_hh_l0_reverse"] * bidirectional
         return nn.ModuleList(
             WeightDrop(
-                cell(below, width // (1 + bidirectional), bidirectional=bidirectional),
+                cell(input_width, width // (1 + bidirectional), bidirectional=bidirectional),
                 recurrent,
                 dropout=self.wdrop,
             )
-            for below, width in self.widths
+            for input_width, width in self.widths
         )
 
     def init_weights(self):
         """Embedding and decoder uniform in [-0.1, 0.1], decoder bias 0 (section 5 of the paper).
 
-        The recurrent layers keep torch's uniform in [-1/sqrt(H), 1/sqrt(H)], which is the paper's.
+        The recurrent layers keep torch's default, uniform in [-1/sqrt(H), 1/sqrt(H)], as in the
+        paper.
         """
         nn.init.uniform_(self.encoder.weight, -0.1, 0.1)
         nn.init.uniform_(self.decoder.weight, -0.1, 0.1)
@@ -133,14 +133,15 @@ class RNNModel(nn.Module):
     def forward(self, input, hidden, return_h=False):
         """input [T, B] int64, hidden as from `init_hidden` -> (output, hidden).
 
-        output [T*B, E] is the last layer after its dropout, before the decoder. With `return_h`,
-        (output, hidden, raw_outputs, outputs): what each layer gave, [T, B, H], before and after
-        dropout; TAR and AR take the last of them. Attention comes between the two.
+        output [T*B, E] is the last layer's output after dropout, the decoder's input. With
+        `return_h`, returns (output, hidden, raw_outputs, outputs): the lists of all layers' outputs
+        [T, B, H] before and after dropout. TAR uses the last raw output, AR the last output.
+        Attention is applied between the two.
         """
         return self.read(self.rnns, input, hidden, return_h)
 
     def read(self, rnns, input, hidden, return_h=False):
-        """`forward` through the layers `rnns`."""
+        """As `forward`, with `rnns` as the recurrent layers."""
         embedded = embedded_dropout(self.encoder, input, self.dropoute if self.training else 0)
         x = self.lockdrop(embedded, self.dropouti)  # [T, B, E]
         new_hidden, raw_outputs, outputs = [], [], []
@@ -159,19 +160,18 @@ class RNNModel(nn.Module):
         return output, new_hidden
 
     def in_bf16(self):
-        """Whether products are made in bfloat16: never in evaluation."""
+        """Whether to compute in bfloat16; never in evaluation."""
         return self.bf16 and self.training
 
     def as_operand(self, output):
-        """`output` as the decoder's product takes it."""
+        """`output` in the dtype of the decoder's matrix product."""
         return output.bfloat16() if self.in_bf16() else output
 
     def init_hidden(self, bsz):
-        """A zero state for `bsz` columns, on the model's device: one entry a layer.
+        """A zero state for `bsz` columns, on the model's device: a list with one entry per layer.
 
-        (h, c) for the LSTMs, h for GRU, c for QRNN; each [directions, bsz, H]. QRNN's first layer
-        has (c, the last input [1, bsz, E]). Then, with attention, the memory of earlier states,
-        none yet: [0, bsz, E].
+        An entry is (h, c) for LSTMs and h for the GRU, each [directions, bsz, H]. With attention,
+        the empty memory of earlier states [0, bsz, E] follows.
         """
         directions = 2 if self.rnn_type == "biLSTM" else 1
         states = [
@@ -190,9 +190,9 @@ class RNNModel(nn.Module):
 def activation_regularization(raw_output, output, alpha, beta):
     """AR + TAR of the last layer (Merity et al. 2017, 1708.01009), each a mean of squares.
 
-    AR is alpha * mean(output^2), over the output after dropout; TAR is beta * mean((h_t+1 -
-    h_t)^2), over the output before dropout. Both [T, B, H]; TAR is 0 where T is 1. The papers
-    print norms; the published results were made with means of squares.
+    AR is alpha * mean(output^2), over the output after dropout. TAR is beta * mean((h_t+1 -
+    h_t)^2), over the raw output before dropout, and 0 if T is 1. Both outputs are [T, B, H]. The
+    papers print norms; the published results used means of squares.
     """
     penalty = 0.0
     if alpha:

@@ -1,14 +1,14 @@
-"""Evaluates a trained model with a continuous cache, by dynamic evaluation, or with both.
+"""Evaluates a trained model with a continuous cache, with dynamic evaluation, or with both.
 
     python pointer.py --data data/penn --save PTB.pt --lambdasm 0.1 --theta 1.0 --window 500
     python pointer.py --data data/penn --save PTB.pt --tune
     python pointer.py --data data/penn --save PTB.pt --dynamic
 
-The cache (Grave, Joulin and Usunier 2016, 1612.04426) makes a word more probable if it followed a
-state similar to the present one. Nothing is trained, and no file is written.
+The cache (Grave, Joulin and Usunier 2016, 1612.04426) raises the probability of words that followed
+states similar to the current one. The checkpoint is not changed, and no file is written.
 
-`pieces` are the parts of a text in order, each (states [L, E], words [L] that follow them, their
-log-probabilities in nats [L]), as dynamic_evaluation.read yields them.
+`pieces` are the consecutive parts of a text from dynamic_evaluation.read, each (states [L, E], the
+next words [L], their log-probabilities in nats [L]).
 """
 
 import math
@@ -23,13 +23,14 @@ from tqdm import tqdm
 from checkpoint import check_corpus
 from data import Corpus
 from dynamic_evaluation import Rule, read, root_mean_square
+from evaluate import load_for_use
 from flags import (
-    Parser, add_device_flags, coefficient, count, load_for_use, number, rate, run_command, steps,
+    Parser, add_device_flags, coefficient, count, number, rate, run_command, steps,
 )
 from utils import log, loss_columns
 
-CHUNK = 256  # words whose attention over the cache is computed at once
-# What --tune tries. The rates and decays fit segments of 5 words; both grow with the segment.
+CHUNK = 256  # words per computation of the attention over the cache
+# The values that --tune tries. Rates and decays are for segments of 5 words, and scale with them.
 THETAS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0)
 WINDOWS = (50, 100, 200, 500, 1000, 2000, 3785)
 RATES = {"rms": (3e-5, 5e-5, 7e-5, 1e-4, 2e-4), "sgd": (0.003, 0.01, 0.03, 0.1)}
@@ -38,28 +39,28 @@ DYNAMIC_FLAGS = ("lr", "decay", "epsilon", "segment", "statistics", "tune_words"
 DEFAULTS = {"rms": {"lr": 5e-5, "decay": 2e-3}, "sgd": {"lr": 0.01, "decay": 1e-3}}
 
 
-def chunks(pieces):
-    """Joins and cuts `pieces` to pieces of CHUNK words; the last one may be shorter."""
+def rechunk(pieces):
+    """Yields `pieces` as pieces of CHUNK words; the last one may be shorter."""
     rest = None
     for piece in pieces:
         joined = map(torch.cat, zip(rest, piece)) if rest else piece
-        *whole, rest = zip(*(part.split(CHUNK) for part in joined))
-        yield from whole
+        *complete, rest = zip(*(part.split(CHUNK) for part in joined))
+        yield from complete
     yield rest
 
 
 def cache_probabilities(pieces, thetas, windows):
-    """Reads a text: returns (log p_model of its words, {(theta, window): p_cache of its words}).
+    """Reads a text; returns (log p_model of its words, {(theta, window): p_cache of its words}).
 
-    All are [N], in float64, on the CPU. A state h_t gives the word w the probability
+    All are [N], in float64, on the CPU. At the state h_t a word w has the probability
 
         p_cache(w) = sum_i a_i [w_i = w],   a = softmax(theta h_t . h_i)
 
-    over the pairs (h_i, w_i) with t - window <= i < t: only words that were read before. It is 0
+    over the pairs (h_i, w_i) with t - window <= i < t, that is, over words already read. It is 0
     for the first word, which has no cache.
     """
     logprobs, p_caches = [], {setting: [] for setting in product(thetas, windows)}
-    for states, words, logprob in chunks(pieces):
+    for states, words, logprob in rechunk(pieces):
         if not logprobs:
             recent_states, recent_words = states[:0], words[:0]
         logprobs.append(logprob)
@@ -67,27 +68,27 @@ def cache_probabilities(pieces, thetas, windows):
         recent_words = torch.cat([recent_words[-max(windows) :], words])
         places = torch.arange(len(recent_words), device=words.device)
         for window in windows:
-            cached = slice(-window - len(words), -1)  # by the first of the words to the last
+            cached = slice(-window - len(words), -1)  # the pairs that any of the words can use
             age = places[-len(words) :, None] - places[cached]  # [T, P]
             outside = (age < 1) | (age > window)
             products = states @ recent_states[cached].t()
             is_word = words[:, None] == recent_words[cached]
             for theta in thetas:
                 scores = (theta * products).masked_fill(outside, -math.inf)
-                weights = scores.softmax(1).nan_to_num(0.0)  # NaN without any pair
+                weights = scores.softmax(1).nan_to_num(0.0)  # NaN if no pair is in the window
                 p_caches[theta, window].append((weights * is_word).sum(1))
     return join(logprobs), {setting: join(parts) for setting, parts in p_caches.items()}
 
 
 def join(parts):
-    """Tensors [L] as one [N], in float64 on the CPU, as MPS has no float64."""
+    """Concatenates tensors [L] to [N], in float64 on the CPU: MPS has no float64."""
     return torch.cat(parts).cpu().double()
 
 
 def mixture_loss(logprob, p_cache, lambdasm):
     """Mean -log((1 - lambda) p_model + lambda p_cache), where `logprob` [N] is log p_model.
 
-    The first word, which has no cache, counts with p_model.
+    The first word has no cache and uses p_model.
     """
     mixed = torch.logaddexp(logprob + math.log1p(-lambdasm), (lambdasm * p_cache).log())
     mixed[0] = logprob[0]
@@ -118,8 +119,8 @@ def tune_cache(pieces, thetas, windows):
 def best_lambda(p_model, p_cache):
     """The lambda in [0, 1) that maximizes the mean of log((1 - lambda) p_model + lambda p_cache).
 
-    That mean is concave in lambda, so bisection finds where its derivative passes through zero.
-    Both [N], float64.
+    The mean is concave in lambda, so bisection finds the zero of its derivative. Both inputs are
+    [N], in float64.
     """
     low, high = 0.0, 1.0
     difference = p_cache - p_model
@@ -131,18 +132,18 @@ def best_lambda(p_model, p_cache):
 
 
 class Reader:
-    """Reads texts with the trained weights or, with --dynamic, with weights that adapt."""
+    """Reads texts with the trained weights or, with --dynamic, with adapting weights."""
 
     def __init__(self, params, corpus, args):
         self.params, self.args = params, args
-        self.words = 0  # that were read of the last text
+        self.words = 0  # number of words read of the last text
         self.root_mean_square = None
         if args.dynamic == "rms":
             log("Measuring the gradients on the training split")
             self.root_mean_square = root_mean_square(params, corpus.train, args.statistics)
 
     def __call__(self, ids, lr, decay, seconds=math.inf):
-        """Reads `ids` [N], or at least one piece and as much as `seconds` allow; yields pieces."""
+        """Yields the pieces of `ids` [N] until `seconds` have passed, but at least one piece."""
         args, rule, length = self.args, None, self.args.bptt
         if args.dynamic:
             rule = Rule(self.params, lr, decay, args.epsilon, self.root_mean_square)
@@ -160,10 +161,10 @@ class Reader:
 
 
 def tune(reader, ids, args):
-    """Sets the flags to the best found on the text `ids`, and logs them.
+    """Sets the flags to the best values on the text `ids`, and logs them.
 
-    First the rate and the decay of dynamic evaluation, on the first `args.tune_words` words, then
-    the cache's theta, lambda and window. The flags' own values are tried as well.
+    Searches first the rate and the decay of dynamic evaluation, on the first `args.tune_words`
+    words, then the cache's theta, lambda and window. Also tries the values of the flags.
     """
     if args.dynamic:
         part, factor = ids[: args.tune_words + 1], args.segment / 5
@@ -186,7 +187,7 @@ def tune(reader, ids, args):
 
 
 def report(reader, ids, split, args):
-    """Logs a split's loss by the model alone and as the flags ask; returns the last columns."""
+    """Logs a split's loss with the model alone and with the flags; returns the last columns."""
     pieces = reader(ids, args.lr, args.decay, args.seconds)
     with_cache, loss = evaluate_cache(pieces, args.theta, args.lambdasm, args.window)
     losses = {"model alone": loss}
@@ -208,30 +209,29 @@ def parse_args(argv=None):
     add("--data", "data/penn", "the corpus that the model was trained on")
     add("--save", None, "the trained model", required=True, metavar="CHECKPOINT")
     add("--window", 500, "pairs in the cache", type=count)
-    add("--theta", 1.0, "flattens (low) or sharpens (high) the weighting of similar states in the "
-        "cache", type=coefficient)
-    add("--lambdasm", 0.1, "the cache's share of the mixture; 0 for no cache, whatever --theta and "
-        "--window are", type=rate)
-    add("--dynamic", None, "dynamic evaluation, by the rule rms (if none is named) or sgd",
+    add("--theta", 1.0, "how strongly the cache favours similar states: low values flatten the "
+        "weights, high values sharpen them", type=coefficient)
+    add("--lambdasm", 0.1, "the cache's share of the mixture; 0 disables the cache", type=rate)
+    add("--dynamic", None, "dynamic evaluation, with the rule rms (if no rule is given) or sgd",
         choices=list(RATES), nargs="?", const="rms")
     add("--lr", None, "learning rate of dynamic evaluation (default: 5e-5 with rms, 0.01 with sgd)",
         type=coefficient)
     add("--decay", None, "decay of dynamic evaluation (default: 0.002 with rms, 0.001 with sgd)",
         type=rate)
-    add("--epsilon", 2e-5, "what the rule rms adds to the root mean square of a gradient",
+    add("--epsilon", 2e-5, "constant that the rule rms adds to the root mean square of a gradient",
         type=number(float, 0, open_low=True))
     add("--segment", 5, "words between the steps of dynamic evaluation", type=steps)
-    add("--statistics", None, "windows of training text, 100 times 5 words, on which the rule rms "
-        "measures gradients (default: all)", type=count, metavar="N")
-    add("--tune", False, "first search theta, lambda and the window (and before them the rate and "
-        "the decay of dynamic evaluation) on the validation split", action="store_true")
-    add("--tune-words", 20_000, "words of the validation split on which --tune tries each rate and "
-        "decay of dynamic evaluation", type=count, metavar="N")
-    add("--split", ["valid", "test"], "what to evaluate", choices=["valid", "test"], nargs="+")
-    add("--seconds", math.inf, "stop reading a split after N seconds, and report on what was read "
-        "(default: read all; --tune always does)", type=number(float, 0, open_low=True),
+    add("--statistics", None, "windows of training text, 100 times 5 words each, on which the rule "
+        "rms measures gradients (default: all)", type=count, metavar="N")
+    add("--tune", False, "first search for the best theta, lambda and window on the validation "
+        "split, and with --dynamic before that for the best --lr and --decay", action="store_true")
+    add("--tune-words", 20_000, "words of the validation split on which --tune tries each --lr and "
+        "--decay", type=count, metavar="N")
+    add("--split", ["valid", "test"], "splits to evaluate", choices=["valid", "test"], nargs="+")
+    add("--seconds", math.inf, "stop reading a split after N seconds and report the loss so far "
+        "(default: no limit; does not apply to --tune)", type=number(float, 0, open_low=True),
         metavar="N")
-    add("--bptt", 2000, "words read at once by weights that are fixed", type=steps)
+    add("--bptt", 2000, "words read at once without dynamic evaluation", type=steps)
     add_device_flags(parser)
     given = vars(parser.parse_args(argv))
     args = Namespace(**{**parser.defaults, **DEFAULTS.get(given.get("dynamic"), {}), **given})

@@ -1,4 +1,4 @@
-"""The loss: cross-entropy over a softmax that may be split into a head and tails by frequency.
+"""The loss: cross-entropy of a softmax that can be split by word frequency into head and tails.
 
 Grave et al. 2016 (1609.04309), in the form of Merity et al. 2018 (1803.08240).
 """
@@ -12,15 +12,15 @@ from torch.nn import functional as F
 
 from cpu_kernels import Packed, has_onednn
 
-# Above this many logits (256 MiB of float32) they are made and used chunk by chunk; below it one
-# product is faster. On a CPU small chunks, which stay in its cache, are always the fastest.
+# Above this many logits (256 MiB of float32) the loss is computed in chunks; below it a single
+# matrix product is faster. On a CPU small chunks, which stay in its cache, are always faster.
 CHUNK_ABOVE = 2**26
 CHUNK_LOGITS = 2**24
 CPU_CHUNK_LOGITS = 2**22
 
 
 def default_splits(ntoken):
-    """Where the vocabulary is split, by its size: the reference's thresholds."""
+    """Where to split a vocabulary of that size: the reference's thresholds."""
     if ntoken > 500_000:  # One Billion Words
         return [4200, 35000, 180000]
     if ntoken > 75_000:  # WikiText-103
@@ -31,8 +31,8 @@ def default_splits(ntoken):
 def linear_nll(hiddens, weight, bias, targets, reduction):
     """Cross-entropy (nats) of targets [N] under softmax(hiddens [N, H] @ weight.T [H, V] + bias).
 
-    The products are made in the dtype of `hiddens`, everything else in that of `weight`. Where the
-    logits are made in chunks, the gradient is made in the forward pass and can be used once: a
+    Matrix products use the dtype of `hiddens`, everything else that of `weight`. If the logits are
+    computed in chunks, the forward pass also computes the gradient, which can be used only once: a
     second backward through the same loss raises RuntimeError.
     """
     if has_onednn(hiddens) or len(hiddens) * len(weight) > CHUNK_ABOVE:
@@ -46,10 +46,10 @@ def linear_nll(hiddens, weight, bias, targets, reduction):
 
 
 class ChunkedNLL(torch.autograd.Function):
-    """The summed cross-entropy of a linear layer, whose logits never exist all at once.
+    """The summed cross-entropy of a linear layer, without holding all logits in memory at once.
 
     The gradient of the sum with respect to the logits is softmax(logits) - onehot(targets). On a
-    CPU it is a quarter faster than torch's linear_cross_entropy: its products are oneDNN's.
+    CPU it is a quarter faster than torch's linear_cross_entropy because it uses oneDNN's products.
     """
 
     @staticmethod
@@ -57,7 +57,7 @@ class ChunkedNLL(torch.autograd.Function):
         """hiddens [N, H], weight [V, H], bias [V], targets [N] -> the sum of the losses."""
         chunk = CPU_CHUNK_LOGITS if hiddens.device.type == "cpu" else CHUNK_LOGITS
         if hiddens.dtype == torch.bfloat16:
-            chunk *= 2  # as many bytes, and half as many additions to d_weight
+            chunk *= 2  # the same size in bytes, and half as many additions to d_weight
         rows = max(1, chunk // len(weight))
         operand = weight.to(hiddens.dtype)
         to_logits, total = Packed(operand, rows), weight.new_zeros(())
@@ -66,18 +66,18 @@ class ChunkedNLL(torch.autograd.Function):
             d_hiddens, d_weight = torch.empty_like(hiddens), torch.zeros_like(weight)
             d_bias = torch.zeros_like(bias)
             ctx.gradients = d_hiddens, d_weight, d_bias
-        for begin in range(0, len(hiddens), rows):
-            x, y = hiddens[begin : begin + rows], targets[begin : begin + rows, None]
+        for start in range(0, len(hiddens), rows):
+            x, y = hiddens[start : start + rows], targets[start : start + rows, None]
             logits = to_logits(x, bias)
             softmax = torch.softmax(logits, 1)
-            # log(sum(exp(logits))), from the likeliest word: its probability is never near 0.
+            # log(sum(exp(logits))), via the likeliest word, whose probability is never near 0.
             normalizer = logits.amax(1) - softmax.amax(1).log()
             total += (normalizer - logits.gather(1, y).squeeze(1)).sum()
             if with_gradient:
                 d_logits = softmax.scatter_add_(1, y, softmax.new_full(y.shape, -1.0))
                 d_bias += d_logits.sum(0)
                 d_logits = d_logits.to(hiddens.dtype)
-                d_hiddens[begin : begin + rows] = to_hiddens(d_logits)
+                d_hiddens[start : start + rows] = to_hiddens(d_logits)
                 if operand is weight:
                     d_weight.addmm_(d_logits.t(), x)
                 else:
@@ -94,18 +94,18 @@ class ChunkedNLL(torch.autograd.Function):
 
 
 class SplitCrossEntropyLoss(nn.Module):
-    """Softmax over a vocabulary whose words are sorted, roughly, from frequent to rare.
+    """Softmax over a vocabulary whose words are roughly sorted from frequent to rare.
 
-    `splits`, increasing, cut the vocabulary into a head [0, splits[0]) and tails. The head's
-    softmax holds one "tombstone" for each tail, and a word of a tail has
+    The increasing `splits` divide the vocabulary into a head [0, splits[0]) and tails. The head's
+    softmax has one "tombstone" per tail, and a word of a tail has
 
         p(word) = p(tombstone of its tail) * p(word within the tail).
 
-    With no split this is the ordinary softmax. A split at or past the end of the vocabulary, as
-    the default ones can be, makes no tail: probabilities sum to 1 whatever the size.
+    Without splits this is the ordinary softmax. A split at or past the end of the vocabulary, as
+    the default splits can be, adds no tail, so probabilities sum to 1 for any vocabulary size.
 
-    `tail_vectors` [tails, hidden_size] and `tail_bias` [tails] are parameters of the loss and have
-    to be trained with the model's.
+    `tail_vectors` [tails, hidden_size] and `tail_bias` [tails] are parameters of the loss and must
+    be trained together with the model's.
     """
 
     def __init__(self, hidden_size, splits=()):
@@ -118,7 +118,7 @@ class SplitCrossEntropyLoss(nn.Module):
             self.tail_bias = nn.Parameter(torch.zeros(len(self.splits)))
 
     def _cut(self, weight, bias):
-        """Head weight and bias with the tombstones behind the words; the (start, end) of tails."""
+        """Head weight and bias (words, then tombstones), and the (start, end) of each tail."""
         edges = [split for split in self.splits if split < len(weight)] + [len(weight)]
         tails = list(pairwise(edges))
         if not tails:
@@ -129,7 +129,7 @@ class SplitCrossEntropyLoss(nn.Module):
 
     @torch.no_grad()
     def init_bias(self, frequencies, bias):
-        """Sets `bias` [V] and the tails' so that `frequencies` [V] are what a state of 0 gives."""
+        """Sets `bias` [V] and `tail_bias` so that a zero state predicts `frequencies` [V]."""
         bias.copy_(frequencies.log().to(bias.dtype))  # on the host: MPS has no float64
         edges = [split for split in self.splits if split < len(bias)] + [len(bias)]
         for tail, (start, end) in enumerate(pairwise(edges)):
@@ -138,8 +138,8 @@ class SplitCrossEntropyLoss(nn.Module):
     def forward(self, weight, bias, hiddens, targets):
         """Mean negative log-likelihood in nats.
 
-        weight [V, H], bias [V], hiddens [..., H], targets [...] int64 -> scalar. With tails, how
-        many targets each has decides the shapes, so on a GPU the host waits for that count.
+        weight [V, H], bias [V], hiddens [..., H], targets [...] int64 -> scalar. With tails, the
+        shapes depend on the number of targets per tail, so on a GPU the host waits for that count.
         """
         hiddens, targets = hiddens.flatten(0, -2), targets.flatten()
         head_weight, head_bias, tails = self._cut(weight, bias)
@@ -159,7 +159,7 @@ class SplitCrossEntropyLoss(nn.Module):
         return total / len(targets)
 
     def target_logprob(self, weight, bias, hiddens, targets):
-        """Log-probability (nats) of one word for each: hiddens [N, H], targets [N] -> [N]."""
+        """Log-probabilities (nats) of the targets: hiddens [N, H], targets [N] -> [N]."""
         rows = max(1, CPU_CHUNK_LOGITS // len(weight))
         return torch.cat([
             self.logprob(weight, bias, h).gather(1, y.unsqueeze(1)).squeeze(1)

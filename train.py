@@ -1,4 +1,4 @@
-"""Training: one step, one evaluation, schedules, and NT-ASGD over the epochs of a run."""
+"""Training: a step, an evaluation, schedules, and a complete run with NT-ASGD."""
 
 import json
 import math
@@ -18,9 +18,8 @@ from tqdm import tqdm
 
 import distributed
 from bidirectional import OBJECTIVES, BiObjective, evaluate_directions, is_bilm, make_model
-from checkpoint import read_checkpoint, read_state, training_settings
 from data import InputError, batchify, exact_windows, get_batch, unigram_loss
-from model import DROPOUTS, NOTES, activation_regularization
+from model import DROPOUTS, NOTES, activation_regularization, training_settings
 from splitcross import SplitCrossEntropyLoss, default_splits
 from utils import (
     Losses, Preempted, environment, float32_products, get_generators, is_out_of_memory, log,
@@ -29,25 +28,25 @@ from utils import (
 from weight_drop import WeightDrop
 
 EVAL_BATCH_SIZE, TEST_BATCH_SIZE = 10, 1  # as in the reference
-EVAL_TOKENS = 2000  # in a window of an evaluation: long windows keep a GPU busy
-LONGER = 25  # the most by which a window exceeds bptt: five standard deviations
+EVAL_TOKENS = 2000  # per evaluation window: long windows keep a GPU busy
+MAX_EXCESS = 25  # by which a window may exceed bptt: five standard deviations
 REGULARIZERS = (*DROPOUTS, "alpha", "beta")
-UP = 0.1  # the share of a run over which one cycle's rate rises
-FIRST, LAST = 1 / 25, 1 / 250_000  # one cycle's first and last rate, as shares of its highest
-TRAPEZOID = (0, 0.08, 0.48, 0.92, 1), (0.1, 1, 1, 0.1, 0)  # shares of the run, and of the rate then
+# onecycle: the share of the run in which the rate rises; the initial and final shares of the rate.
+WARMUP, INITIAL_SHARE, FINAL_SHARE = 0.1, 1 / 25, 1 / 250_000
+TRAPEZOID = (0, 0.08, 0.48, 0.92, 1), (0.1, 1, 1, 0.1, 0)  # shares of the run, shares of the rate
 OPTIMIZERS = {
     "sgd": (torch.optim.SGD, {}),
     "adam": (torch.optim.Adam, {}),
-    "adamw": (torch.optim.AdamW, {"betas": (0.8, 0.99)}),  # they forget sooner than by default
+    "adamw": (torch.optim.AdamW, {"betas": (0.8, 0.99)}),  # shorter memory than torch's defaults
 }
 OPTIMIZER_FLAGS = ("lr", "bias_lr", "wdecay")
-HIGH_LOSSES = 20  # batches in a row with a loss above ln(vocabulary) + 1: the run has diverged
+HIGH_LOSSES = 20  # consecutive batches with a loss above ln(vocabulary) + 1 that mean divergence
 ROLLBACKS = 3
-SAVING_SHARE = 0.01  # of the time that saving the state may take
+SAVING_SHARE = 0.01  # the largest share of the time spent on saving the training state
 
 
 class Diverged(Exception):
-    """Training has left the region where it can learn; the message says where and how."""
+    """Training has diverged; the message says where and how."""
 
 
 # ------------------------------------------------------------ one step
@@ -56,11 +55,11 @@ class Diverged(Exception):
 def random_seq_len(bptt):
     """The length of the next window (section 4.1 of Merity et al. 2017, 1708.02182), at least 5.
 
-    N(bptt, 5) with probability 0.95, else N(bptt / 2, 5): the windows' borders fall elsewhere in
-    each epoch. Capped at LONGER above bptt, so that memory is bounded.
+    Drawn from N(bptt, 5) with probability 0.95, else from N(bptt / 2, 5), so that each epoch splits
+    the text at different places. Capped at bptt + MAX_EXCESS to bound memory.
     """
     mean = bptt if np.random.random() < 0.95 else bptt / 2
-    return min(max(5, int(np.random.normal(mean, 5))), bptt + LONGER)
+    return min(max(5, int(np.random.normal(mean, 5))), bptt + MAX_EXCESS)
 
 
 def new_params(corpus, args):
@@ -75,7 +74,7 @@ def new_params(corpus, args):
 
 
 class Objective(nn.Module):
-    """What a step minimizes, as one module that can be replicated, criterion included.
+    """The training objective as one module, so that model and criterion are replicated together.
 
     `params` is nn.ModuleList([model, criterion]).
     """
@@ -85,11 +84,11 @@ class Objective(nn.Module):
         self.params = params
 
     def groups(self):
-        """Lists of the parameters that learn together, whose gradient is clipped as one."""
+        """Lists of parameters; the gradient norm is clipped per list."""
         return [list(self.parameters())]
 
     def forward(self, data, targets, hidden, alpha, beta):
-        """data [L, B], targets [L*B] -> (loss + AR + TAR, the loss in nats alone, hidden)."""
+        """data [L, B], targets [L*B] -> (loss + AR + TAR, the loss only, in nats, hidden)."""
         model, criterion = self.params
         output, hidden, raw_outputs, outputs = model(data, hidden, return_h=True)
         loss = criterion(model.decoder.weight, model.decoder.bias, output, targets)
@@ -105,17 +104,16 @@ def make_objective(params, args):
 def train_step(objective, optimizer, data, targets, hidden, args, rate_share=1.0, **more):
     """One step of truncated BPTT on `data` [L, B] and `targets` [L*B].
 
-    The learning rate of this step is the optimizer's times `rate_share`, what a schedule leaves of
-    it, times L / bptt, so that short windows do not weigh as much as long ones. The objective gets
-    `more` as well. Returns the loss in nats without AR and TAR, a tensor that stays on its device,
-    and the new hidden state.
+    The step uses the optimizer's learning rate times `rate_share` (the schedule's share) times
+    L / bptt, so that a short window weighs less than a long one. `more` is passed to the objective.
+    Returns the loss in nats without AR and TAR, a tensor on the device, and the new hidden state.
     """
     hidden = repackage_hidden(hidden)
     optimizer.zero_grad()
     total, loss, hidden = objective(data, targets, hidden, args.alpha, args.beta, **more)
     total.backward()
     if args.clip:
-        for parameters in getattr(objective, "module", objective).groups():  # of its replica
+        for parameters in getattr(objective, "module", objective).groups():  # DDP has a `module`
             clip_grad_norm_(parameters, args.clip)
     rates = [group["lr"] for group in optimizer.param_groups]
     for group, rate in zip(optimizer.param_groups, rates):
@@ -127,39 +125,39 @@ def train_step(objective, optimizer, data, targets, hidden, args, rate_share=1.0
 
 
 def make_optimizer(params, args):
-    """SGD, Adam or AdamW over the parameters of model and criterion alike.
+    """SGD, Adam or AdamW over the parameters of model and criterion.
 
-    The last of its two groups is the biases below the decoder (of recurrent layers, attention and
-    combiner), whose rate is `args.bias_lr` times `args.lr`.
+    The second of its two groups holds the biases below the decoder (recurrent layers, attention,
+    combiner). Their learning rate is `args.bias_lr` times `args.lr`.
     """
     kind, settings = OPTIMIZERS[args.optimizer]
     biases = [
         p for name, p in params[0].named_parameters() if "bias" in name and name != "decoder.bias"
     ]
-    known = set(biases)
-    others = [p for p in params.parameters() if p not in known]
+    bias_set = set(biases)
+    others = [p for p in params.parameters() if p not in bias_set]
     groups = [{"params": others}, {"params": biases, "lr": args.lr * args.bias_lr}]
     fused = others[0].device.type in ("cpu", "cuda")  # one pass over weights and gradients
     return kind(groups, lr=args.lr, weight_decay=args.wdecay, fused=fused, **settings)
 
 
 class Average:
-    """The plain mean of the weights after every step since it was made, in `params`.
+    """The plain mean of the weights over all steps since its creation, in `params`.
 
-    Polyak and Juditsky 1992; section 3 of Merity et al. 2017 (1708.02182). The count stays on the
+    Polyak and Juditsky 1992; section 3 of Merity et al. 2017 (1708.02182). The count is kept on the
     host, so that no step waits for the device.
     """
 
     def __init__(self, params):
         self.params = deepcopy(params).requires_grad_(False)
-        self.params.zero_grad()  # the gradients were copied too
+        self.params.zero_grad()  # deepcopy copies the gradients too
         for module in self.params.modules():
-            if isinstance(module, nn.RNNBase):  # a copy's weights lie apart, which cuDNN warns of
+            if isinstance(module, nn.RNNBase):  # cuDNN warns if copied weights are not contiguous
                 module.flatten_parameters()
         self.count = 0
 
     def update(self, params):
-        """Takes the weights of `params` into the mean."""
+        """Adds the weights of `params` to the mean."""
         mean, weights = list(self.params.parameters()), list(params.parameters())
         with torch.no_grad():
             get_swa_multi_avg_fn()(mean, weights, self.count)
@@ -174,10 +172,10 @@ class Average:
 
 
 def is_nonmonotone(valid_losses, loss, nonmono):
-    """The trigger of NT-ASGD: is `loss` worse than the best of `valid_losses` but the last n?
+    """The trigger of NT-ASGD: whether `loss` exceeds the minimum of all but the last n losses.
 
-    `valid_losses` are the earlier epochs'. The paper's Algorithm 1 misprints the range; this is the
-    published code's, which its authors confirmed.
+    `valid_losses` are those of the earlier epochs; n is `nonmono`. The paper's Algorithm 1
+    misprints the range; this is the range of the published code, which its authors confirmed.
     """
     return len(valid_losses) > nonmono and loss > min(valid_losses[: len(valid_losses) - nonmono])
 
@@ -188,11 +186,11 @@ def is_nonmonotone(valid_losses, loss, nonmono):
 @torch.no_grad()
 @float32_products()
 def evaluate(params, ids, batch_size, bptt, check=None):
-    """Mean negative log-likelihood, in nats, of the N - 1 tokens of `ids` [N] that follow another.
+    """Mean negative log-likelihood, in nats, of all tokens of `ids` [N] but the first.
 
-    Each is predicted exactly once, by float32 products. Read in `batch_size` columns, whose first
-    state is zero, in windows of `bptt` that carry the state along; the window changes the result of
-    biLSTM alone. The ranks share the columns. `check` is called after each window.
+    Each token is predicted exactly once, in float32. The text is read in `batch_size` columns that
+    start from a zero state, in windows of `bptt` that carry the hidden state; only biLSTM's result
+    depends on the window. The ranks share the columns. `check` is called after each window.
     """
     model, criterion = params
     params.eval()
@@ -210,9 +208,9 @@ def evaluate(params, ids, batch_size, bptt, check=None):
 
 
 def score(params, ids, args, check=None, batch_size=EVAL_BATCH_SIZE):
-    """The loss in nats of `ids` [N] that training minimizes, and {name: loss} of its parts, if any.
+    """The objective's loss in nats on `ids` [N], and {name: loss} of its parts, if it has any.
 
-    See `evaluate`. In long windows, but for biLSTM.
+    See `evaluate`. Reads long windows, except for biLSTM.
     """
     window = args.bptt
     if params[0].rnn_type != "biLSTM":
@@ -228,11 +226,12 @@ def score(params, ids, args, check=None, batch_size=EVAL_BATCH_SIZE):
 
 
 def scheduled_share(schedule, progress):
-    """The learning rate at `progress`, in [0, 1], as a share of the highest, which is --lr.
+    """The learning rate at `progress`, in [0, 1], as a share of its maximum, --lr.
 
-    onecycle (Smith and Topin 2017, 1708.07120): half a cosine wave from FIRST up to 1 over UP of
-    the run, and another from there down to LAST. torch's OneCycleLR with pct_start=UP has the same
-    waves, but counts steps, whose number random windows do not tell beforehand.
+    onecycle (Smith and Topin 2017, 1708.07120): half a cosine wave from INITIAL_SHARE up to 1 over
+    the first WARMUP of the run, then another down to FINAL_SHARE. torch's OneCycleLR with
+    pct_start=WARMUP has the same shape, but needs the number of steps, which is not known in
+    advance because window lengths are random.
 
     trapezoid: straight lines between the points of TRAPEZOID.
     """
@@ -240,30 +239,30 @@ def scheduled_share(schedule, progress):
         return 1.0
     if schedule == "trapezoid":
         return float(np.interp(progress, *TRAPEZOID))
-    if progress < UP:
-        return half_cosine(FIRST, 1.0, progress / UP)
-    return half_cosine(1.0, LAST, min(1.0, (progress - UP) / (1 - UP)))
+    if progress < WARMUP:
+        return half_cosine(INITIAL_SHARE, 1.0, progress / WARMUP)
+    return half_cosine(1.0, FINAL_SHARE, min(1.0, (progress - WARMUP) / (1 - WARMUP)))
 
 
-def half_cosine(first, last, share):
-    """Half a cosine wave from `first` to `last`."""
-    return last + (first - last) * (1 + math.cos(math.pi * share)) / 2
+def half_cosine(first, last, progress):
+    """The value at `progress`, in [0, 1], of half a cosine wave from `first` to `last`."""
+    return last + (first - last) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def regularizers_at(epochs, args):
-    """{flag: value} of dropouts, weight drop, AR and TAR after so many `epochs`, of a ramp.
+    """{flag: value} of dropouts, weight drop, AR and TAR after `epochs` epochs of a ramp.
 
     Their strength rises linearly from SHARE to 1 over the ramp's EPOCHS.
     """
-    share, whole_after = args.regularization_ramp
-    strength = min(1.0, share + (1 - share) * epochs / whole_after)
+    share, ramp_epochs = args.regularization_ramp
+    strength = min(1.0, share + (1 - share) * epochs / ramp_epochs)
     return {name: strength * getattr(args, name) for name in REGULARIZERS}
 
 
 def settings_at(epochs, args, model):
-    """The flags of a step after so many `epochs`, and its share of the learning rate.
+    """The flags of a step after `epochs` epochs, and its share of the learning rate.
 
-    With a ramp the dropout rates of `model`, an RNNModel, are set too.
+    With a ramp, also sets the dropout rates of `model`, an RNNModel.
     """
     share = scheduled_share(args.schedule, epochs / args.epochs)
     if not args.regularization_ramp:
@@ -281,28 +280,28 @@ def settings_at(epochs, args, model):
 
 
 def roll_columns(text, offsets):
-    """`text` [rows, B] with each column read from its offset [B] on, then from its start.
+    """Rotates each column of `text` [rows, B] so that it starts at its offset in `offsets` [B].
 
-    Partial shuffle (Press 2019, 1903.04167), when the offsets are drawn anew at each epoch.
+    With new random offsets in each epoch this is partial shuffle (Press 2019, 1903.04167).
     """
     rows = torch.arange(len(text), device=text.device).unsqueeze(1)
     return text.gather(0, (rows + offsets) % len(text))
 
 
 class Trainer:
-    """A run of NT-ASGD that can end at any batch and go on as if it had not.
+    """A run of NT-ASGD that can be interrupted at any batch and resumed exactly.
 
-    SGD runs until the validation loss meets the trigger; from then on the plain mean of the weights
-    since is what is evaluated and saved, while SGD goes on from its own. With `finetuning` the mean
-    is kept from the first step, and the trigger ends the run. Only a model with a validation loss
-    below `best` is saved; beside it the training state, at the start, after an epoch and every
-    `args.checkpoint_minutes`.
+    SGD runs until the validation loss meets the trigger. From then on the mean of the weights since
+    the trigger is evaluated and saved, while SGD continues from its own weights. With `finetuning`,
+    averaging starts at the first step, and the trigger ends the run. A model is saved only if its
+    validation loss is below `best`. The training state is saved beside it at the start, after an
+    epoch, and every `args.checkpoint_minutes`.
 
-    `params` is nn.ModuleList([model, criterion]); `run` the checkpoint.Run that writes the files
-    and knows of signals.
+    `params` is nn.ModuleList([model, criterion]). `run` is the checkpoint.Run that writes the files
+    and checks for signals.
     """
 
-    # What the training state holds of the trainer itself, as plain data.
+    # The trainer's attributes that the training state holds as plain data.
     PROGRESS = (
         "finetuning", "epoch", "row", "valid_losses", "best", "records", "done",
         "high_loss_streak", "rollbacks", "rate_divisor", "offsets",
@@ -311,64 +310,64 @@ class Trainer:
     def __init__(self, params, corpus, args, run, finetuning=False, best=math.inf, records=""):
         self.params, self.corpus, self.args, self.run = params, corpus, args, run
         self.finetuning = finetuning
-        # biLM reads the text from its end as well.
+        # biLM also reads the reversed text.
         texts = [corpus.train, corpus.train.flip(0)] if is_bilm(params) else [corpus.train]
-        self.texts = [self.columns_of(ids) for ids in texts]  # each [rows, columns]
+        self.texts = [self.local_columns(ids) for ids in texts]  # each [rows, columns]
         self.rows = len(self.texts[0])
         self.set_offsets(None)
         self.objective = distributed.replicate(make_objective(params, args))
         self.optimizer = make_optimizer(params, args)
         self.average = Average(params) if finetuning else None
-        self.epoch, self.row = 1, 0  # the epoch that is running; where its next window starts
+        self.epoch, self.row = 1, 0  # the current epoch; where its next window starts
         self.hidden, self.losses = None, Losses()
         self.valid_losses, self.best, self.records = [], best, records
         self.done = False  # whether the trigger has ended fine-tuning
         self.high_loss_streak, self.rollbacks = 0, 0
-        self.rate_divisor = 1  # of the learning rate: what --when and rollbacks have made of it
-        self.too_high = math.log(len(corpus.dictionary)) + 1
-        self.saved = False  # whether the state on disk is one to go back to, with these flags
+        self.rate_divisor = 1  # of the learning rate, raised by --when and by rollbacks
+        self.loss_limit = math.log(len(corpus.dictionary)) + 1
+        self.saved = False  # whether the training state on disk is from this run, with these flags
         self.saved_at, self.saving_seconds = time.perf_counter(), 0.0
         self.start_clock(0.0)
 
-    def columns_of(self, ids):
+    def local_columns(self, ids):
         """This rank's columns of a text, on its device."""
         columns = distributed.columns(self.args.batch_size)
         return batchify(ids, self.args.batch_size)[:, columns].to(self.args.device).contiguous()
 
     def set_offsets(self, offsets):
-        """Has this epoch read the columns from `offsets`, one for each of the batch; None for 0."""
+        """Sets the row at which this epoch starts to read each column; None means 0 for all."""
         self.offsets, self.streams = offsets, self.texts
         if offsets is not None:
-            mine = torch.tensor(offsets, device=self.args.device)
-            mine = mine[distributed.columns(self.args.batch_size)]
-            self.streams = [roll_columns(text, mine) for text in self.texts]
+            local = torch.tensor(offsets, device=self.args.device)
+            local = local[distributed.columns(self.args.batch_size)]
+            self.streams = [roll_columns(text, local) for text in self.texts]
 
     def start_clock(self, seconds):
         self.seconds_before, self.started = seconds, time.perf_counter()
 
     def seconds(self):
-        """The time spent in this epoch, that before an interruption included."""
+        """The time spent in this epoch, including the time before an interruption."""
         return self.seconds_before + time.perf_counter() - self.started
 
     def is_over(self):
         return self.done or self.epoch > self.args.epochs
 
     def epochs_read(self):
-        """How often the text has been read, a number with a fraction."""
+        """The number of passes over the text so far, with a fraction."""
         return self.epoch - 1 + self.row / (self.rows - 1)
 
     def position(self):
-        """Where the run is, in words."""
+        """The position in the run, for messages."""
         phase = " of fine-tuning" if self.finetuning else ""
         return f"epoch {self.epoch}{phase}, batch {len(self.losses.on_host)}"
 
     # -------------------------------------------------------- the loop
 
     def fit(self):
-        """Trains until `args.epochs` epochs are done, or fine-tuning has met the trigger.
+        """Trains for `args.epochs` epochs, or until fine-tuning meets the trigger.
 
-        Raises InputError when training diverges for good or memory runs out, and Preempted after a
-        signal, when the state is saved.
+        Raises InputError when training cannot recover from divergence or memory runs out, and
+        Preempted after a signal, once the state is saved.
         """
         try:
             if self.args.device.type == "cuda" and not self.is_over():
@@ -387,17 +386,17 @@ class Trainer:
             self.save_at_exit(stop)
             raise
         except (MemoryError, RuntimeError) as error:
-            begun = (self.epoch, self.row) != (1, 0)
-            if not (is_out_of_memory(error) and begun):
+            started = (self.epoch, self.row) != (1, 0)
+            if not (is_out_of_memory(error) and started):
                 raise
             raise InputError(
                 f"device {self.args.device} is out of memory at {self.position()}; "
-                f"{self.run.resume_command} --bptt {max(1, self.args.bptt * 3 // 4)} goes on "
-                "from the last saved state in shorter windows"
+                f"{self.run.resume_command} --bptt {max(1, self.args.bptt * 3 // 4)} resumes from "
+                "the last saved state with shorter windows"
             ) from None
 
     def train_epoch(self):
-        """What is left of a pass over the text. Raises Diverged, or Preempted."""
+        """Trains on the rest of the text. Raises Diverged, or Preempted."""
         args = self.args
         self.params.train()
         if self.row == 0:
@@ -422,7 +421,7 @@ class Trainer:
         self.check_losses()
 
     def end_epoch(self):
-        """Evaluates, saves the model where it is the best, pulls the trigger, begins an epoch."""
+        """Evaluates, saves a new best model, checks the trigger, and starts the next epoch."""
         args, train_loss, train_seconds = self.args, self.losses.mean(), self.seconds()
         lr = self.optimizer.param_groups[0]["lr"]
         evaluated = self.params if self.average is None else self.average.params
@@ -456,30 +455,31 @@ class Trainer:
         self.start_clock(0.0)
 
     def trigger(self):
-        """Validation has stopped improving: averaging begins; in fine-tuning, the run ends."""
+        """Starts averaging or, in fine-tuning, ends the run: validation has stopped improving."""
         if self.finetuning:
-            log("Done: validation has stopped improving")
+            log("Done: the validation loss has stopped improving")
             self.done = True
         elif self.average is None and self.args.optimizer == "sgd":
             log("Switching to averaged SGD (NT-ASGD)")
             self.average = Average(self.params)
 
     def window(self, row, seq_len):
-        """Words [L, B] and targets [L*B] from `row` on, and what else the objective takes."""
+        """Words [L, B] and targets [L*B] from `row` on, and the objective's other arguments."""
         (data, targets), *backward = (
             get_batch(stream, row, self.args, seq_len=seq_len) for stream in self.streams
         )
-        return data, targets, {"backward": backward[0], "begins": row == 0} if backward else {}
+        more = {"backward": backward[0], "is_first_window": row == 0} if backward else {}
+        return data, targets, more
 
     def try_longest_window(self):
-        """Computes the gradients of the longest window there can be, and forgets them.
+        """Computes and discards the gradients of the longest possible window.
 
-        So what windows need of memory runs out now, not hours into the run. Neither weights nor
-        random numbers change.
+        If memory is too small, this fails now instead of hours into the run. Weights and random
+        generators do not change.
         """
         args = self.args
         self.params.train()
-        data, targets, more = self.window(0, min(args.bptt + LONGER, self.rows - 1))
+        data, targets, more = self.window(0, min(args.bptt + MAX_EXCESS, self.rows - 1))
         with torch.random.fork_rng([args.device] if data.is_cuda else []):
             hidden = self.params[0].init_hidden(data.size(1))
             total, *_ = self.objective(data, targets, hidden, args.alpha, args.beta, **more)
@@ -489,7 +489,7 @@ class Trainer:
     # -------------------------------------------------------- files
 
     def save_model(self, params, loss):
-        """Saves `params` if `loss` is the lowest yet, and after the epochs of --when."""
+        """Saves `params` if `loss` is the lowest so far, and after the epochs of --when."""
         path, paths = self.args.save, []
         if loss < self.best:
             self.best, paths = loss, [path]
@@ -506,13 +506,13 @@ class Trainer:
 
     def add_record(self, **record):
         """Adds one epoch's JSON line to the file beside the checkpoint."""
-        # JSON has no infinity: a perplexity past the largest float becomes null.
+        # JSON has no infinity: a perplexity that overflows becomes null.
         record = {k: None if v == math.inf else v for k, v in record.items()}
         self.records += json.dumps(record) + "\n"
         self.run.save_records(self.records, self.finetuning)
 
     def state_dict(self):
-        """All that `load_state_dict` needs to go on from here: tensors and plain data."""
+        """The tensors and plain data that `load_state_dict` needs to resume from here."""
         hidden = distributed.all_gather(map_hidden(lambda h: h.detach().cpu(), self.hidden))
         return {
             **{name: getattr(self, name) for name in self.PROGRESS},
@@ -526,7 +526,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state):
-        """Goes back to `state`, but for the flags that have changed since."""
+        """Restores `state`, except for flags that have changed since."""
         args = self.args
         self.params[0].load_state_dict(state["model"])
         self.params[1].load_state_dict(state["criterion"])
@@ -550,57 +550,57 @@ class Trainer:
         )
 
     def set_rates(self):
-        """Gives the optimizer the learning rates and the weight decay that the flags name."""
+        """Sets the optimizer's learning rates and weight decay from the flags."""
         for group, share in zip(self.optimizer.param_groups, (1.0, self.args.bias_lr)):
             group["lr"] = self.args.lr * share / self.rate_divisor
             group["weight_decay"] = self.args.wdecay
 
     def resume(self, state, changed):
-        """Goes on from `state`, read from beside `args.resume`, and logs that.
+        """Resumes from `state`, the training state of `args.resume`, and logs that.
 
-        `changed` lists what keeps it from going on bit-identical to a run never interrupted. Raises
-        InputError when the checkpoint is unusable.
+        `changed` lists the changes that keep the run from being bit-identical to an uninterrupted
+        one. Raises InputError when the checkpoint is unusable.
         """
         self.load_state_dict(state)
         log(f"Resuming the run of {self.args.save} at {self.position()}")
         if self.best < math.inf:
             changed = changed + self.compare_best_model(state)
         if changed:
-            log(f"Note: no longer bit-identical to a run never interrupted: {'; '.join(changed)}")
+            log(f"Note: no longer bit-identical to an uninterrupted run: {'; '.join(changed)}")
         else:
-            log("It goes on bit-identical to a run never interrupted")
+            log("The resumed run is bit-identical to an uninterrupted run")
         if self.done:
-            log("It has come to its end: validation has stopped improving")
+            log("The run is finished: the validation loss has stopped improving")
         elif self.is_over():
             more = "--finetune" if self.finetuning and "finetune" in self.run.flags else "--epochs"
-            log(f"It has come to its end; {more} asks for more")
+            log(f"The run is finished; a higher {more} extends it")
 
     def compare_best_model(self, state):
-        """What keeps the best model on disk from being that of `state`: [] if nothing."""
+        """How the best model on disk differs from that of `state`: a list, [] if it does not."""
         path = self.args.save
         if os.path.exists(path):
-            checkpoint = read_checkpoint(path)
+            checkpoint = self.run.read_checkpoint()
             for key in ("architecture", "vocabulary"):
                 if checkpoint[key] != state[key]:
                     raise InputError(
-                        f"{path}: its {key} is not that of the training state beside it; put the "
-                        "right file there, or remove the state to start from the weights alone"
+                        f"{path}: its {key} does not match the training state beside it; restore "
+                        "the right file, or remove the state to start from the weights only"
                     )
             return []
         if self.is_over():
             raise InputError(
-                f"{path}: the model of this finished run is gone; put it back, or ask for more "
+                f"{path}: the model of this finished run is missing; restore it, or train for more "
                 "epochs"
             )
-        missing = f"{path} (valid loss {self.best:.2f}) is gone"
-        warn(f"Warning: {missing}; the model of the next epoch takes its place")
+        missing = f"{path} (valid loss {self.best:.2f}) is missing"
+        warn(f"Warning: {missing}; the next epoch's model replaces it")
         self.best = math.inf
         return [missing]
 
     def save_state(self):
-        """Writes the state; returns whether that, and all that waited to be written, succeeded.
+        """Writes the state and all pending files; returns whether that succeeded.
 
-        Never one whose losses and weights are not all finite: raises Diverged instead.
+        Raises Diverged, and writes nothing, unless all losses and weights are finite.
         """
         start = time.perf_counter()
         self.check_losses()
@@ -613,14 +613,14 @@ class Trainer:
         return succeeded
 
     def is_due(self, seconds=0.0):
-        """Whether a state that is `seconds` old is to be replaced; by the first rank's clock."""
+        """Whether to save the state again once it is `seconds` old; by the first rank's clock."""
         since = time.perf_counter() - self.saved_at
         good = self.high_loss_streak == 0 or self.args.on_divergence == "continue"
         due = good and since >= max(seconds, self.saving_seconds / SAVING_SHARE)
         return due and distributed.is_first()
 
     def save_at_exit(self, stop):
-        """Saves the state when a signal ends the run, and says what goes on from there."""
+        """Saves the state when a signal ends the run, and logs the command that resumes it."""
         log("-" * 89 + f"\nExiting from training early ({stop}) at {self.position()}")
         try:
             succeeded = self.save_state()
@@ -628,30 +628,30 @@ class Trainer:
             warn(f"Warning: {error}; this state is not saved")
             succeeded = False
         if succeeded:
-            log(f"The state is saved; {self.run.resume_command} goes on from here")
+            log(f"The state is saved; {self.run.resume_command} resumes from here")
         elif self.saved:
-            warn(f"{self.run.resume_command} goes on from the last state that was saved")
+            warn(f"{self.run.resume_command} resumes from the last saved state")
 
     # -------------------------------------------------------- divergence
 
     def check_losses(self, ahead=0):
-        """Looks at the losses that have arrived; raises Diverged. See Losses.read for `ahead`."""
+        """Checks the losses that have arrived; raises Diverged. See Losses.read for `ahead`."""
         for loss in self.losses.read(ahead):
             if not math.isfinite(loss):
                 raise Diverged(f"the loss is {loss} at batch {len(self.losses.on_host)}")
-            self.high_loss_streak = self.high_loss_streak + 1 if loss > self.too_high else 0
+            self.high_loss_streak = self.high_loss_streak + 1 if loss > self.loss_limit else 0
         if self.high_loss_streak >= HIGH_LOSSES and self.args.on_divergence != "continue":
             raise Diverged(
-                f"the loss was above ln(vocabulary) + 1 = {self.too_high:.2f} in "
+                f"the loss was above ln(vocabulary) + 1 = {self.loss_limit:.2f} in "
                 f"{self.high_loss_streak} batches in a row, up to batch "
                 f"{len(self.losses.on_host)}"
             )
 
     def recover(self, error):
-        """After a divergence: back to the state on disk with half the rate, or InputError."""
+        """Restores the state on disk with half the learning rate, or raises InputError."""
         args, lr = self.args, self.optimizer.param_groups[0]["lr"]
-        what = f"epoch {self.epoch}, lr {lr:g}: {error}"
-        state = read_state(args.save) if self.saved else None
+        problem = f"epoch {self.epoch}, lr {lr:g}: {error}"
+        state = self.run.read_state() if self.saved else None
         if args.on_divergence == "rollback" and state and self.rollbacks < ROLLBACKS:
             best, rollbacks = self.best, self.rollbacks + 1
             self.load_state_dict(state)
@@ -659,27 +659,27 @@ class Trainer:
             self.set_rates()
             self.best, self.rollbacks = best, rollbacks
             log(
-                f"Divergence: {what}\nGoing back to {self.position()} with learning rate "
+                f"Divergence: {problem}\nGoing back to {self.position()} with learning rate "
                 f"{self.optimizer.param_groups[0]['lr']:g} ({rollbacks} of {ROLLBACKS} times)"
             )
             return
         kept = f"{args.save} keeps the best model so far" if self.best < math.inf else (
             "no model was saved"
         )
-        again = "no state was saved to go on from"
+        again = "no training state was saved"
         if state:
             again = (
-                f"{self.run.resume_command} --lr {lr / 2:g} goes on from the last good state "
+                f"{self.run.resume_command} --lr {lr / 2:g} resumes from the last good state "
                 f"(epoch {state['epoch']}, batch {len(state['losses'])})"
             )
         advice = "try a lower --lr" + ("" if args.clip else " or --clip 0.25")
-        raise InputError(f"{what}; {advice}; {kept}; {again}")
+        raise InputError(f"{problem}; {advice}; {kept}; {again}")
 
 
 def train_and_test(trainer):
     """Trains to the end, or until a signal, and tests the best model; returns the exit status.
 
-    Raises InputError when, at last, a file could not be written.
+    Raises InputError if a file still cannot be written at the end.
     """
     run, status, check = trainer.run, 0, trainer.run.check
     try:
@@ -688,7 +688,7 @@ def train_and_test(trainer):
         status = 128 + stop.number
         if stop.number != signal.SIGINT:
             return status
-        check = None  # the next signal ends it at once
+        check = None  # the next signal ends the process at once
     run.retry()
     if trainer.best < math.inf:
         report_test(trainer, check)
@@ -696,12 +696,12 @@ def train_and_test(trainer):
         log("No epoch was finished, so there is no model to test")
     run.retry()
     if lost := ", ".join(run.pending):
-        raise InputError(f"{lost}: could not be written until the end; make room and train again")
+        raise InputError(f"{lost}: could not be written; free disk space and train again")
     return status
 
 
 def report_test(trainer, check):
-    """Logs the test loss of the best model, from its file, beside the unigram model's."""
+    """Logs the test loss of the saved best model, and that of a unigram model for comparison."""
     corpus, args = trainer.corpus, trainer.args
     params = trainer.run.best_model(corpus, args)
     loss, parts = score(params, corpus.test, args, check, TEST_BATCH_SIZE)
@@ -721,8 +721,8 @@ class EpochLog:
     def __init__(self, trainer):
         self.trainer = trainer
         args = trainer.args
-        # On a CPU a loss is there at once. Elsewhere the newest stays on its way, so that the host
-        # can queue the next step while this one runs.
+        # A CPU's loss is available at once. On a GPU the newest loss is not waited for, so that the
+        # host can queue the next step while this one runs.
         self.ahead = 0 if args.device.type == "cpu" else 1
         self.batches = self.logged = len(trainer.losses.on_host)
         self.since = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Small helpers that know no model: log lines, losses, hidden states, precision, signals."""
+"""Model-independent helpers: log lines, losses, hidden states, precision, signals."""
 
 import contextlib
 import math
@@ -13,9 +13,11 @@ from tqdm import tqdm
 
 import distributed
 from cpu_kernels import use_expandable_segments
-from data import SPLITS, UNK, Corpus, InputError, batchify, get_batch, name_commonest
+from data import SPLITS, UNK, Corpus, InputError, batchify, get_batch, list_most_common
 
 __all__ = ["batchify", "get_batch", "repackage_hidden"]  # as in the reference
+
+RECORDS, FINETUNE_RECORDS = ".jsonl", ".finetune.jsonl"  # after the path of the checkpoint
 
 # ------------------------------------------------------------ log lines
 
@@ -23,8 +25,7 @@ __all__ = ["batchify", "get_batch", "repackage_hidden"]  # as in the reference
 def log(line):
     """Prints a line to standard output, above the progress bar, on the first rank.
 
-    A log on a full disk, or into a pipe that is closed, does not end a run: that lines are lost is
-    reported once.
+    A full disk or a closed pipe does not end the run; lost lines are reported once.
     """
     if not distributed.is_first():
         return
@@ -33,14 +34,14 @@ def log(line):
     except OSError as error:
         if not log.failed:
             log.failed = True
-            warn(f"Warning: standard output cannot be written ({error.strerror}): lines are lost")
+            warn(f"Warning: cannot write to standard output ({error.strerror}); log lines are lost")
 
 
 log.failed = False
 
 
 def warn(line):
-    """Prints a line to standard error, as `log`."""
+    """Prints a line to standard error, on the first rank."""
     if distributed.is_first():
         with contextlib.suppress(OSError):
             _print(line, sys.stderr)
@@ -52,7 +53,7 @@ def _print(line, file):
 
 
 def perplexity(loss):
-    """exp of a loss in nats; inf where that overflows."""
+    """exp of a loss in nats; inf on overflow."""
     try:
         return math.exp(loss)
     except OverflowError:
@@ -73,38 +74,38 @@ def log_parts(parts):
         log(f"| {name:8s} | {loss_columns(loss)}")
 
 
-def warn_of_unknown(unknown):
-    """Names the words that `encode` did not find, on stderr."""
+def warn_about_unknown(unknown):
+    """Lists the words that are not in the vocabulary, on stderr."""
     if unknown:
-        warn(f"Warning: not in the vocabulary, read as {UNK}: {name_commonest(unknown)}")
+        warn(f"Warning: not in the vocabulary, read as {UNK}: {list_most_common(unknown)}")
 
 
 # ------------------------------------------------------------ losses
 
 
 class Losses:
-    """The losses of a pass, read without making the host wait for the step that is running."""
+    """The losses of a pass, read without making the host wait for the current step."""
 
     def __init__(self, on_host=()):
-        self.on_the_way = deque()
+        self.pending = deque()
         self.on_host = [(float(loss), int(tokens)) for loss, tokens in on_host]
 
     def add(self, loss, tokens):
-        """Adds the mean loss of so many tokens, a tensor, and starts its copy to the host."""
+        """Adds the mean loss of `tokens` tokens, a tensor, and starts its copy to the host."""
         arrived = None
-        if loss.is_cuda:  # .item() would wait for all that has been queued since
+        if loss.is_cuda:  # .item() would wait for everything queued since
             loss = loss.to("cpu", non_blocking=True)
             arrived = torch.cuda.current_stream(loss.device).record_event()
-        self.on_the_way.append((loss, arrived, tokens))
+        self.pending.append((loss, arrived, tokens))
 
     def read(self, ahead=0):
         """Returns the losses, floats in nats, that no earlier call has returned.
 
-        Waits for all but the newest `ahead` of them.
+        Waits for all except the newest `ahead` losses.
         """
         known = len(self.on_host)
-        while len(self.on_the_way) > ahead:
-            loss, arrived, tokens = self.on_the_way.popleft()
+        while len(self.pending) > ahead:
+            loss, arrived, tokens = self.pending.popleft()
             if arrived is not None:
                 arrived.synchronize()
             self.on_host.append((loss.item(), tokens))
@@ -116,7 +117,7 @@ class Losses:
         return math.fsum(loss * n for loss, n in chosen) / sum(n for _, n in chosen)
 
     def mean_of_all_ranks(self):
-        """The mean loss per token of what all ranks have added."""
+        """The mean loss per token over all ranks."""
         self.read()
         ranks = distributed.all_gather(self.on_host)
         return Losses([pair for pairs in ranks for pair in pairs]).mean()
@@ -126,20 +127,23 @@ class Losses:
 
 
 def map_hidden(function, *states):
-    """`function` of the tensors at each place of hidden states: tensors, nested tuples or None."""
+    """Applies `function` to the corresponding tensors of hidden states.
+
+    A hidden state is a tensor, nested tuples of tensors, or None.
+    """
     if states[0] is None or isinstance(states[0], torch.Tensor):
         return states[0] if states[0] is None else function(*states)
     return tuple(map_hidden(function, *parts) for parts in zip(*states))
 
 
 def repackage_hidden(h):
-    """Detaches a hidden state, a tensor or nested tuples and lists of them, from its history."""
+    """Detaches a hidden state, a tensor or nested tuples and lists of tensors, from its history."""
     return map_hidden(torch.Tensor.detach, h)
 
 
 # ------------------------------------------------------------ devices and precision
 
-# How CUDA makes float32 products in torch.matmul and in cuDNN's recurrent layers.
+# The settings for float32 matrix products on CUDA: torch.matmul and cuDNN's recurrent layers.
 if hasattr(torch.backends.cudnn, "rnn"):  # torch 2.9 and later
     PRODUCTS = [
         (torch.backends.cuda.matmul, "fp32_precision"), (torch.backends.cudnn.rnn, "fp32_precision")
@@ -151,9 +155,9 @@ else:
 
 
 def set_products(precision):
-    """Has CUDA make products as `precision` says: "fp32", "tf32" (factors of 10 bits) or "bf16".
+    """Sets the precision of CUDA's matrix products: "fp32", "tf32" (10-bit mantissas) or "bf16".
 
-    With bf16, products of float32 stay float32's. cuDNN's setting must still allow TF32 then:
+    With bf16, products of float32 tensors stay in float32. cuDNN's setting must still allow TF32:
     "ieee" would keep its bf16 layers off the tensor cores.
     """
     for setting, lower in zip(PRODUCTS, [("tf32",), ("tf32", "bf16")]):
@@ -162,7 +166,7 @@ def set_products(precision):
 
 @contextlib.contextmanager
 def float32_products():
-    """While it is held products are float32's, as for every perplexity that is reported."""
+    """Computes matrix products in float32, as for every reported perplexity."""
     before = [getattr(*setting) for setting in PRODUCTS]
     set_products("fp32")
     try:
@@ -173,7 +177,7 @@ def float32_products():
 
 
 def set_up_device(args):
-    """Makes `args.device` the current one, with products as `args.precision` says."""
+    """Makes `args.device` the current device and sets the precision of its matrix products."""
     if args.device.type == "cuda":
         if args.device.index is not None:
             torch.cuda.set_device(args.device)
@@ -182,7 +186,7 @@ def set_up_device(args):
 
 
 def describe_device(device):
-    """Its name; for CUDA with the card and cuDNN's version, which decide a result's last bits."""
+    """The device's name; on CUDA with the card and cuDNN's version, which affect the last bits."""
     if device.type != "cuda":
         return str(device)
     card, cudnn = torch.cuda.get_device_name(device), torch.backends.cudnn.version()
@@ -190,7 +194,7 @@ def describe_device(device):
 
 
 def is_out_of_memory(error):
-    """Whether an exception says so; torch has several types for it, or none."""
+    """Whether an exception means out of memory; torch raises several types."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError)
         and any(text in str(error) for text in ("allocate memory", "out of memory", "ALLOC_FAILED"))
@@ -198,14 +202,14 @@ def is_out_of_memory(error):
 
 
 def is_device_error(error):
-    """Whether an exception comes from the device, so that no file is to blame."""
+    """Whether an exception comes from the device, not from a damaged file."""
     return is_out_of_memory(error) or (
         isinstance(error, RuntimeError)
         and any(text in str(error) for text in ("CUDA", "cuDNN", "CUDNN", "HIP", "MPS"))
     )
 
 
-# ------------------------------------------------------------ the beginning of a run
+# ------------------------------------------------------------ the start of a run
 
 
 def plain(args):
@@ -214,18 +218,18 @@ def plain(args):
 
 
 def prepare(args):
-    """Sets up the device, seeds the generators, reads and returns the corpus; logs what will run.
+    """Sets up the device, seeds the generators, logs the setup; returns the corpus.
 
-    Raises InputError, before training begins.
+    Raises InputError.
     """
     corpus = Corpus(args.data)
     if len(corpus.train) // args.batch_size < 2:
         raise InputError(
             f"--batch_size {args.batch_size}: the training split has {len(corpus.train)} tokens, "
-            f"too few for {args.batch_size} columns of 2; lower it"
+            f"too few for {args.batch_size} columns of 2 tokens; use a smaller batch"
         )
     np.random.seed(args.seed)
-    torch.manual_seed(args.seed + distributed.rank())  # other masks for other columns
+    torch.manual_seed(args.seed + distributed.rank())  # each rank draws its own dropout masks
     set_up_device(args)
     sizes = ", ".join(f"{split} {len(getattr(corpus, split)):,}" for split in SPLITS)
     log(f"Corpus {corpus.name}: tokens {sizes}; {len(corpus.dictionary):,} words")
@@ -240,7 +244,7 @@ def prepare(args):
 
 
 def environment(device):
-    """Beside the flags, what the bits of a result depend on."""
+    """The software and hardware that the exact bits of a result depend on."""
     return {
         "torch": str(torch.__version__), "hardware": describe_device(device),
         "ranks": distributed.size(), "threads": torch.get_num_threads(),
@@ -249,7 +253,7 @@ def environment(device):
 
 
 def get_generators(device):
-    """The states of all random generators of a run, one a rank, as tensors and plain data."""
+    """The states of all random generators of a run, by rank, as tensors and plain data."""
     name, key, *rest = np.random.get_state()
     state = {"numpy": [name, key.tolist(), *rest], "torch": torch.get_rng_state()}
     if device.type in ("cuda", "mps"):
@@ -258,7 +262,7 @@ def get_generators(device):
 
 
 def set_generators(generators, device):
-    """Restores what `get_generators` returned; a rank that had none then is seeded anew."""
+    """Restores the states from `get_generators`; a rank without a state gets a new seed."""
     ranks = generators["ranks"]
     state = ranks[min(distributed.rank(), len(ranks) - 1)]
     name, key, *rest = state["numpy"]
@@ -282,7 +286,7 @@ class Preempted(Exception):
 
 
 class Preemption:
-    """While it is held, SIGINT, SIGTERM and SIGHUP wait for `check`; a second one ends at once.
+    """Defers SIGINT, SIGTERM and SIGHUP until `check`; a second signal ends the process at once.
 
     The exit code is 128 + the signal's number: 130 after Ctrl-C, 143 after SIGTERM.
     """
@@ -294,7 +298,7 @@ class Preemption:
     def __enter__(self):
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)
-            # Under nohup the closing of a terminal is to be ignored.
+            # nohup sets SIG_IGN for SIGHUP; keep it.
             if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
                 self.before[number] = signal.signal(number, self._handle)
         return self
@@ -304,13 +308,13 @@ class Preemption:
             signal.signal(number, handler)
 
     def _handle(self, number, frame):
-        # torchrun passes a signal on that a scheduler may have sent to its processes too.
+        # Under torchrun the same signal can arrive twice: from the scheduler and from torchrun.
         if self.received and not distributed.is_distributed():
-            os._exit(128 + number)  # files are whole or absent, so nothing saved is lost
+            os._exit(128 + number)  # files are written atomically, so nothing saved is lost
         self.received = self.received or number
 
     def check(self, due=False):
-        """Raises Preempted once a signal has come to any rank; returns whether any has `due`."""
+        """Raises Preempted if any rank got a signal; returns whether `due` is true on any rank."""
         number, due = distributed.largest(self.received, int(due))
         if number:
             raise Preempted(number)

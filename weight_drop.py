@@ -9,21 +9,21 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from cpu_kernels import has_recurrent_layer, recurrent_layer
-from utils import map_hidden
 
 
 def drop_weight(weight, dropout, variational=False):
-    """A copy of `weight` with elements zeroed at rate `dropout`, the rest over (1 - dropout).
+    """A copy of `weight` with elements zeroed at rate `dropout` and the rest scaled up.
 
-    With `variational`, whole rows are dropped. On the CPU the rate is rounded to 1/65536.
+    The scale is 1 / (1 - dropout). With `variational`, complete rows are dropped. On the CPU the
+    rate is rounded to a multiple of 1/65536.
     """
     if variational:
         return weight * F.dropout(weight.new_ones(weight.size(0), 1), dropout)
     if weight.device.type != "cpu":
         return F.dropout(weight, dropout)
-    # Drawing a float for each element costs more than the rest of this function tenfold. An int64
-    # holds four 16-bit draws. (-2**63, None) is the full range: plain random_() never sets the
-    # top bit, which would bias every fourth draw.
+    # Drawing a float per element would cost ten times the rest of this function. An int64 holds
+    # four 16-bit draws. (-2**63, None) is the full range: random_() without arguments never sets
+    # the top bit, which would bias every fourth draw.
     draws = torch.empty((weight.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
     draws = draws.view(torch.int16)[: weight.numel()].view_as(weight)
     dropped = min(round(dropout * 65536), 65535)  # of the 65,536 values a draw can take
@@ -32,13 +32,13 @@ def drop_weight(weight, dropout, variational=False):
 
 
 class WeightDrop(nn.Module):
-    """Wraps `module` so that the parameters named in `weights` are dropped at each call.
+    """Wraps `module` and applies dropout to the parameters named in `weights` at each call.
 
-    One mask a forward pass, the same at every time step. The raw parameters stay where they are,
-    in `module`, under their own names: they are what is trained, averaged and saved. In
-    evaluation, or with `dropout` 0, nothing is dropped.
+    A forward pass uses one mask for all time steps. `module` keeps the raw parameters, under their
+    own names; these are trained, averaged and saved. In evaluation, or with `dropout` 0, nothing is
+    dropped.
 
-    With `bf16` an nn.LSTM, an nn.GRU or a QRNN makes its products in bfloat16; inputs, outputs and
+    With `bf16` an nn.LSTM or nn.GRU computes its matrix products in bfloat16; inputs, outputs and
     parameters stay in float32.
 
     `WeightDrop(nn.LSTM(10, 10), ["weight_hh_l0"], dropout=0.5)` is AWD-LSTM's layer.
@@ -65,12 +65,12 @@ class WeightDrop(nn.Module):
 
 
 def call_recurrent(module, weights, x, state=None, bf16=False):
-    """What `module`, an nn.LSTM or nn.GRU, computes with `weights` for its parameters.
+    """Calls `module`, an nn.LSTM or nn.GRU, with `weights` in place of its parameters.
 
     weights {name: tensor}, in the order of `module.named_parameters()`; x [T, B, I]; state as the
-    module's, zero where it is None. They are handed to the kernel itself: functional_call would
-    make nn.RNNBase move its own parameters to another piece of memory at each call on CUDA. With
-    `bf16` a CPU makes the products in bfloat16; elsewhere the whole layer is computed in it.
+    module's, zero if None. The weights are passed directly to the kernel: on CUDA functional_call
+    would make nn.RNNBase copy its own parameters to new memory at each call. With `bf16` a CPU
+    computes matrix products in bfloat16; other devices compute the complete layer in bfloat16.
     """
     is_lstm = isinstance(module, nn.LSTM)
     if state is None:
@@ -84,20 +84,20 @@ def call_recurrent(module, weights, x, state=None, bf16=False):
     if x.is_cuda and (replaced or any(w.dtype != dtype for w in weights.values())):
         weights = in_one_piece(weights, dtype)
     weights = [weight.to(dtype) for weight in weights.values()]
-    state = map_hidden(lambda h: h.to(dtype), state)
+    state = tuple(h.to(dtype) for h in state) if is_lstm else state.to(dtype)
     kernel = torch.lstm if is_lstm else torch.gru
     output, *state = kernel(
         x.to(dtype), state, weights, module.bias, module.num_layers, module.dropout,
         module.training, module.bidirectional, module.batch_first,
     )
-    state = tuple(state) if is_lstm else state[0]
-    return output.to(x.dtype), map_hidden(lambda h: h.to(x.dtype), state)
+    state = [h.to(x.dtype) for h in state]
+    return output.to(x.dtype), tuple(state) if is_lstm else state[0]
 
 
 def in_one_piece(weights, dtype):
     """The weights {name: tensor} as views of one new tensor, the matrices before the biases.
 
-    That is cuDNN's own layout. Weights that lie otherwise it copies there itself, and warns.
+    That is cuDNN's own layout. cuDNN copies weights in any other layout, with a warning.
     """
     names = sorted(weights, key=lambda name: "bias" in name)
     flat = torch.cat([weights[name].flatten() for name in names]).to(dtype)

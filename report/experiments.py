@@ -1,25 +1,26 @@
 """The experiments of "Regularizing and Optimizing RNN Language Models", and ours, as plain data.
 
-They share main.py's defaults: emsize 400, nhid 1150, three layers, bptt 70, SGD with a rate of 30
-followed by NT-ASGD, clip 0.25, dropout 0.4, dropoute 0.1, wdrop 0.5, alpha 2, beta 1, wdecay
-1.2e-6. Where several set a flag, the scale overrides the experiment, and that the corpus.
+They share main.py's defaults: emsize 400, nhid 1150, three layers, bptt 70, SGD with a learning
+rate of 30 followed by NT-ASGD, clip 0.25, dropout 0.4, dropoute 0.1, wdrop 0.5, alpha 2, beta 1,
+wdecay 1.2e-6. The flags of an experiment override those of its corpus, and the flags of the scale
+override both.
 """
 
 from typing import NamedTuple
 
-CORPORA = {  # the name of an experiment begins with its corpus
+CORPORA = {  # an experiment's name starts with its corpus
     "ptb": "--data data/penn --batch_size 20 --seed 141 --epochs 500",
     "wt2": "--data data/wikitext-2 --batch_size 80 --seed 1882 --epochs 750",
 }
 
 
 class Experiment(NamedTuple):
-    """One run of main.py or, if it has a base, of finetune.py on the base's model.
+    """A run of main.py or, if it has a base, of finetune.py on the base's model.
 
-    The numbers are the report's; None where it reports nothing, as for all experiments of ours.
+    The numbers are the report's; None if it has none, as for all our experiments.
     """
 
-    label: str  # of the curve
+    label: str  # of its curve
     flags: str
     parameters: int | None = None
     seconds: float | None = None  # per epoch, on a GTX 1080 Ti
@@ -28,8 +29,9 @@ class Experiment(NamedTuple):
     base: str | None = None
 
 
-# Section 4 of the report. Its GRU has the LSTM's rate, at which it diverges, and so has this one.
-# Its "LSTM without dropout" keeps wdrop, dropout and dropoute: lightly regularized.
+# Section 4 of the report. As in the report, the GRU has the LSTM's learning rate, at which it
+# diverges. The report's "LSTM without dropout" keeps wdrop, dropout and dropoute; it is called
+# lightly regularized here.
 EXPERIMENTS = {
     "ptb-lstm": Experiment(
         "LSTM", "--dropouti 0.4 --dropouth 0.25", 24_221_600, 48, 61.48, 58.98),
@@ -62,7 +64,7 @@ EXPERIMENTS = {
     "wt2-bilstm": Experiment(
         "biLSTM (has seen its answer)", "--model biLSTM --dropouth 0.2",
         27_946_078, 93, 1.09, 1.09),
-    # Ours: corrections and extensions of the report, and the LSTM with the same changes.
+    # Ours: corrections and extensions of the report, and the LSTM with the same corrections.
     "ptb-lstm-ours": Experiment(
         "LSTM, slow biases",
         "--bias-lr 0.01 --decoder-bias unigram --dropouti 0.4 --dropouth 0.25"),
@@ -84,11 +86,12 @@ class Scale(NamedTuple):
     about: str
     flags: str
     finetune: str  # flags of fine-tuning
-    slowness: dict  # rough time of an epoch on two CPU cores over the report's, by corpus
+    time_ratio: dict  # approximate time of an epoch over the report's, by corpus
 
 
 SCALES = {
     "full": Scale("the published size", "", "", {"ptb": 1, "wt2": 1}),  # on the report's GPU
+    # On two CPU cores:
     "small": Scale(
         "emsize 64, nhid 128, batch 40, 10 epochs",
         "--emsize 64 --nhid 128 --batch_size 40 --epochs 10", "--epochs 3",
@@ -99,8 +102,8 @@ SCALES = {
         {"ptb": 0.03, "wt2": 0.016}),
 }
 
-# Each row gives two figures, the training loss and the validation loss of the same runs. Rows 1 to
-# 4 are the report's eight figures (its Figure 8 shows validation loss, whatever its caption says).
+# Each row gives two figures, training loss and validation loss. Rows 1 to 4 are the report's eight
+# figures. (Its Figure 8 shows the validation loss, contrary to its caption.)
 FIGURES = {
     "ptb, LSTM": ["ptb-lstm", "ptb-lstm-finetune", "ptb-lstm-lightly-regularized"],
     "ptb, GRU and biLSTM": ["ptb-gru-3", "ptb-gru-5", "ptb-bilstm"],
@@ -112,27 +115,27 @@ FIGURES = {
 
 
 def flags_of(name, scale):
-    """The flags of an experiment, {flag: value} of strings."""
+    """The flags of an experiment, {flag: value}, both strings."""
     experiment, size = EXPERIMENTS[name], SCALES[scale]
     finetune = size.finetune if experiment.base else ""
     words = f"{CORPORA[name[:3]]} {experiment.flags} {size.flags} {finetune}".split()
     return dict(zip(words[::2], words[1::2]))
 
 
-def hours(name, scale):
+def estimated_hours(name, scale):
     """The estimated time of an experiment, in hours."""
     epochs = int(flags_of(name, scale)["--epochs"])
-    seconds = EXPERIMENTS[name].seconds or 60  # those of ours, on average
-    return epochs * seconds * SCALES[scale].slowness[name[:3]] / 3600
+    seconds = EXPERIMENTS[name].seconds or 60  # the average of our experiments
+    return epochs * seconds * SCALES[scale].time_ratio[name[:3]] / 3600
 
 
 def model_path(out, name):
-    """The checkpoint of an experiment; its log and its results are in the same folder."""
+    """The checkpoint of an experiment; its log is in the same folder."""
     return out / "runs" / name / "model.pt"
 
 
 def command(name, scale, out):
-    """The command line of an experiment as a list that begins with main.py or finetune.py."""
+    """The command line of an experiment, a list that starts with main.py or finetune.py."""
     script, flags, base = "main.py", flags_of(name, scale), EXPERIMENTS[name].base
     if base:  # finetune.py takes all other flags from the base
         flags = {flag: flags[flag] for flag in ("--seed", "--epochs")}

@@ -1,4 +1,4 @@
-"""Draws the curves of runs from the JSON lines that training writes beside its checkpoints.
+"""Draws the curves of runs from the JSON lines beside their checkpoints.
 
     python -m report.plot LSTM=lstm.pt GRU=gru.pt --out curves.svg
 """
@@ -7,21 +7,21 @@ import argparse
 import json
 from pathlib import Path
 
-from checkpoint import FINETUNE_RECORDS, RECORDS
 from data import InputError
 from flags import Parser, run_command
+from utils import FINETUNE_RECORDS, RECORDS
 
-# Okabe and Ito's colours, distinct for colour-blind readers; without yellow, too pale for lines.
+# Okabe and Ito's colour-blind-safe colours, without yellow, which is too pale for lines.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"]
 LABELS = {
     "train_loss": "training loss", "train_ppl": "training perplexity",
     "valid_loss": "validation loss", "valid_ppl": "validation perplexity",
 }
-STYLES = ["-", "--", ":", "-."]  # of the fields of one run
+STYLES = ["-", "--", ":", "-."]  # one per field of a run
 
 
 def import_matplotlib():
-    """Returns the package matplotlib; raises InputError if it is not installed."""
+    """Returns matplotlib; raises InputError if it is not installed."""
     try:
         import matplotlib.figure
     except ImportError:
@@ -32,10 +32,10 @@ def import_matplotlib():
 
 
 def read_run(path):
-    """The epochs of a run, a dictionary each; those of fine-tuning come last.
+    """The epochs of a run, a list of dictionaries, with the epochs of fine-tuning at the end.
 
-    `path` is a file of JSON lines or the checkpoint beside it. Adds the time since the start of the
-    run to each epoch, as `minutes`. Raises InputError, naming the file.
+    `path` is a file of JSON lines or the checkpoint beside it. Adds `minutes`, the time since the
+    start of the run, to each epoch. Raises InputError, naming the file.
     """
     files = [Path(f"{path}{RECORDS}"), Path(f"{path}{FINETUNE_RECORDS}")]
     if Path(path).suffix == ".jsonl":
@@ -47,19 +47,19 @@ def read_run(path):
                 epoch = json.loads(line)
                 minutes += epoch["seconds"] / 60
             except (ValueError, KeyError, TypeError):
-                raise InputError(f"{file}: is not the JSON lines of a run") from None
+                raise InputError(f"{file}: does not contain the JSON lines of a run") from None
             epochs.append({**epoch, "epoch": len(epochs) + 1, "minutes": minutes})
     if not epochs:
-        raise InputError(f"{files[0]}: is missing, or has no epoch yet")
+        raise InputError(f"{files[0]}: is missing, or has no epochs yet")
     return epochs
 
 
 def draw(runs, fields=("valid_ppl",), against="epochs", title="", reference=None):
-    """A matplotlib figure of curves: a colour for each run, a line style for each field.
+    """A matplotlib figure of curves, with one colour per run and one line style per field.
 
-    runs: {name: epochs as from `read_run`}; a value that is None leaves a gap. against: "epochs" or
-    "time". reference: as runs, drawn in grey. The vertical axis is logarithmic for perplexities.
-    Raises InputError if no run has a value of a field.
+    runs: {name: epochs from `read_run`}; None values leave gaps. against: "epochs" or "time".
+    reference: like runs, drawn in grey. The vertical axis is logarithmic for perplexities. Raises
+    InputError if no run has a field.
     """
     figure = import_matplotlib().figure.Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot(title=title)
@@ -73,7 +73,7 @@ def draw(runs, fields=("valid_ppl",), against="epochs", title="", reference=None
         plot(epochs, fields[0], style, color="0.7", zorder=1, label=f"the report's {name}")
     for field, style in zip(fields, STYLES):
         if not any(epoch.get(field) for epochs in runs.values() for epoch in epochs):
-            raise InputError(f"--field {field}: no run has a value of it")
+            raise InputError(f"--field {field}: no run has this field")
         suffix = f", {LABELS.get(field, field)}" if len(fields) > 1 else ""
         for (name, epochs), colour in zip(runs.items(), COLOURS * len(runs)):
             plot(epochs, field, style, color=colour, marker=".", label=name + suffix)
@@ -88,17 +88,17 @@ def draw(runs, fields=("valid_ppl",), against="epochs", title="", reference=None
 
 
 def save(figure, path):
-    """Writes a figure as PNG or SVG, by the ending of its name."""
+    """Writes a figure as PNG or SVG, depending on the extension."""
     figure.savefig(path, dpi=130)
 
 
 def named_run(text):
-    """An argparse type: NAME=PATH, or a path that is its own name."""
+    """An argparse type: NAME=PATH, or a path that is also the name."""
     name, _, path = text.partition("=")
     return name, path or name
 
 
-def picture(text):
+def image_path(text):
     """An argparse type: the path of a PNG or SVG file."""
     if Path(text).suffix not in (".png", ".svg"):
         raise argparse.ArgumentTypeError(f"{text}: must end in .png or .svg")
@@ -109,16 +109,16 @@ def parse_args(argv=None):
     parser = Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("runs", type=named_run, nargs="+", metavar="[NAME=]RUN",
-        help="a checkpoint, or a file of JSON lines, and what to call it")
-    add("--out", type=picture, nargs="+", default=["curves.png"],
+        help="a checkpoint or a file of JSON lines, and its name in the plot")
+    add("--out", type=image_path, nargs="+", default=["curves.png"],
         help="the files to write, .png or .svg (default: curves.png)")
     add("--field", nargs="+", default=["valid_ppl"], metavar="FIELD",
-        help="what to draw of each run, as its JSON lines name it, at most four: valid_ppl (the "
-             "default), train_ppl, valid_loss, train_loss, tokens_per_s, ...")
+        help="fields of the JSON lines to draw, at most four: valid_ppl (the default), train_ppl, "
+             "valid_loss, train_loss, tokens_per_s, ...")
     add("--against", choices=["epochs", "time"], default="epochs")
     args = parser.parse_args(argv)
     if len(dict(args.runs)) < len(args.runs):
-        parser.error("two runs have the same name; give them others, as NAME=RUN")
+        parser.error("two runs have the same name; rename them with NAME=RUN")
     return args
 
 
@@ -128,7 +128,7 @@ def main(argv=None):
     figure = draw(runs, args.field, args.against)
     for path in args.out:
         save(figure, path)
-        print(f"Written: {path}")
+        print(f"Wrote {path}")
 
 
 if __name__ == "__main__":

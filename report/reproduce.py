@@ -1,11 +1,11 @@
-"""Runs the experiments of "Regularizing and Optimizing RNN Language Models"; writes the results.
+"""Runs the experiments of "Regularizing and Optimizing RNN Language Models".
 
     python -m report.reproduce --scale tiny --out results/
     python -m report.reproduce --scale full --only ptb-lstm,wt2-lstm --devices cuda:0 cuda:1
 
-Each experiment is a run of main.py or finetune.py in the folder --out/runs/NAME. The same command
-resumes interrupted runs and skips finished ones. Whenever a run ends, the results are written
-again: README.md, with a table and figures.
+Each experiment is a run of main.py or finetune.py in the folder --out/runs/NAME. Running the same
+command again resumes interrupted runs and skips finished ones. Whenever a run ends, the results are
+updated: README.md, with a table and figures.
 """
 
 import os
@@ -20,7 +20,7 @@ import torch
 from checkpoint import STATE
 from data import InputError
 from flags import Parser, parse_device, run_command
-from report.experiments import EXPERIMENTS, SCALES, command, flags_of, hours, model_path
+from report.experiments import EXPERIMENTS, SCALES, command, estimated_hours, flags_of, model_path
 from report.plot import import_matplotlib
 from report.results import LOG, read_log, write_results
 from utils import Preemption
@@ -29,13 +29,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def list_experiments(names, scale, out):
-    """Prints the commands that would run."""
+    """Prints the commands and their estimated hours."""
     print(f"Scale {scale}: {SCALES[scale].about}")
     print("Estimated hours, on the report's GTX 1080 Ti at scale full, else on two CPU cores:")
     for name in names:
         line = shlex.join(command(name, scale, out))
-        print(f"{hours(name, scale):8.2f} h  {name}: python {line}")
-    print(f"{sum(hours(name, scale) for name in names):8.2f} h  in all")
+        print(f"{estimated_hours(name, scale):8.2f} h  {name}: python {line}")
+    print(f"{sum(estimated_hours(name, scale) for name in names):8.2f} h  in total")
 
 
 def start(name, scale, out, device, threads):
@@ -43,7 +43,8 @@ def start(name, scale, out, device, threads):
     model = model_path(out, name)
     model.parent.mkdir(exist_ok=True)
     argv = command(name, scale, out)
-    # finetune.py begins by copying its base to `model`; killed in its first epoch, it has no state.
+    # finetune.py first copies its base to `model`. If it is killed before its first save, the copy
+    # exists without a training state.
     if Path(f"{model}{STATE}").exists() or (EXPERIMENTS[name].base and model.exists()):
         argv += ["--resume", str(model)]
     argv += ["--device", str(device)]
@@ -53,13 +54,13 @@ def start(name, scale, out, device, threads):
         print(f"# {line}", file=log, flush=True)
         return subprocess.Popen(
             [sys.executable, ROOT / argv[0], *argv[1:]], stdout=log, stderr=log,
-            start_new_session=True,  # Ctrl-C reaches only the parent, which passes it on
+            start_new_session=True,  # Ctrl-C reaches only the parent, which ends its children
             env={**os.environ, "OMP_NUM_THREADS": str(threads)},
         )
 
 
 def report_end(name, status, out, scale):
-    """Reports the end of an experiment, and writes the results; returns whether it succeeded."""
+    """Reports the end of an experiment and updates the results; returns whether it succeeded."""
     _, test = read_log(out, name)
     if status == 0 and test:
         print(f"{name}: done, test ppl {test['test']:.2f}", flush=True)
@@ -72,9 +73,9 @@ def report_end(name, status, out, scale):
 
 
 def run_all(names, scale, out, devices, check):
-    """Runs experiments, one at a time on each device; returns the names of those that failed.
+    """Runs the experiments, one at a time per device; returns the names of the failed ones.
 
-    `check` is called again and again; if it raises, all runs save their state and end.
+    `check` is polled; if it raises, all runs save their state and end.
     """
     threads = max(1, torch.get_num_threads() // len(devices))
     waiting = [name for name in names if not read_log(out, name)[1]]
@@ -93,7 +94,9 @@ def run_all(names, scale, out, devices, check):
                     idle.append(device)
                     if not report_end(name, process.returncode, out, scale):
                         failed.append(name)
-                        waiting = [n for n in waiting if EXPERIMENTS[n].base != name]
+                        for dependent in [n for n in waiting if EXPERIMENTS[n].base == name]:
+                            waiting.remove(dependent)
+                            print(f"{dependent}: skipped, since {name} failed", file=sys.stderr)
             time.sleep(0.1)
     finally:
         for process, _ in running.values():
@@ -104,19 +107,21 @@ def run_all(names, scale, out, devices, check):
 
 
 def prepare(out, scale, names):
-    """Makes the folder of the runs. Raises InputError if the runs cannot work there."""
+    """Creates the folder of the runs. Raises InputError if the runs could not work."""
     import_matplotlib()
     for name in names:
         data = flags_of(name, scale)["--data"]
         if data != "sample" and not Path(data, "train.txt").exists():
             raise InputError(
-                f"--scale {scale}: {data} is absent; ./getdata.sh fetches it, and --scale tiny "
-                "needs no corpus"
+                f"--scale {scale}: {data} does not exist; ./getdata.sh downloads it, and --scale "
+                "tiny needs no corpus"
             )
-    file = out / "runs" / "scale"  # which the folder is for
+    file = out / "runs" / "scale"  # holds the scale of the folder's runs
     earlier = file.read_text().strip() if file.exists() else None
     if earlier != scale and out.exists() and any(out.iterdir()):
-        raise InputError(f"--out {out}: holds no runs at --scale {scale}; name another folder")
+        raise InputError(
+            f"--out {out}: not empty, and not a folder for --scale {scale}; choose another folder"
+        )
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(f"{scale}\n")
 
@@ -127,18 +132,18 @@ def parse_args(argv=None):
     add("--scale", choices=SCALES, default="tiny",
         help="; ".join(f"{name}: {scale.about}" for name, scale in SCALES.items()))
     add("--only", metavar="NAME,...", default=",".join(EXPERIMENTS),
-        help="these experiments, and the models that they fine-tune (default: all, see --list)")
-    add("--out", type=Path, default=Path("results"), help="folder of the runs and the results")
+        help="run these experiments and the ones they fine-tune (default: all, see --list)")
+    add("--out", type=Path, default=Path("results"), help="folder for the runs and the results")
     add("--devices", type=parse_device, nargs="+", metavar="DEVICE",
         default=["cuda"] if torch.cuda.is_available() else ["cpu", "cpu"],
-        help="run an experiment at a time on each, as cuda:0 cuda:1, or cpu cpu, which share the "
-             "cores (default: cuda, else cpu cpu)")
-    add("--list", action="store_true", help="print what would run, and the estimated hours")
+        help="run one experiment at a time on each device: for example cuda:0 cuda:1, or cpu cpu, "
+             "which share the cores (default: cuda, else cpu cpu)")
+    add("--list", action="store_true", help="print the commands and their estimated hours")
     args = parser.parse_args(argv)
     only = args.only.split(",")
     for name in only:
         if name not in EXPERIMENTS:
-            parser.error(f"--only {name}: there are {', '.join(EXPERIMENTS)}")
+            parser.error(f"--only {name}: unknown; choose from {', '.join(EXPERIMENTS)}")
     only += [EXPERIMENTS[name].base for name in only]
     args.only = [name for name in EXPERIMENTS if name in only]
     return args
@@ -155,7 +160,7 @@ def main(argv=None):
             failed = run_all(args.only, args.scale, args.out, args.devices, preemption.check)
     finally:
         write_results(args.out, args.scale)
-        print(f"Written: {args.out / 'README.md'}")
+        print(f"Wrote {args.out / 'README.md'}")
     return 2 if failed else 0
 
 

@@ -1,4 +1,4 @@
-"""The results of reproduce.py, ours beside the report's: README.md with a table, and figures."""
+"""The results of reproduce.py beside the report's: README.md with a table, and figures."""
 
 import json
 import math
@@ -8,9 +8,10 @@ import statistics
 from itertools import product
 from pathlib import Path
 
-from checkpoint import FINETUNE_RECORDS, RECORDS, write_atomically
+from checkpoint import write_atomically
 from report.experiments import EXPERIMENTS, FIGURES, SCALES, command, model_path
 from report.plot import LABELS, draw, read_run, save
+from utils import FINETUNE_RECORDS, RECORDS
 
 LOG = "log.txt"  # beside the model
 REPORT = Path(__file__).resolve().parent.parent / "records" / "report.json"
@@ -21,7 +22,7 @@ COLUMNS = [
 
 
 def read_report():
-    """The report's curves: {name: epochs}, as `read_run` gives ours."""
+    """The report's curves: {name: epochs}, with epochs as from `read_run`."""
     return {
         name: [
             {"epoch": n, "valid_ppl": ppl, "valid_loss": math.log(ppl), "train_loss": loss}
@@ -32,9 +33,9 @@ def read_report():
 
 
 def read_log(out, name):
-    """What the log of a run tells: its number of parameters, None if unknown, and its test.
+    """The number of parameters (None if unknown) and the test perplexities in the log of a run.
 
-    The test is {"test": perplexity}, with those of a biLM's parts; {} before the end of the run.
+    The perplexities are {"test": perplexity}, plus the parts of a biLM; {} before the run's end.
     """
     log = model_path(out, name).with_name(LOG)
     text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
@@ -45,7 +46,7 @@ def read_log(out, name):
 
 
 def read_epochs(out):
-    """{name: epochs so far} of the runs that have any."""
+    """{name: epochs so far} of the runs that have finished an epoch."""
     epochs = {}
     for name, experiment in EXPERIMENTS.items():
         suffix = FINETUNE_RECORDS if experiment.base else RECORDS
@@ -65,7 +66,7 @@ def valid_ppl(epoch):
 
 
 def table(out, epochs):
-    """Each run beside the report's, in Markdown; the parts of a biLM below it."""
+    """A Markdown table of our runs beside the report's; a biLM's parts have rows of their own."""
     rows = [COLUMNS, ["---"] * len(COLUMNS)]
     for name, run in epochs.items():
         experiment = EXPERIMENTS[name]
@@ -88,7 +89,7 @@ def table(out, epochs):
 
 
 def describe_departure(epochs, report):
-    """Where our validation perplexity departs from the report's by more than 10%, in words."""
+    """A sentence on whether our validation perplexity is within 10% of the report's."""
     for ours, theirs in zip(epochs, report):
         if abs(valid_ppl(ours) / valid_ppl(theirs) - 1) > 0.1:
             return (
@@ -101,7 +102,8 @@ def describe_departure(epochs, report):
 def curves(name, epochs, field):
     """{label: epochs} of a run in a figure.
 
-    biLM's mean validation loss cannot be compared with other models'; its forward loss can.
+    biLM's mean validation loss is not comparable with other models, so its forward and cloze losses
+    are drawn instead.
     """
     if field != "valid_loss" or "cloze_ppl" not in epochs[0]:
         return {EXPERIMENTS[name].label: epochs}
@@ -114,7 +116,7 @@ def curves(name, epochs, field):
 
 
 def draw_figures(out, scale, epochs, report):
-    """Draws the runs so far as figure-N.png; returns the Markdown that shows them.
+    """Draws the runs so far as figure-N.png; returns the Markdown that embeds the figures.
 
     The report's curves are cut at twice the length of ours.
     """
@@ -144,19 +146,19 @@ def write_results(out, scale):
         '# "Regularizing and Optimizing RNN Language Models", run again',
         f"Scale `{scale}`: {SCALES[scale].about}. "
         f"Made by `python -m report.reproduce --scale {scale} --only {','.join(epochs)}`.",
-        "The report's numbers are of scale `full`; those of other scales do not compare with them.",
+        "The report's numbers are comparable only with scale `full`.",
         "## The report's Table 1, and perplexities",
         table(out, epochs),
-        "The report's seconds are of a GTX 1080 Ti. Ours include validation, and depend on what "
-        "ran at the same time.",
+        "The report's times are from a GTX 1080 Ti. Ours include validation, and depend on other "
+        "processes on the machine.",
         "The test perplexity is that of the model with the best validation perplexity. biLSTM has "
         "seen the word that it predicts: its perplexity is not a language model's. biLM's is exp "
-        "of the mean of the losses that it was trained for, which are listed below it.",
+        "of the mean of its objective's losses, whose perplexities are listed below it.",
         *(f"* {name}: {describe_departure(epochs[name], report[name])}"
           for name in epochs if name in report),
         "## Figures",
         "At scale `full` the report's curves are drawn in grey. Its training losses are those of "
-        "each epoch's last logged batches.",
+        "the last logged batches of each epoch.",
         *draw_figures(out, scale, epochs, report),
         "## Commands",
         *(f"* `python {shlex.join(command(name, scale, out))}`" for name in epochs),

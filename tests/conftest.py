@@ -171,7 +171,7 @@ def make_corpus(train, evaluated, ntoken):
 
 def reversed_text(params, words, targets):
     """What a step of biLM takes besides: a window of the reversed text, here the same one."""
-    return {"backward": (words, targets), "begins": True} if is_bilm(params) else {}
+    return {"backward": (words, targets), "is_first_window": True} if is_bilm(params) else {}
 
 
 def make_trainer(params, corpus, args, check=lambda due=False: due, **kwargs):

@@ -69,15 +69,15 @@ def test_the_combiner_begins_as_the_product_of_both_predictions(params):
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("begins", [False, True])
-def test_a_step_minimizes_what_the_objective_names(params, objective, begins):
+@pytest.mark.parametrize("is_first_window", [False, True])
+def test_a_step_minimizes_what_the_objective_names(params, objective, is_first_window):
     model, _ = params
     length = 25
     text, turned = torch.randint(V, (2, length + 1, 3))
     before = states(model, text[:-1])
     after = states(model, text[1:].flip(0), backward=True).flip(0)
     # Target t is word t + 1: what follows it is read from word t + 2 on.
-    first, last = (10 if begins else 0), length - 10
+    first, last = (10 if is_first_window else 0), length - 10
     combined = model.combine(before[first:last], after[first + 1 : last + 1])
     losses = {
         "forward": nll(model, before, text[1:]),
@@ -89,7 +89,7 @@ def test_a_step_minimizes_what_the_objective_names(params, objective, begins):
     gradients = torch.autograd.grad(whole, list(params.parameters()), allow_unused=True)
     total, loss, hidden = BiObjective(params, objective)(
         text[:-1], text[1:].flatten(), model.init_hidden(3), 0, 0,
-        (turned[:-1], turned[1:].flatten()), begins,
+        (turned[:-1], turned[1:].flatten()), is_first_window,
     )
     assert loss.item() == pytest.approx(whole.item() / len(names))
     total.backward()

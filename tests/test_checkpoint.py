@@ -37,8 +37,8 @@ from kill_loop import lines, same
 from properties import TRIES, repeated
 from utils import Preempted, environment
 
-IDENTICAL = "It goes on bit-identical to a run never interrupted"
-CHANGED = "no longer bit-identical to a run never interrupted: "
+IDENTICAL = "The resumed run is bit-identical to an uninterrupted run"
+CHANGED = "no longer bit-identical to an uninterrupted run: "
 
 
 def refuse(*argv, command=main.main):
@@ -174,7 +174,7 @@ def flip(bit):
     | st.binary(max_size=300)
 )
 def test_a_flipped_bit_a_lost_end_or_foreign_bytes_are_refused(content):
-    with pytest.raises(InputError, match=r"^name\.pt: is damaged, or no checkpoint"):
+    with pytest.raises(InputError, match=r"^name\.pt: is damaged, or not a checkpoint"):
         unpack("name.pt", "checkpoint", content=content)
 
 
@@ -238,7 +238,7 @@ def test_unusable_files_are_refused_by_name_and_left_alone(edits, message, suffi
     [
         (MemoryError, "", "out of memory"),
         (RuntimeError, "DefaultCPUAllocator: can't allocate memory", "out of memory"),
-        (RuntimeError, "CUDA error: no kernel image\nFor debugging", "no kernel image; no file is"),
+        (RuntimeError, "CUDA error: no kernel image\nFor debugging", "no kernel image; the files"),
         (getattr(torch, "AcceleratorError", RuntimeError), "CUDA error: out of memory\nCompile",
          "cuda is out of memory;"),
     ],
@@ -274,7 +274,7 @@ def test_a_path_is_refused_while_another_run_holds_it(unfinished, tmp_path):
     link.symlink_to(path)
     for argv in (flags, ["--resume", path], [*flags, "--save", f"{tmp_path}/./run.pt"],
                  [*flags, "--save", link]):
-        assert "another process is training to it" in refuse(*argv)
+        assert "in use by another process" in refuse(*argv)
     with run_lock(tmp_path / "other.pt"):
         pass
     holder.send_signal(signal.SIGKILL)
@@ -423,7 +423,7 @@ def test_a_disk_that_is_full_for_a_while_loses_nothing(new_trainer, tmp_path, ca
     with held:
         trainer.fit()
     err = capsys.readouterr().err
-    assert f"Warning: {path}: cannot be written (File too large); the next save tries" in err
+    assert f"Warning: {path}: cannot be written (File too large); will try again" in err
     assert read_checkpoint(path)["epoch"] == 2
     assert read_state(path)["epoch"] == 6
     assert len(lines(Path(f"{path}.jsonl").read_text())) == 5
@@ -446,7 +446,7 @@ def test_a_model_that_is_never_written_is_tested_and_reported(
     assert status == 2
     assert "| End of training | test loss" in out
     assert err.splitlines()[-1] == (
-        f"main.py: error: {path}: could not be written until the end; make room and train again"
+        f"main.py: error: {path}: could not be written; free disk space and train again"
     )
     assert not path.exists()
     # Never newer than the checkpoint of which it speaks.
@@ -462,7 +462,7 @@ def unfinished(corpus_dir, small, tmp_path):
     path = tmp_path / "run.pt"
     flags = ["--data", corpus_dir, *small, "--epochs", 3, "--nonmono", 0, "--save", path]
     out = stop([45], *flags)
-    assert f"The state is saved; python main.py --resume {path} goes on from here" in out
+    assert f"The state is saved; python main.py --resume {path} resumes from here" in out
     return path, flags
 
 
@@ -593,7 +593,7 @@ def test_a_warm_start_takes_the_weights_and_the_flags_given(trained, corpus_dir,
 def test_a_finished_run_says_so_and_more_epochs_extend_it(trained, corpus_dir, small, tmp_path):
     content = trained.read_bytes()
     out = succeed("--resume", trained)
-    assert "It has come to its end; --epochs asks for more" in out
+    assert "The run is finished; a higher --epochs extends it" in out
     assert "| End of training | test loss" in out
     assert trained.read_bytes() == content
     succeed("--resume", trained, "--epochs", 2)  # as if two had been asked for at once
@@ -605,7 +605,7 @@ def test_a_finished_run_says_so_and_more_epochs_extend_it(trained, corpus_dir, s
 def test_a_fork_leaves_the_first_run_alone_and_replaces_no_model(unfinished, trained, tmp_path):
     path, _ = unfinished
     before = files_at(path), files_at(trained)
-    assert f"--save {trained}: exists" in refuse("--resume", path, "--save", trained)
+    assert f"--save {trained}: already exists" in refuse("--resume", path, "--save", trained)
     fork = tmp_path / "fork.pt"
     assert IDENTICAL in succeed("--resume", path, "--save", fork)
     assert (files_at(path), files_at(trained)) == before
@@ -625,7 +625,7 @@ def test_a_run_of_which_only_the_state_exists(corpus_dir, small, tmp_path):
     succeed("--resume", path)
     assert read_checkpoint(path)["epoch"] == 1
     path.unlink()
-    assert f"{path}: the model of this finished run is gone" in refuse("--resume", path)
+    assert f"{path}: the model of this finished run is missing" in refuse("--resume", path)
     status, out, err = invoke(main.main, "--resume", path, "--epochs", 2)
     assert status == 0
     assert f"Warning: {path} (valid loss " in err
@@ -639,7 +639,7 @@ def test_a_checkpoint_of_another_run_or_damaged_is_refused(unfinished, tmp_path)
     succeed(*flags[:-1], other, "--nhid", 14)
     shutil.copy(path, other)
     err = refuse("--resume", other, "--epochs", 9)
-    assert f"{other}: its architecture is not that of the training state beside it" in err
+    assert f"{other}: its architecture does not match the training state beside it" in err
     content = path.read_bytes()
     path.write_bytes(content[:-1])
     for more in ([], ["--save", tmp_path / "fork.pt"]):
@@ -667,7 +667,7 @@ def test_out_of_memory_in_the_middle_of_a_run_names_what_resumes_it(
     status, _, err = invoke(main.main, *argv)
     assert (status, err.count("\n")) == (2, 1)
     assert "out of memory at epoch 2, batch " in err
-    command = re.search(r"python main.py (--resume .*? --bptt 7) goes on", err)[1]
+    command = re.search(r"python main.py (--resume .*? --bptt 7) resumes", err)[1]
     out = succeed(*command.split())
     assert "bptt 10 -> 7" in out and "| End of training |" in out
 
@@ -716,10 +716,11 @@ def test_main_resumes_in_its_fine_tuning(corpus_dir, small, tmp_path):
 def test_finetune_resumes_itself_and_names_the_command_for_the_others(unfinished, tmp_path):
     path, _ = unfinished
     err = refuse("--resume", path, command=finetune.main)
-    assert f"is of an unfinished run of main.py; python main.py --resume {path} continues" in err
+    assert "belongs to an unfinished run of main.py; " in err
+    assert f"python main.py --resume {path} continues" in err
     # Fine-tuning what was cut short keeps the run, so that it can still go on.
     out = stop([40], "--save", path, "--epochs", 3, command=finetune.main)
-    assert f"python finetune.py --resume {path} goes on from here" in out
+    assert f"python finetune.py --resume {path} resumes from here" in out
     assert f"python finetune.py --resume {path} continues it" in refuse("--resume", path)
     base, whole = path.with_name("run.pt.base"), tmp_path / "whole.pt"
     shutil.copy(base, whole)

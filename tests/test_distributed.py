@@ -170,7 +170,7 @@ def test_ended_together_and_resumed_it_is_the_same_run(begin, corpus_dir, small,
     out, _ = process.communicate(timeout=60)
     out = process.begun + out
     assert "Exiting from training early (SIGTERM)" in out
-    assert out.count("torchrun --nproc_per_node=2 main.py --resume parts.pt goes on from here") == 1
+    assert out.count("torchrun --nproc_per_node=2 main.py --resume parts.pt resumes from here") == 1
 
     # Another number of ranks is announced.
     out, _ = finish(begin("main.py", "--resume", "parts.pt", "--save", "alone.pt", launch=ALONE))
@@ -178,7 +178,7 @@ def test_ended_together_and_resumed_it_is_the_same_run(begin, corpus_dir, small,
     assert read_checkpoint(tmp_path / "alone.pt")["valid_loss"] < 3
 
     process = begin("main.py", "--resume", "parts.pt", until="end of epoch +2 ")
-    assert "It goes on bit-identical to a run never interrupted" in process.begun
+    assert "The resumed run is bit-identical to an uninterrupted run" in process.begun
     if children(process):
         os.kill(children(process)[1], signal.SIGINT)
         out, _ = process.communicate(timeout=60)
@@ -198,7 +198,7 @@ def test_without_a_name_the_ranks_share_one_made_from_the_time(begin, corpus_dir
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    ("--batch_size 5", "--batch_size 5: does not divide over 2 processes; name a multiple, or "),
+    ("--batch_size 5", "--batch_size 5: not divisible by 2 processes; use a multiple, or "),
     ("--save absent/m.pt", "--save absent/m.pt: cannot be written (No such"),  # first rank's
 ])
 def test_a_refusal_ends_all_ranks(flags, message, begin, corpus_dir, tmp_path):
@@ -213,5 +213,5 @@ def test_on_a_full_disk_the_best_model_is_tested_and_reported(begin, corpus_dir,
                     "--save", "m.pt", launch=launch)
     out, err = finish(process, 1)
     assert "| End of training | test loss" in out
-    assert "could not be written until the end" in err
+    assert "could not be written; free disk space" in err
     assert not (tmp_path / "m.pt").exists()

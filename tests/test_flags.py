@@ -32,9 +32,9 @@ BAD_FLAGS = [
     ("--device cpu:1", "--device: must be cpu, cuda, cuda:N or mps"),
     ("--model biLSTM --nhid 13", "--nhid 13 is odd"),
     ("--model biLSTM --emsize 13", "--emsize 13 is odd"),
-    ("--model biLSTM --attention single", "--attention looks back only: leave it out with biLSTM"),
-    ("--attention-window 5", "--attention-window 5: for --attention only"),
-    ("--objective cloze", "--objective cloze: for --model biLM only"),
+    ("--model biLSTM --attention single", "--attention only looks back: leave it out with biLSTM"),
+    ("--attention-window 5", "--attention-window 5: has no effect without --attention"),
+    ("--objective cloze", "--objective cloze: requires --model biLM"),
     ("--recipe short", "--schedule onecycle: needs --epochs"),
     ("--bptt 65500", "--bptt: must be a whole number in [1, 65500), not 65500"),
     ("--regularization-ramp 2 1", "--regularization-ramp 2 1: SHARE must be a number in [0, 1]"),
@@ -43,7 +43,7 @@ BAD_FLAGS = [
     ("--no-such-flag", "unrecognized arguments: --no-such-flag"),
     ("--data absent", "train.txt: no such file; --data takes a folder"),
     ("--resume absent.pt", "absent.pt: no such checkpoint"),
-    ("--resume notes.txt", "notes.txt: is damaged, or no checkpoint of main.py"),
+    ("--resume notes.txt", "notes.txt: is damaged, or not a checkpoint of main.py"),
     ("--save absent/m.pt", "--save absent/m.pt: cannot be written (No such file"),
     ("--save .", "--save .: is a folder"),
     ("--save new/", "--save new/: is a folder"),
@@ -106,7 +106,7 @@ def test_a_diverging_run_says_so(cli, corpus_dir, small):
     assert re.fullmatch(
         r"main\.py: error: epoch 1, lr 1e\+29: the loss is (nan|inf) at batch \d+; try a lower "
         r"--lr or --clip 0\.25; no model was saved; python main\.py --resume m\.pt --lr 5e\+28 "
-        r"goes on from the last good state \(epoch 1, batch 0\)\n", done.stderr,
+        r"resumes from the last good state \(epoch 1, batch 0\)\n", done.stderr,
     )
     assert [path.name for path in cli.folder.iterdir()] == ["m.pt.state"]
 

@@ -192,9 +192,9 @@ def test_the_log_names_what_the_recipe_set_alone(capsys):
 
 
 @pytest.mark.parametrize(("given", "message"), [
-    ("--regularization-ramp 0.5 0", "EPOCHS one above 0"),
+    ("--regularization-ramp 0.5 0", "EPOCHS a number above 0"),
     ("--regularization-ramp nan 1", "SHARE must be a number in [0,"),
-    ("--regularization-ramp 0.5 inf", "EPOCHS one above 0"),
+    ("--regularization-ramp 0.5 inf", "EPOCHS a number above 0"),
 ])
 def test_a_ramp_without_meaning_is_refused(given, message):
     status, _, err = invoke(main.main, *given.split())
@@ -216,10 +216,10 @@ def begin(corpus_dir, small, tmp_path):
 
 
 @pytest.mark.parametrize(("begun", "given", "message"), [
-    (["--schedule", "onecycle"], [], "interrupted: epochs 1 -> 2"),  # another schedule
-    (["--regularization-ramp", 0.5, 1], [], "It goes on bit-identical"),
+    (["--schedule", "onecycle"], [], "uninterrupted run: epochs 1 -> 2"),  # another schedule
+    (["--regularization-ramp", 0.5, 1], [], "The resumed run is bit-identical"),
     (["--recipe", "short", "--schedule", "constant"], ["--recipe", "short"],
-     "It goes on bit-identical"),
+     "The resumed run is bit-identical"),
     (["--recipe", "short"], ["--recipe", "published"], "--recipe published: "),
 ])
 def test_a_run_with_more_epochs(begun, given, message, begin):

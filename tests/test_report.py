@@ -128,7 +128,8 @@ def test_devices_run_one_experiment_at_a_time_and_bases_first(tmp_path, monkeypa
     status, out, err = invoke(reproduce.main, *argv)
     assert Run.names[:2] == ["ptb-lstm", "wt2-lstm"]
     assert sorted(Run.names[2:]) == ["ptb-bilm", "ptb-lstm-finetune"]
-    assert (status, err.count("\n"), "wt2-lstm: exit status 2, see" in err) == (2, 1, True)
+    assert (status, err.count("\n"), "wt2-lstm: exit status 2, see" in err) == (2, 2, True)
+    assert "wt2-lstm-finetune: skipped, since wt2-lstm failed" in err
     assert "ptb-bilm: done, test ppl 8.00" in out
     Run.names.clear()
     assert invoke(reproduce.main, *argv)[0] == 2
@@ -259,8 +260,8 @@ def test_bad_input_of_plot_is_named_in_one_line(argv, message, lines):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ("--only ptb-lstm,ptb-rnn", "--only ptb-rnn: there are ptb-lstm, "),
-        ("--scale full", "data/penn is absent; ./getdata.sh"),
+        ("--only ptb-lstm,ptb-rnn", "--only ptb-rnn: unknown; choose from ptb-lstm, "),
+        ("--scale full", "data/penn does not exist; ./getdata.sh"),
         ("--out small", "--out small"),
         ("--out .", "--out ."),
         ("--out bad.jsonl", "bad.jsonl"),

@@ -19,8 +19,8 @@ from data import InputError
 from kill_loop import lines, same
 from model import DROPOUTS
 from train import (
-    LAST, UP, Average, Diverged, is_nonmonotone, make_objective, make_optimizer, random_seq_len,
-    scheduled_share, score, settings_at, train_step,
+    FINAL_SHARE, WARMUP, Average, Diverged, is_nonmonotone, make_objective, make_optimizer,
+    random_seq_len, scheduled_share, score, settings_at, train_step,
 )
 from utils import Losses, Preempted, loss_columns, perplexity
 from weight_drop import WeightDrop
@@ -116,7 +116,7 @@ def test_a_gpu_is_not_waited_for_within_a_step():
     losses.add(torch.tensor(1.5), 10)
     losses.add(torch.empty((), device="meta"), 10)  # which cannot be read at all
     assert losses.read(ahead=1) == [1.5]
-    losses.on_the_way.pop()
+    losses.pending.pop()
     losses.add(torch.tensor(2.5), 30)
     assert losses.read() == [2.5]
     assert losses.mean() == pytest.approx(2.25)
@@ -130,8 +130,8 @@ QUARTER = (1 - math.cos(math.pi / 4)) / 2  # of a half cosine wave: how far it h
 
 @pytest.mark.parametrize(("schedule", "points"), [
     ("constant", [(0, 1), (0.7, 1)]),
-    ("onecycle", [(0, 0.04), (UP / 4, 0.04 + 0.96 * QUARTER), (UP, 1),
-                  (UP + (1 - UP) / 4, 1 - QUARTER), (1, 4e-6), (1.5, 4e-6)]),
+    ("onecycle", [(0, 0.04), (WARMUP / 4, 0.04 + 0.96 * QUARTER), (WARMUP, 1),
+                  (WARMUP + (1 - WARMUP) / 4, 1 - QUARTER), (1, 4e-6), (1.5, 4e-6)]),
     ("trapezoid", [(0, 0.1), (0.04, 0.55), (0.08, 1), (0.3, 1), (0.7, 0.55), (0.92, 0.1),
                    (0.96, 0.05), (1, 0)]),
 ])
@@ -274,7 +274,7 @@ def test_a_run_follows_its_schedule_interrupted_or_not(begin, spy):
         assert step.args.wdrop == pytest.approx(strength * 0.4)
     assert epochs > 1.8
     found = [record["lr"] for record in lines(run.records)]
-    assert found == pytest.approx([0.01 * scheduled_share("onecycle", 0.5), 0.01 * LAST])
+    assert found == pytest.approx([0.01 * scheduled_share("onecycle", 0.5), 0.01 * FINAL_SHARE])
 
 
 @pytest.mark.parametrize("rnn_type", ["LSTM", "biLM"])
@@ -299,7 +299,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_best(begin, spy):
     spy.losses = {len(spy.steps) + 4: math.nan}
     with pytest.raises(InputError, match=(
         "epoch 2, lr 5: the loss is nan at batch 4; try a lower --lr or --clip 0.25; .*m.pt keeps "
-        r"the best model so far; .*--lr 2.5 goes on from the last good state \(epoch 2, batch 0\)"
+        r"the best model so far; .*--lr 2.5 resumes from the last good state \(epoch 2, batch 0\)"
     )):
         run.fit()
     assert read_checkpoint(run.args.save)["epoch"] == 1

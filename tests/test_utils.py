@@ -70,7 +70,7 @@ def test_the_first_signal_saves_and_says_how_to_resume(name, status, send, flags
     assert f"Exiting from training early ({name}) at epoch {last[0]}, batch {last[1]}\n" in out
     state = read_state(path)
     assert (state["epoch"], len(state["losses"])) == tuple(map(int, last))
-    assert f"The state is saved; python main.py --resume {path} goes on from here\n" in out
+    assert f"The state is saved; python main.py --resume {path} resumes from here\n" in out
     assert (TEST in out) == (name == "SIGINT")
 
 
@@ -153,7 +153,7 @@ def test_a_log_that_cannot_be_written_does_not_end_the_run(reason, flags, tmp_pa
     os.close(output)
     assert done.returncode == 0
     assert done.stderr == (
-        f"Warning: standard output cannot be written ({reason}): lines are lost\n"
+        f"Warning: cannot write to standard output ({reason}); log lines are lost\n"
     )
     assert read_checkpoint(tmp_path / "m.pt")["epoch"] == 1
     assert read_state(tmp_path / "m.pt")["epoch"] == 2

@@ -72,7 +72,7 @@ def patch(variant):
     import train
 
     if variant == "up-0.3":
-        train.UP = 0.3
+        train.WARMUP = 0.3
     if variant == "betas-0.9-0.999":
         train.OPTIMIZERS["adamw"] = (torch.optim.AdamW, {"betas": (0.9, 0.999)})
     train_epoch, seq_len = train.Trainer.train_epoch, train.random_seq_len
@@ -90,7 +90,9 @@ def patch(variant):
         def larger_epoch(self):
             if self.epochs_read() == self.args.epochs / 2:
                 self.args.batch_size *= 4
-                self.source = data.batchify(self.corpus.train, self.args.batch_size)
+                self.texts = [data.batchify(self.corpus.train, self.args.batch_size)]
+                self.rows = len(self.texts[0])
+                self.set_offsets(None)
             train_epoch(self)
 
         train.Trainer.train_epoch = larger_epoch
