@@ -58,7 +58,8 @@ class Generator:
         model, criterion = self.params
         weight, bias = model.decoder.weight, model.decoder.bias
         layers = model.rnns
-        if weight.device.type == "cpu":  # nn.LSTM on a CPU would pack its weights for every word
+        # nn.LSTM on a CPU would pack its weights for every word.
+        if weight.device.type == "cpu" and model.rnn_type != "QRNN":
             layers = [Cell(rnn.module) for rnn in layers]
         hidden, words = model.init_hidden(1), torch.tensor(prompt, device=weight.device)
         while True:

@@ -20,8 +20,7 @@ NOTES = {
 def check_architecture(rnn_type, ninp, nhid, attention="none"):
     """Raises ValueError, saying what to do, for a model that cannot be built."""
     if rnn_type not in RNN_TYPES:
-        status = "not supported yet" if rnn_type == "QRNN" else "unknown"
-        raise ValueError(f"model {rnn_type} is {status}; choose from {', '.join(RNN_TYPES)}")
+        raise ValueError(f"model {rnn_type} is unknown; choose from {', '.join(RNN_TYPES)}")
     if rnn_type.startswith("bi") and attention != "none":
         raise ValueError(f"attention only looks back: leave it out with {rnn_type}")
     if rnn_type == "biLSTM":
@@ -40,14 +39,15 @@ def training_settings(args):
 class RNNModel(nn.Module):
     """A weight-dropped recurrent language model (Merity et al. 2017, 1708.02182).
 
-    rnn_type: "LSTM", "GRU" or "biLSTM" (each direction half as wide); for "biLM" see
-    bidirectional.py. ntoken: vocabulary size V. ninp: embedding size E. nhid: hidden size of all
-    layers but the last, whose size is E if the weights are tied (then `decoder.weight is
-    encoder.weight`).
+    rnn_type: "LSTM", "GRU", "QRNN" (whose first layer has a window of two words, as the original's)
+    or "biLSTM" (each direction half as wide); for "biLM" see bidirectional.py. ntoken: vocabulary
+    size V. ninp: embedding size E. nhid: hidden size of all layers but the last, whose size is E if
+    the weights are tied (then `decoder.weight is encoder.weight`).
 
     Dropout rates, from input to output: `dropoute` drops words from the embedding, `dropouti` drops
     from the input of the first layer, `wdrop` from the hidden-to-hidden weights of each layer (both
-    directions), `dropouth` between layers, `dropout` from the output of the last layer.
+    directions; from all weights of a QRNN), `dropouth` between layers, `dropout` from the output of
+    the last layer.
 
     With `bf16`, training computes the matrix products of the recurrent layers and of the decoder in
     bfloat16, and returns `output`, the decoder's input, in bfloat16. Weights, states and everything
@@ -108,6 +108,11 @@ class RNNModel(nn.Module):
 
     def make_layers(self):
         """The recurrent layers, an nn.ModuleList."""
+        if self.rnn_type == "QRNN":
+            return nn.ModuleList(
+                WeightDrop(QRNN(*sizes, window=1 if layer else 2), ["linear.weight"], self.wdrop)
+                for layer, sizes in enumerate(self.widths)
+            )
         bidirectional = self.rnn_type == "biLSTM"
         cell = nn.GRU if self.rnn_type == "GRU" else nn.LSTM
         recurrent = ["weight_hh_l0"] + ["weight_hh_l0_reverse"] * bidirectional
@@ -170,8 +175,9 @@ class RNNModel(nn.Module):
     def init_hidden(self, bsz):
         """A zero state for `bsz` columns, on the model's device: a list with one entry per layer.
 
-        An entry is (h, c) for LSTMs and h for the GRU, each [directions, bsz, H]. With attention,
-        the empty memory of earlier states [0, bsz, E] follows.
+        An entry is (h, c) for LSTMs, h for the GRU and c for the QRNN, each [directions, bsz, H];
+        for the QRNN's first layer it is (c, the last input [1, bsz, E]). With attention, the empty
+        memory of earlier states [0, bsz, E] follows.
         """
         directions = 2 if self.rnn_type == "biLSTM" else 1
         states = [
