@@ -138,7 +138,8 @@ def make_parser(description, inherited=()):
     add = parser.add
     add("--data", "data/penn", "folder with train.txt, valid.txt and test.txt, or 'sample'")
     add("--model", "LSTM", "recurrent layers: LSTM, GRU, QRNN, biLSTM (the report's model, which "
-        "sees the word it predicts) or biLM (two language models and cloze prediction)", type=rnn_type)
+        "sees the word it predicts) or biLM (two language models and cloze prediction)",
+        type=rnn_type)
     add("--emsize", 400, "size of word embeddings", type=count)
     add("--nhid", 1150, "hidden units per layer", type=count)
     add("--nlayers", 3, "number of layers", type=count)

@@ -38,8 +38,8 @@ class WeightDrop(nn.Module):
     own names; these are trained, averaged and saved. In evaluation, or with `dropout` 0, nothing is
     dropped.
 
-    With `bf16` an nn.LSTM, nn.GRU or QRNN computes its matrix products in bfloat16; inputs, outputs and
-    parameters stay in float32.
+    With `bf16` an nn.LSTM, nn.GRU or QRNN computes its matrix products in bfloat16; inputs, outputs
+    and parameters stay in float32.
 
     `WeightDrop(nn.LSTM(10, 10), ["weight_hh_l0"], dropout=0.5)` is AWD-LSTM's layer.
     """
