@@ -14,7 +14,6 @@ import struct
 from pathlib import Path
 
 import torch
-from torch import nn
 
 import distributed
 from bidirectional import make_model
@@ -98,7 +97,7 @@ def unpack(path, kind, device="cpu", content=None):
     it is missing, damaged in any bit, or not of this kind and version.
     """
     if content is None:
-        if not os.path.exists(path):
+        if not os.path.isfile(path):
             raise InputError(f"{path}: no such {kind}; train one with main.py --save")
         content = Path(path).read_bytes()
     if not is_sealed(content):
@@ -141,7 +140,7 @@ def build_params(checkpoint, **settings):
     model.load_state_dict(checkpoint["model"])
     criterion = SplitCrossEntropyLoss(model.decoder.in_features, checkpoint["splits"])
     criterion.load_state_dict(checkpoint["criterion"])
-    return nn.ModuleList([model, criterion]).to(checkpoint["model"]["encoder.weight"].device)
+    return torch.nn.ModuleList([model, criterion]).to(checkpoint["model"]["encoder.weight"].device)
 
 
 def saved_params(path, corpus, args, content=None):
@@ -243,15 +242,18 @@ def run_lock(path):
             ) from None
         except OSError as error:
             raise InputError(f"--save {path}: cannot be written ({error.strerror})") from None
-        held.callback(lock.unlink, missing_ok=True)
-        yield
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # the folder may be read-only by now
+                lock.unlink()
 
 
 def check_replaceable(args):
     """Raises InputError if the run would overwrite a file of another kind."""
     path = args.save
-    if os.path.isdir(path) or str(path).endswith("/"):
-        raise InputError(f"--save {path}: is a folder; name a file in it")
+    if os.path.isdir(path) or not os.path.basename(path):
+        raise InputError(f"--save {path}: is no name of a file; name one, such as model.pt")
     checkpoints = [path, *(f"{path}.e{epoch}" for epoch in args.when)]
     kinds = dict.fromkeys(checkpoints, "checkpoint") | {f"{path}{STATE}": "training state"}
     kinds |= {f"{path}{suffix}": "JSON lines" for suffix in (RECORDS, FINETUNE_RECORDS)}
@@ -259,7 +261,7 @@ def check_replaceable(args):
     for file, kind in kinds.items():
         if os.path.exists(file) and not is_of_kind(file, kind):
             raise InputError(
-                f"--save {path}: {file} is damaged, or not a file of a run; choose another path"
+                f"--save {path}: {file} is not a usable file of a run; move it, or choose a path"
             )
 
 

@@ -59,7 +59,7 @@ class Generator:
         weight, bias = model.decoder.weight, model.decoder.bias
         layers = model.rnns
         # nn.LSTM on a CPU would pack its weights for every word.
-        if weight.device.type == "cpu" and model.rnn_type != "QRNN":
+        if weight.device.type == "cpu" and model.rnn_type in ("LSTM", "GRU"):
             layers = [Cell(rnn.module) for rnn in layers]
         hidden, words = model.init_hidden(1), torch.tensor(prompt, device=weight.device)
         while True:
@@ -138,7 +138,10 @@ def parse_args(argv=None):
         help="read prompts from standard input, and complete one sentence for each")
     add("--data", help="accepted for compatibility; the checkpoint holds the vocabulary")
     add_device_flags(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.interactive and args.prompt:
+        parser.error("--prompt: prompts come from standard input with --interactive; leave it out")
+    return args
 
 
 def main(argv=None):

@@ -75,7 +75,7 @@ def parse_args(argv=None):
         checkpoint = read_checkpoint(path)
         saved = model_flags(checkpoint)
         check_unchanged(given, saved, path)
-        saved["objective"] = checkpoint["flags"].get("objective", "lm")
+        saved |= {flag: checkpoint["flags"][flag] for flag in ("data", "objective")}
         if hasattr(given, "decoder_bias"):
             raise InputError(f"--decoder-bias: {path} already has a decoder bias; leave it out")
     args = resolve_flags(given, parser.defaults, saved)

@@ -562,7 +562,7 @@ class Trainer:
         one. Raises InputError when the checkpoint is unusable.
         """
         self.load_state_dict(state)
-        log(f"Resuming the run of {self.args.save} at {self.position()}")
+        log(f"Resuming the run of {self.args.resume} at {self.position()}")
         if self.best < math.inf:
             changed = changed + self.compare_best_model(state)
         if changed:
