@@ -261,7 +261,7 @@ def check_replaceable(args):
     for file, kind in kinds.items():
         if os.path.exists(file) and not is_of_kind(file, kind):
             raise InputError(
-                f"--save {path}: {file} is not a usable file of a run; move it, or choose a path"
+                f"--save {path}: {file} is not a usable file of a run; move it, or save elsewhere"
             )
 
 
