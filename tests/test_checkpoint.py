@@ -643,7 +643,8 @@ def test_a_checkpoint_of_another_run_or_damaged_is_refused(unfinished, tmp_path)
     content = path.read_bytes()
     path.write_bytes(content[:-1])
     for more in ([], ["--save", tmp_path / "fork.pt"]):
-        assert re.search(f"{path}(: is damaged| is not a usable file)", refuse("--resume", path, *more))
+        err = refuse("--resume", path, *more)
+        assert re.search(f"{path}(: is damaged| is not a usable file)", err)
         assert path.read_bytes() == content[:-1]
         assert not list(tmp_path.glob("fork*"))
 
