@@ -2,9 +2,8 @@
 
     torchrun --nproc_per_node=2 main.py --data data/penn --batch_size 20
 
-Each rank has some of the batch's columns. All ranks read windows of the same lengths, and
-DistributedDataParallel averages their gradients, so all ranks take the same step. Without torchrun
-the process is the only rank and communicates with no other.
+Each rank has some of the batch's columns and reads windows of the same lengths. The gradients are
+averaged, so all ranks take the same step. Without torchrun there is one rank.
 """
 
 import contextlib
@@ -12,7 +11,7 @@ import os
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DistributedDataParallel as DDP
 
 
 def is_distributed():
@@ -37,9 +36,8 @@ def is_first():
 
 def launcher():
     """The start of a command line that starts processes as this run was started."""
-    if not is_distributed():
-        return "python"
-    return f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', size())}"
+    processes = os.environ.get("LOCAL_WORLD_SIZE", size())
+    return f"torchrun --nproc_per_node={processes}" if is_distributed() else "python"
 
 
 @contextlib.contextmanager
@@ -48,13 +46,11 @@ def process_group(device):
     if not is_distributed():
         yield
         return
-    on_cuda = device.type == "cuda"
-    if on_cuda:
-        torch.cuda.set_device(device)
+    backend, gpu = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
+    if gpu is not None:
+        torch.cuda.set_device(gpu)
     try:
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if on_cuda else "gloo", device_id=device if on_cuda else None
-        )
+        dist.init_process_group(backend, device_id=gpu)
     except RuntimeError as error:  # gloo has no error type of its own
         raise dist.DistError(str(error)) from None
     yield
@@ -68,14 +64,12 @@ def columns(count):
 
 def replicate(module):
     """`module` with the first rank's weights and with gradients averaged over the ranks."""
-    if not is_distributed():
-        return module
-    return DistributedDataParallel(module, gradient_as_bucket_view=True)
+    return DDP(module, gradient_as_bucket_view=True) if is_distributed() else module
 
 
 def mean(loss):
     """Averages a loss, a tensor, over the ranks in place; the host does not wait for it."""
-    return total(loss).div_(size()) if is_distributed() else loss
+    return total(loss).div_(size())
 
 
 def total(tensor):
@@ -87,19 +81,10 @@ def total(tensor):
 
 def largest(*numbers):
     """The maximum of each of `numbers`, integers, over the ranks; a list on the host."""
-    if not is_distributed():
-        return list(numbers)
     found = torch.tensor(numbers)
-    dist.all_reduce(found, dist.ReduceOp.MAX)
-    return found.tolist()
-
-
-def broadcast(value):
-    """The first rank's `value`, any object."""
-    values = [value]
     if is_distributed():
-        dist.broadcast_object_list(values, 0, device=torch.device("cpu"))
-    return values[0]
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+    return found.tolist()
 
 
 def all_gather(value):
@@ -108,3 +93,8 @@ def all_gather(value):
     if is_distributed():
         dist.all_gather_object(values, value)
     return values
+
+
+def broadcast(value):
+    """The first rank's `value`, any object."""
+    return all_gather(value)[0]

@@ -7,6 +7,7 @@ The format is that of training: UTF-8, tokens separated by white space, one sent
 line ends in <eos>, which is predicted too; another <eos> precedes the first word.
 """
 
+import gzip
 import sys
 from argparse import Namespace
 from collections import Counter
@@ -20,7 +21,7 @@ from flags import Parser, add_device_flags, count, resolve_device, run_command
 from model import NOTES
 from train import score
 from utils import (
-    log, log_parts, loss_columns, perplexity, set_up_device, warn, warn_about_unknown,
+    log, log_parts, loss_columns, perplexity, set_up_device, warn, warn_about_unknown, write_utf8,
 )
 
 BPTT = 2000  # words read at once
@@ -91,7 +92,7 @@ def score_each_line(params, dictionary, path, lines, args):
 def parse_args(argv=None):
     parser = Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("text", nargs="*", default=["-"], help="text files (default: -, standard input)")
+    add("text", nargs="*", default=["-"], help="text files, .gz too (default: -, standard input)")
     add("--checkpoint", required=True, help="the trained model")
     add("--per-line", action="store_true",
         help="score each line separately and print, separated by tabs: perplexity, loss in nats "
@@ -108,12 +109,14 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
+    write_utf8()
     params, dictionary = load_for_use(args.checkpoint, args, keep_bilm=True)
     score_file = score_each_line if args.per_line else score_text
     if args.per_line:
         print("ppl\tloss\ttokens\tunknown\ttext", flush=True)
     for path in args.text:
-        with nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as lines:
+        open_file = gzip.open if path.endswith(".gz") else open
+        with nullcontext(sys.stdin.buffer) if path == "-" else open_file(path, "rb") as lines:
             score_file(params, dictionary, path, words_of_lines(lines, path), args)
     return 2 if log.failed else 0
 

@@ -11,7 +11,8 @@ validation loss meets the trigger, see train.is_nonmonotone. Exit codes are thos
 from argparse import Namespace
 
 from checkpoint import (
-    back_up, check_corpus, copy_model, open_run, read_checkpoint, read_state, saved_params,
+    back_up, check_corpus, copy_model, how_to_resume, open_run, read_checkpoint, read_state,
+    saved_params,
 )
 from data import InputError
 from distributed import broadcast, is_first
@@ -78,6 +79,12 @@ def parse_args(argv=None):
     if not path:
         raise InputError("--save: name the checkpoint that main.py wrote")
     state = read_state(path, COMMAND) if hasattr(given, "resume") else None
+    if hasattr(given, "resume") and not state and (run := read_state(path)) and run["finetuning"]:
+        raise InputError(
+            f"--resume {path}: its fine-tuning by {run['command']} is finished; "
+            f"{how_to_resume(run['command'], path)} --finetune with a higher number extends it, "
+            f"--save {path} fine-tunes it again"
+        )
     if state:
         saved = flags_of_run(state, path)
     else:

@@ -11,7 +11,7 @@ import math
 import os
 import sys
 from contextlib import nullcontext
-from itertools import islice
+from itertools import chain, islice
 
 import torch
 
@@ -19,7 +19,7 @@ from cpu_kernels import Cell
 from data import EOS, UNK, encode, words_of_lines
 from evaluate import load_for_use
 from flags import Parser, add_device_flags, count, number, run_command
-from utils import warn, warn_about_unknown
+from utils import warn, warn_about_unknown, write_utf8
 
 
 def truncate(probability, top_k=0, top_p=1.0):
@@ -88,16 +88,16 @@ def write_text(prompt, generator, dictionary, out, args):
     """
     ids, unknown = encode([EOS, *prompt], dictionary, args.checkpoint)
     warn_about_unknown(unknown)
-    out.write(" ".join(dictionary.idx2word[idx] for idx in ids[1:]))
-    in_sentence = bool(prompt)
-    for written, idx in enumerate(islice(generator.text(ids), args.words), 1):
+    in_sentence = False
+    text = chain(ids[1:], islice(generator.text(ids), args.words))
+    for generated, idx in enumerate(text, 1 - len(prompt)):
         word = dictionary.idx2word[idx]
         out.write("\n" if word == EOS else " " * in_sentence + word)
         out.flush()
         in_sentence = word != EOS
-        if out is not sys.stdout and written % args.log_interval == 0:
-            warn(f"| Generated {written}/{args.words} words")
-        if args.interactive and not in_sentence:
+        if generated > 0 and out is not sys.stdout and generated % args.log_interval == 0:
+            warn(f"| Generated {generated}/{args.words} words")
+        if generated > 0 and args.interactive and not in_sentence:
             break
     if in_sentence:
         print(file=out, flush=True)
@@ -119,7 +119,7 @@ def parse_args(argv=None):
     add("--checkpoint", required=True, help="the trained model")
     add("--words", type=count, default=1000,
         help="words to write, including ends of sentences (default: 1000)")
-    add("--prompt", default="", help="start of the text")
+    add("--prompt", default="", help="start of the text; a line break ends a sentence")
     add("--temperature", type=number(float, 1e-3), default=1.0,
         help="values below 1 make likely words likelier (default: 1)")
     add("--top-k", type=number(int, 0), default=0, metavar="K",
@@ -146,10 +146,12 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
+    write_utf8()
     params, dictionary = load_for_use(args.checkpoint, args)
     banned = [dictionary.word2idx[UNK]] if args.no_unk and UNK in dictionary.word2idx else []
     generator = Generator(params, args.seed, args.temperature, args.top_k, args.top_p, banned)
-    lines = read_prompts() if args.interactive else [os.fsencode(args.prompt)]
+    prompt = args.prompt.replace("\n", f" {EOS} ")  # one prompt, of several sentences
+    lines = read_prompts() if args.interactive else [os.fsencode(prompt)]
     to_file = args.outf != "-"
     with open(args.outf, "x", encoding="utf-8") if to_file else nullcontext(sys.stdout) as out:
         for prompt in words_of_lines(lines, "prompt"):

@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import sys
+import threading
 from collections import deque
 
 import numpy as np
@@ -50,6 +51,12 @@ def warn(line):
 def _print(line, file):
     tqdm.write(line, file=file)
     file.flush()
+
+
+def write_utf8():
+    """Writes standard output as UTF-8 whatever the locale, unless to a terminal: text is data."""
+    if hasattr(sys.stdout, "reconfigure") and not sys.stdout.isatty():
+        sys.stdout.reconfigure(encoding="utf-8")
 
 
 def perplexity(loss):
@@ -296,6 +303,8 @@ class Preemption:
         self.before = {}
 
     def __enter__(self):
+        if threading.current_thread() is not threading.main_thread():
+            return self  # Python handles signals in the main thread only
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)
             # nohup sets SIG_IGN for SIGHUP; keep it.

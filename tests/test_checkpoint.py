@@ -712,6 +712,8 @@ def test_main_resumes_in_its_fine_tuning(corpus_dir, small, tmp_path):
     assert same(outcome(whole), outcome(parts))
     bases = [read_checkpoint(f"{path}.base")["model"] for path in (whole, parts)]
     assert same(*bases)
+    err = refuse("--resume", parts, command=finetune.main)
+    assert "its fine-tuning by main.py is finished" in err and "--finetune" in err
 
 
 def test_finetune_resumes_itself_and_names_the_command_for_the_others(unfinished, tmp_path):

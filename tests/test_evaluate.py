@@ -1,5 +1,6 @@
 """Scores of text against those of one pass of the model, in float64."""
 
+import gzip
 import io
 import math
 import sys
@@ -74,6 +75,9 @@ def test_a_text_is_one_stream_and_a_line_is_scored_on_its_own(trained, text):
     for columns in (2, 2**30):  # at most one for each word
         assert "| 11 tokens, 0" in run("--checkpoint", trained, text, "--batch_size", columns)[1]
     check_lines(trained, text)
+    compressed = text.with_name("text.txt.gz")
+    compressed.write_bytes(gzip.compress(TEXT.encode()))
+    check_lines(trained, compressed)
 
 
 @pytest.mark.parametrize("objective", ["lm", "cloze"])

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -134,7 +135,26 @@ def test_a_second_signal_ends_the_process_at_once(number):
     assert (done.stdout, done.stderr, done.returncode) == ("waits\n", "", 128 + number)
 
 
+def test_a_run_in_another_thread_leaves_signals_alone(flags):
+    statuses = []
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(
+        target=lambda: statuses.append(main.main([str(flag) for flag in flags]))
+    )
+    thread.start()
+    thread.join()
+    assert (statuses, signal.getsignal(signal.SIGTERM)) == ([0], before)
+
+
 # ---------------------------------------------------------------- logs
+
+
+def test_text_is_utf8_whatever_the_locale():
+    program = "import utils; utils.write_utf8(); print('\u4eca')"
+    written = subprocess.check_output(
+        [sys.executable, "-c", program], cwd=ROOT, env={**os.environ, "PYTHONIOENCODING": "ascii"}
+    )
+    assert written.decode() == "\u4eca\n"
 
 
 @pytest.mark.parametrize("reason", ["No space left on device", "Broken pipe"])
