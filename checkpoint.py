@@ -253,7 +253,7 @@ def check_replaceable(args):
     """Raises InputError if the run would overwrite a file of another kind."""
     path = args.save
     if os.path.isdir(path) or not os.path.basename(path):
-        raise InputError(f"--save {path}: is no name of a file; name one, such as model.pt")
+        raise InputError(f"--save {path}: is not a file name; choose one, such as model.pt")
     checkpoints = [path, *(f"{path}.e{epoch}" for epoch in args.when)]
     kinds = dict.fromkeys(checkpoints, "checkpoint") | {f"{path}{STATE}": "training state"}
     kinds |= {f"{path}{suffix}": "JSON lines" for suffix in (RECORDS, FINETUNE_RECORDS)}
@@ -261,7 +261,7 @@ def check_replaceable(args):
     for file, kind in kinds.items():
         if os.path.exists(file) and not is_of_kind(file, kind):
             raise InputError(
-                f"--save {path}: {file} is not a usable file of a run; move it, or save elsewhere"
+                f"--save {path}: {file} is not a file of a run, or damaged; move it away"
             )
 
 

@@ -1,7 +1,7 @@
-"""What is fast on a CPU only: oneDNN's products, a GRU layer, layers step by step, memory kept.
+"""CPU-specific code: oneDNN products, recurrent layers, word-by-word cells, memory allocation.
 
-Elsewhere (on a GPU, in float64, in a torch without oneDNN) the same functions compute the same with
-torch's ordinary operations. The private parts of torch that the project uses are in this file.
+Without oneDNN (on a GPU, in float64, in some builds of torch) the same functions use torch's
+ordinary operations. All private torch functions that the project uses are in this file.
 """
 
 import ctypes
@@ -33,8 +33,8 @@ def has_onednn(tensor):
 class Packed:
     """A matrix [N, K] packed once for many products: `Packed(w, rows)(x)` is x [rows, K] @ w.T.
 
-    oneDNN packs a matrix into the order in which the processor reads it. Where w is in bfloat16, x
-    and the product are rounded to it; what is added to the product is float32, and so is the sum.
+    oneDNN packs a matrix in the order in which the processor reads it. If w is in bfloat16, x and
+    the product are rounded to bfloat16; the bias and the sum stay in float32.
     """
 
     def __init__(self, weight, rows, once=False):
@@ -88,8 +88,8 @@ def has_recurrent_layer(module, x, bf16):
 def recurrent_layer(x, state, weights, dtype):
     """What an LSTM or GRU of one layer, in one or two directions, computes.
 
-    x [T, B, I]; state as the module's; weights: those of one direction, then of the other; products
-    have factors of `dtype`. Returns all h [T, B, directions * H], and the last state.
+    x [T, B, I]; state as the module's; weights of one direction, then of the other; `dtype` is that
+    of the factors of all products. Returns all h [T, B, directions * H] and the last state.
     """
     is_lstm = isinstance(state, tuple)
     outputs, last = [], []
@@ -107,9 +107,9 @@ def recurrent_layer(x, state, weights, dtype):
 class RecurrentLayer(torch.autograd.Function):
     """One direction of an LSTM or GRU layer over all time steps.
 
-    torch computes a GRU on a CPU operation by operation, and an LSTM in bfloat16 with oneDNN, whose
-    h is rounded too. Here the factors of the products alone are of `dtype`. The products with x are
-    one large product for all time steps, those with h share a packed matrix.
+    On a CPU torch computes a GRU operation by operation, and a bfloat16 LSTM with oneDNN, which
+    also rounds h. Here only the factors of the products are of `dtype`. The products with x are
+    one large product for all time steps; those with h share a packed matrix.
     """
 
     @staticmethod
@@ -254,7 +254,7 @@ class Cell:
         self.from_x, self.from_h = Packed(layer.weight_ih_l0, 1), Packed(layer.weight_hh_l0, 1)
         self.bias_x, self.bias_h = layer.bias_ih_l0, layer.bias_hh_l0
 
-    def __call__(self, x, state, bf16=False):  # which is never asked for in evaluation
+    def __call__(self, x, state, bf16=False):  # bf16: always False in evaluation
         outputs = []
         h, c = (state[0][0], state[1][0]) if self.is_lstm else (state[0], None)  # [1, H]
         for x_t in x:

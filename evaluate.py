@@ -41,7 +41,7 @@ def load_for_use(path, args, keep_bilm=False):
     params = build_params(checkpoint).eval()
     found = params[0].rnn_type
     if args.model not in (None, found):
-        raise InputError(f"--model {args.model}: {path} holds another, {found}; leave the flag out")
+        raise InputError(f"--model {args.model}: {path} is of type {found}; leave the flag out")
     if found == "biLSTM":
         raise InputError(f"{path}: {NOTES[found]}; use another model")
     if found == "biLM" and not keep_bilm:

@@ -78,13 +78,16 @@ def parse_args(argv=None):
     path = getattr(given, "resume", "") or getattr(given, "save", "")
     if not path:
         raise InputError("--save: name the checkpoint that main.py wrote")
-    state = read_state(path, COMMAND) if hasattr(given, "resume") else None
-    if hasattr(given, "resume") and not state and (run := read_state(path)) and run["finetuning"]:
-        raise InputError(
-            f"--resume {path}: its fine-tuning by {run['command']} is finished; "
-            f"{how_to_resume(run['command'], path)} --finetune with a higher number extends it, "
-            f"--save {path} fine-tunes it again"
-        )
+    state = None
+    if hasattr(given, "resume"):
+        state = read_state(path, COMMAND)
+        finished = None if state else read_state(path)
+        if finished and finished["finetuning"]:
+            resume = how_to_resume(finished["command"], path)
+            raise InputError(
+                f"--resume {path}: its fine-tuning by {finished['command']} is finished; {resume} "
+                f"--finetune N, with a higher N, extends it; --save {path} fine-tunes it again"
+            )
     if state:
         saved = flags_of_run(state, path)
     else:
@@ -100,6 +103,17 @@ def parse_args(argv=None):
     return resolve_flags(given, parser.defaults, saved), state
 
 
+def reread_state(args, corpus, command):
+    """The training state of `args.resume` again, now that the run is locked.
+
+    Raises InputError unless the run is trained on `corpus`.
+    """
+    state = read_state(args.resume, command)
+    words, digest = state["vocabulary"], state["corpus"]["sha256"]
+    check_corpus(words, corpus, args, args.resume, digest)
+    return state
+
+
 def main(argv=None):
     """Fine-tunes the checkpoint that `--save` names, and tests it; returns the exit status."""
     args, state = parse_args(argv)
@@ -107,9 +121,7 @@ def main(argv=None):
     with open_run(args, COMMAND) as run:
         corpus = prepare(args)
         if state:
-            state = read_state(args.resume, COMMAND)  # again, now that the run is locked
-            words, digest = state["vocabulary"], state["corpus"]["sha256"]
-            check_corpus(words, corpus, args, args.resume, digest)
+            state = reread_state(args, corpus, COMMAND)
         elif args.resume:
             log(f"Warm start from the weights of {args.resume}: no run of {COMMAND} to resume")
         if args.resume:

@@ -11,9 +11,9 @@ import math
 import os
 from pathlib import Path
 
-from checkpoint import check_corpus, copy_model, open_run, read_checkpoint, read_state, saved_params
+from checkpoint import copy_model, open_run, read_checkpoint, read_state, saved_params
 from data import InputError, unigram
-from finetune import finetune
+from finetune import finetune, reread_state
 from flags import (
     RECIPES, check_unchanged, describe_recipe, differences, flags_of_run, make_parser, model_flags,
     number, resolve_flags, run_command,
@@ -95,9 +95,7 @@ def main(argv=None):
     with open_run(args, COMMAND) as run:
         corpus = prepare(args)
         if state:
-            state = read_state(args.resume, COMMAND)  # again, now that the run is locked
-            words, digest = state["vocabulary"], state["corpus"]["sha256"]
-            check_corpus(words, corpus, args, args.resume, digest)
+            state = reread_state(args, corpus, COMMAND)
             copy_model(args.resume, args.save)
         if not (state and state["finetuning"]):
             status = train_and_test(make_trainer(corpus, args, run, state))

@@ -1,7 +1,7 @@
 """The QRNN: a recurrent layer whose matrix products do not wait for the previous time step.
 
-Bradbury, Merity, Xiong and Socher 2016 (1611.01576), by the convention of the library with which
-the results of AWD-LSTM's authors were made: f is what the paper calls 1 - f.
+Bradbury, Merity, Xiong and Socher 2016 (1611.01576), in the convention of the library behind the
+published AWD-QRNN results: f here is 1 - f in the paper.
 """
 
 import sys

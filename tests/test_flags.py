@@ -45,15 +45,15 @@ BAD_FLAGS = [
     ("--resume absent.pt", "absent.pt: no such checkpoint"),
     ("--resume notes.txt", "notes.txt: is damaged, or not a checkpoint of main.py"),
     ("--save absent/m.pt", "--save absent/m.pt: cannot be written (No such file"),
-    ("--save .", "--save .: is no name of a file"),
-    ("--save new/", "--save new/: is no name of a file"),
+    ("--save .", "--save .: is not a file name"),
+    ("--save new/", "--save new/: is not a file name"),
     ("--save " + "n" * 251, "cannot be written (File name too long)"),
-    ("--save notes.txt", "notes.txt is not a usable file of a run"),
-    ("--save run", "run.jsonl is not a usable file of a run"),
-    ("--save run2", "run2.jsonl is not a usable file of a run"),
-    ("--save s.pt", "s.pt.state is not a usable file of a run"),
-    ("--save l.pt", "l.pt.lock is not a usable file of a run"),
-    ("--save w.pt --when 3 1", "w.pt.e1 is not a usable file of a run"),
+    ("--save notes.txt", "notes.txt is not a file of a run, or damaged"),
+    ("--save run", "run.jsonl is not a file of a run, or damaged"),
+    ("--save run2", "run2.jsonl is not a file of a run, or damaged"),
+    ("--save s.pt", "s.pt.state is not a file of a run, or damaged"),
+    ("--save l.pt", "l.pt.lock is not a file of a run, or damaged"),
+    ("--save w.pt --when 3 1", "w.pt.e1 is not a file of a run, or damaged"),
 ]
 
 
