@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 EOS, UNK = "<eos>", "<unk>"
+UNKNOWN_TOKENS = (UNK, "<UNK>", "unk", "UNK")  # what stands for unknown words in people's texts
 SPLITS = ("train", "valid", "test")
 
 
@@ -20,11 +21,16 @@ class InputError(ValueError):
 
 
 class Dictionary:
-    """A vocabulary: `word2idx` (dict) and `idx2word` (list), ids in order of first occurrence."""
+    """A vocabulary: `word2idx` (dict) and `idx2word` (list), ids in order of first occurrence.
+
+    `unk` is the token that stands for unknown words: the first of UNKNOWN_TOKENS in the vocabulary,
+    None if it has none of them; it can be set.
+    """
 
     def __init__(self, words=()):
         self.idx2word = list(words)
         self.word2idx = {word: idx for idx, word in enumerate(self.idx2word)}
+        self.unk = next((token for token in UNKNOWN_TOKENS if token in self.word2idx), None)
 
     def __len__(self):
         return len(self.idx2word)
@@ -102,19 +108,19 @@ def words_of_lines(lines, name):
         yield words
 
 
-def encode(words, dictionary, path):
-    """Returns (ids of `words`, Counter of the words outside the vocabulary, which become <unk>).
+def encode(words, dictionary):
+    """Returns (ids of `words`, Counter of the words outside the vocabulary, read as its `unk`).
 
-    Raises InputError, naming some of them and the checkpoint's `path`, if it has no <unk>.
+    Raises InputError, naming some of them, if it has no such token.
     """
     ids = dictionary.word2idx
     unknown = Counter(word for word in words if word not in ids)
-    if unknown and UNK not in ids:
+    if unknown and dictionary.unk is None:
         raise InputError(
-            f"{path}: its vocabulary has no {UNK}, and lacks {list_most_common(unknown)}; "
-            "leave them out"
+            f"the model's vocabulary has no {UNK}, and lacks {list_most_common(unknown)}; leave "
+            "them out, or name the token for unknown words (--unk)"
         )
-    return [ids[UNK if word in unknown else word] for word in words], unknown
+    return [ids[dictionary.unk if word in unknown else word] for word in words], unknown
 
 
 def list_most_common(words):

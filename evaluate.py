@@ -60,7 +60,7 @@ def score_words(params, dictionary, words, args):
     Returns (mean loss in nats, {name: loss} of a biLM's parts, Counter of the unknown words). A
     biLM's loss is its cloze loss.
     """
-    ids, unknown = encode([EOS, *words], dictionary, args.checkpoint)
+    ids, unknown = encode([EOS, *words], dictionary)
     columns = min(args.batch_size, len(words))
     settings = Namespace(bptt=max(1, BPTT // columns), objective="cloze")
     return *score(params, torch.tensor(ids), settings, batch_size=columns), unknown
@@ -86,7 +86,7 @@ def score_each_line(params, dictionary, path, lines, args):
         row = f"{perplexity(loss):.2f}", f"{loss:.4f}", len(words) + 1, unknown.total()
         print(*row, " ".join(words), sep="\t", flush=True)
         all_unknown += unknown
-    warn_about_unknown(all_unknown)
+    warn_about_unknown(all_unknown, dictionary.unk)
 
 
 def parse_args(argv=None):

@@ -86,8 +86,8 @@ def write_text(prompt, generator, dictionary, out, args):
     With --interactive stops after the first sentence. Reports progress on stderr if `out` is a
     file.
     """
-    ids, unknown = encode([EOS, *prompt], dictionary, args.checkpoint)
-    warn_about_unknown(unknown)
+    ids, unknown = encode([EOS, *prompt], dictionary)
+    warn_about_unknown(unknown, dictionary.unk)
     in_sentence = False
     text = chain(ids[1:], islice(generator.text(ids), args.words))
     for generated, idx in enumerate(text, 1 - len(prompt)):

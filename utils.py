@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 import distributed
 from cpu_kernels import use_expandable_segments
-from data import SPLITS, UNK, Corpus, InputError, batchify, get_batch, list_most_common
+from data import SPLITS, Corpus, InputError, batchify, get_batch, list_most_common
 
 __all__ = ["batchify", "get_batch", "repackage_hidden"]  # as in the reference
 
@@ -81,10 +81,10 @@ def log_parts(parts):
         log(f"| {name:8s} | {loss_columns(loss)}")
 
 
-def warn_about_unknown(unknown):
+def warn_about_unknown(unknown, unk):
     """Lists the words that are not in the vocabulary, on stderr."""
     if unknown:
-        warn(f"Warning: not in the vocabulary, read as {UNK}: {list_most_common(unknown)}")
+        warn(f"Warning: not in the vocabulary, read as {unk}: {list_most_common(unknown)}")
 
 
 # ------------------------------------------------------------ losses
