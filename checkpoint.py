@@ -1,6 +1,6 @@
 """The files of a run: written atomically, sealed, data only, one run at a time per path.
 
-`model, vocabulary = load("PTB.pt")` loads a trained model. Beside the checkpoint PTB.pt are the
+`load("PTB.pt")` loads a trained model. Beside the checkpoint PTB.pt are the
 training state PTB.pt.state, from which the run can be resumed, and PTB.pt.jsonl, with one JSON line
 per epoch.
 """
@@ -18,7 +18,7 @@ import torch
 import distributed
 from bidirectional import make_model
 from data import Dictionary, InputError
-from model import DROPOUTS, NOTES, training_settings
+from model import DROPOUTS, NOTES, LanguageModel, training_settings
 from splitcross import SplitCrossEntropyLoss
 from utils import FINETUNE_RECORDS, RECORDS, Preemption, is_device_error, log, plain, warn
 
@@ -168,15 +168,14 @@ def check_corpus(words, corpus, args, path, digest=None):
 
 
 def load(path, device="cpu"):
-    """Loads a trained model: `model, vocabulary = load("PTB.pt")`.
+    """Loads a trained model: `lm = load("PTB.pt")`, or `model, vocabulary = load("PTB.pt")`.
 
-    Returns an RNNModel on `device`, in evaluation mode, with its training dropout rates, and the
-    data.Dictionary of its words. Needs no other file. Raises InputError.
+    Returns a model.LanguageModel on `device`, in evaluation mode, with its training dropout rates.
+    Needs no other file. Raises InputError.
     """
     checkpoint = read_checkpoint(path, device)
     rates = {name: rate for name, rate in checkpoint["flags"].items() if name in DROPOUTS}
-    model, _ = build_params(checkpoint, **rates)
-    return model.eval(), Dictionary(checkpoint["vocabulary"])
+    return LanguageModel(build_params(checkpoint, **rates), Dictionary(checkpoint["vocabulary"]))
 
 
 # ------------------------------------------------------------ training states

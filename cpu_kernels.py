@@ -21,11 +21,14 @@ def has_bf16_products():
 
 
 def has_onednn(tensor):
-    """Whether torch's oneDNN products, which take packed weights, accept `tensor`."""
+    """Whether torch's oneDNN products, which take packed weights, accept `tensor`.
+
+    A model that is exported must not depend on them.
+    """
     has_dtype = tensor.dtype == torch.float32
     has_dtype |= tensor.dtype == torch.bfloat16 and has_bf16_products()
     return (
-        tensor.device.type == "cpu" and has_dtype
+        tensor.device.type == "cpu" and has_dtype and not torch.compiler.is_compiling()
         and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
     )
 
@@ -69,7 +72,7 @@ def product(x, weight, bias=None):
     """x [M, K] @ weight [N, K].T (+ bias [N]) -> [M, N]."""
     if weight.dtype == torch.bfloat16 and bias is None:
         return x @ weight.t()  # as fast as with a packed matrix
-    return Packed(weight, len(x), once=True)(x, bias)
+    return Packed(weight, x.size(0), once=True)(x, bias)
 
 
 # ------------------------------------------------------------ recurrent layers
@@ -81,6 +84,7 @@ def has_recurrent_layer(module, x, bf16):
     """Whether `recurrent_layer` computes `module`: on a CPU a GRU, or with `bf16` an LSTM too."""
     return (
         x.device.type == "cpu" and (bf16 or isinstance(module, nn.GRU))
+        and not torch.compiler.is_compiling()
         and module.num_layers == 1 and module.bias and not module.batch_first
     )
 

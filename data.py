@@ -1,6 +1,5 @@
 """Text files to token ids, and the [time, batch] layouts of training and evaluation."""
 
-import codecs
 import hashlib
 import platform
 import re
@@ -92,20 +91,28 @@ class Corpus:
 
 
 def words_of_lines(lines, name):
-    """Yields the list of words of each of `lines`, UTF-8 bytes split at white space (no BOM).
+    """Yields the list of words of each of `lines`, UTF-8 bytes split at white space.
 
     Raises InputError, naming `name` and the line number, for bytes that are not text.
     """
     for number, line in enumerate(lines, 1):
-        if number == 1:
-            line = line.removeprefix(codecs.BOM_UTF8)
         try:
-            words = line.decode("utf-8").split()
-        except UnicodeDecodeError:
-            raise InputError(f"{name}: line {number} is not UTF-8; convert it") from None
-        if b"\0" in line:
-            raise InputError(f"{name}: line {number} holds a NUL byte; is this a text file?")
-        yield words
+            yield decode_line(line, number).split()
+        except InputError as error:
+            raise InputError(f"{name}: line {number}: {error}") from None
+
+
+def decode_line(line, number):
+    """The text of a line of UTF-8 bytes; the first has no byte order mark. Raises InputError."""
+    if line.startswith(b"\x1f\x8b"):
+        raise InputError("compressed by gzip; unpack the file")
+    try:
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError:
+        raise InputError("not UTF-8; convert it") from None
+    if "\0" in text:
+        raise InputError("holds a NUL byte; is this a text file?")
+    return text
 
 
 def encode(words, dictionary):

@@ -1,124 +1,243 @@
-"""Computes a trained model's perplexity on text files, per file or per line.
+"""Scores texts with a trained model: per file, per line or per token.
 
     python evaluate.py --checkpoint PTB.pt my.txt
     echo "the company said it would not" | python evaluate.py --checkpoint PTB.pt --per-line
+    python evaluate.py --checkpoint PTB.pt --per-token --format csv my.txt > tokens.csv
 
-The format is that of training: UTF-8, tokens separated by white space, one sentence per line. Each
-line ends in <eos>, which is predicted too; another <eos> precedes the first word.
+The format of a text is that of training: UTF-8, tokens separated by white space, one sentence per
+line; also compressed by gzip. Each line ends in <eos>, which is predicted too; another <eos>
+precedes the first word. Exit code 2 if a file or a line could not be scored; the others are.
 """
 
+import csv
 import gzip
+import json
+import math
 import sys
-from argparse import Namespace
+import zlib
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from itertools import islice
 
-import torch
-
-from checkpoint import build_params, read_checkpoint
-from data import EOS, Dictionary, InputError, encode, list_most_common, words_of_lines
-from flags import Parser, add_device_flags, count, resolve_device, run_command
-from model import NOTES
-from train import score
+from bidirectional import evaluate_directions, is_bilm
+from checkpoint import load
+from data import EOS, InputError, decode_line, list_most_common
+from flags import Parser, add_model_flags, count, resolve_device, run_command
+from model import NOTES, WINDOW
 from utils import (
     log, log_parts, loss_columns, perplexity, set_up_device, warn, warn_about_unknown, write_utf8,
 )
 
-BPTT = 2000  # words read at once
+# The columns of a row for a file, a line and a token. log_prob is a natural logarithm, loss is its
+# negative per token, and surprisal is in bits.
+COLUMNS = {
+    "file": ("file", "tokens", "unknown", "log_prob", "loss", "ppl"),
+    "line": ("file", "line", "id", "tokens", "unknown", "log_prob", "loss", "ppl", "text"),
+    "token": ("file", "line", "id", "token", "unknown", "log_prob", "surprisal"),
+}
+TEXT_COLUMNS = {
+    "line": ("ppl", "loss", "tokens", "unknown", "text"),
+    "token": ("log_prob", "surprisal", "unknown", "token"),
+}
 
 
-def load_for_use(path, args, keep_bilm=False):
-    """Loads the checkpoint at `path` on `args.device`, by default CUDA if available.
+def load_for_use(path, args):
+    """The model.LanguageModel at `path` on `args.device`, by default CUDA if available.
 
-    Returns (nn.ModuleList([model, criterion]) in evaluation mode and float32, data.Dictionary).
-    Unless `keep_bilm`, a biLM is reduced to its forward language model, with a note on stderr.
-    Raises InputError for an unsatisfiable flag, and for biLSTM, which sees the word it predicts.
+    Notes on stderr that a biLM reads forwards. Raises InputError for an unsatisfiable flag, and for
+    biLSTM, which sees the word it predicts.
     """
     resolve_device(args)
     args.precision = "fp32"
     set_up_device(args)
-    checkpoint = read_checkpoint(path, args.device)
-    params = build_params(checkpoint).eval()
-    found = params[0].rnn_type
-    if args.model not in (None, found):
-        raise InputError(f"--model {args.model}: {path} is of type {found}; leave the flag out")
-    if found == "biLSTM":
-        raise InputError(f"{path}: {NOTES[found]}; use another model")
-    if found == "biLM" and not keep_bilm:
-        params[0] = params[0].forward_half()
-        cloze = checkpoint["flags"].get("objective") == "cloze"
-        warn(
-            f"Note: only the forward language model of the biLM {path} is used"
-            + (", and it was not trained (--objective cloze)" if cloze else "")
+    lm = load(path, args.device)
+    model, vocabulary = lm
+    if args.model not in (None, model.rnn_type):
+        raise InputError(
+            f"--model {args.model}: {path} is of type {model.rnn_type}; leave the flag out"
         )
-    return params, Dictionary(checkpoint["vocabulary"])
+    if model.rnn_type == "biLSTM":
+        raise InputError(f"{path}: {NOTES['biLSTM']}; use another model")
+    if args.unk is not None:
+        if args.unk not in vocabulary.word2idx:
+            raise InputError(f"--unk {args.unk}: not in the vocabulary of {path}")
+        vocabulary.unk = args.unk
+    if is_bilm(lm.params):
+        warn(
+            f"Note: only the forward language model of the biLM {path} is used; --objective cloze "
+            "does not train it"
+        )
+    return lm
 
 
-def score_words(params, dictionary, words, args):
-    """Scores `words` after an <eos>, in at most `args.batch_size` columns.
-
-    Returns (mean loss in nats, {name: loss} of a biLM's parts, Counter of the unknown words). A
-    biLM's loss is its cloze loss.
-    """
-    ids, unknown = encode([EOS, *words], dictionary)
-    columns = min(args.batch_size, len(words))
-    settings = Namespace(bptt=max(1, BPTT // columns), objective="cloze")
-    return *score(params, torch.tensor(ids), settings, batch_size=columns), unknown
+@contextmanager
+def open_lines(path):
+    """Opens a text, which gzip may have compressed, for reading as bytes; "-" is standard input."""
+    with nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as file:
+        compressed = file.peek(2)[:2] == b"\x1f\x8b"
+        with gzip.open(file) if compressed else nullcontext(file) as lines:
+            yield lines
 
 
-def score_text(params, dictionary, path, lines, args):
-    """Logs the loss of a text, read as one stream."""
-    words = [word for line in lines for word in (*line, EOS)]
-    if set(words) <= {EOS}:
-        raise InputError(f"{path}: holds no words")
-    loss, parts, unknown = score_words(params, dictionary, words, args)
-    named = f" ({list_most_common(unknown)})" if unknown else ""
-    log(f"| {path} | {loss_columns(loss)} | {len(words):,} tokens, "
-        f"{unknown.total():,} unknown{named}")
-    log_parts(parts)
+class Scorer:
+    """Scores texts and writes the results to standard output, a row per file, line or token."""
+
+    def __init__(self, lm, args):
+        self.lm, self.args = lm, args
+        self.failed = False  # whether a file or a line could not be scored
+        self.unknown = Counter()
+        self.totals = []  # (tokens, unknown tokens, log-probability) of each file
+        self.kind = "token" if args.per_token else "line" if args.per_line else "file"
+        self.columns = COLUMNS[self.kind]
+        if args.format == "text" and self.kind != "file":
+            self.columns = ("id",) * args.ids + TEXT_COLUMNS[self.kind]
+            print(*self.columns, sep="\t", flush=True)
+        if args.format == "csv":
+            self.csv = csv.writer(sys.stdout, lineterminator="\n")
+            self.csv.writerow(self.columns)
+
+    def score(self, path):
+        """Scores a file. Raises InputError or OSError for a file that cannot be scored."""
+        lines = self.lines(path)
+        if self.args.per_line:  # a batch is scored as soon as it has been read
+            while batch := list(islice(lines, self.args.batch_size)):
+                good = [row["words"] for row in batch if row["words"]]
+                scores = iter(self.lm.score_each(good) if good else [])
+                for row in batch:
+                    self.write(row, next(scores) if row["words"] else None)
+            return
+        rows = list(lines)
+        words = [word for row in rows for word in row["words"]]
+        if set(words) <= {EOS}:
+            raise InputError(f"{path}: holds no words")
+        score = self.lm.score(words, columns=self.args.batch_size)
+        if self.kind == "file":
+            self.write({"file": path}, score)
+            if self.args.format == "text" and is_bilm(self.lm.params):
+                self.log_directions(words)
+            return
+        tokens = iter(score.tokens)
+        for row in rows:
+            self.write(row, score._replace(tokens=list(islice(tokens, len(row["words"])))))
+
+    def lines(self, path):
+        """Yields a row for each line of a file, with its words, which for a bad line are [].
+
+        Without --per-line raises InputError for a bad line.
+        """
+        with open_lines(path) as lines:
+            for number, line in enumerate(lines, 1):
+                row = {"file": path, "line": number, "id": "", "text": "", "words": []}
+                try:
+                    text = decode_line(line, number)
+                    if self.args.ids:
+                        row["id"], text = (*text.split(maxsplit=1), "", "")[:2]
+                    words = self.lm.split(text.rstrip("\r\n"))
+                    row["text"] = " ".join(words)
+                    self.lm.ids(words)
+                    row["words"] = [*words, EOS]
+                except InputError as error:
+                    if not self.args.per_line:
+                        raise InputError(f"{path}: line {number}: {error}") from None
+                    self.fail(f"{path}: line {number}: {error}")
+                yield row
+
+    def fail(self, message):
+        warn(f"Warning: {message}")
+        self.failed = True
+
+    def log_directions(self, words):
+        """Logs the losses of a biLM's directions and of its cloze prediction."""
+        columns = min(self.args.batch_size, len(words))
+        ids = self.lm.ids([EOS, *words])
+        log_parts(evaluate_directions(self.lm.params, ids, columns, max(1, WINDOW // columns)))
+
+    def write(self, row, score):
+        """Writes the row of a file or a line, or one for each token; None: a bad line."""
+        if score is None:
+            self.write_row(row)
+            return
+        self.unknown += score.unknown
+        if self.kind == "token":
+            for token, log_prob in score.tokens:
+                self.write_row({
+                    **row, "token": token, "unknown": int(token in score.unknown),
+                    "log_prob": log_prob, "surprisal": -log_prob / math.log(2),
+                })
+            return
+        self.totals.append((len(score.tokens), score.unknown.total(), score.log_prob))
+        self.write_row({**row, **results(*self.totals[-1])}, score.unknown)
+
+    def write_total(self):
+        """Writes the row of all files."""
+        if self.kind == "file" and len(self.totals) > 1:
+            self.write_row({"file": "total", **results(*map(sum, zip(*self.totals)))})
+
+    def write_row(self, row, unknown=()):
+        values = [row.get(column) for column in self.columns]
+        if self.args.format == "json":
+            finite = [None if value == math.inf else value for value in values]
+            print(json.dumps(dict(zip(self.columns, finite)), ensure_ascii=False), flush=True)
+        elif self.args.format == "csv":
+            self.csv.writerow(values)
+            sys.stdout.flush()
+        elif self.kind == "file":
+            named = f" ({list_most_common(unknown)})" if unknown else ""
+            log(f"| {row['file']} | {loss_columns(row['loss'])} | {row['tokens']:,} tokens, "
+                f"{row['unknown']:,} unknown{named}")
+        else:
+            shown = (f"{value:.4f}" if isinstance(value, float) else value for value in values)
+            print(*("" if value is None else value for value in shown), sep="\t", flush=True)
 
 
-def score_each_line(params, dictionary, path, lines, args):
-    """Prints each line's perplexity, loss, number of tokens, number of unknown words, and text."""
-    all_unknown = Counter()
-    for words in lines:
-        loss, _, unknown = score_words(params, dictionary, [*words, EOS], args)
-        row = f"{perplexity(loss):.2f}", f"{loss:.4f}", len(words) + 1, unknown.total()
-        print(*row, " ".join(words), sep="\t", flush=True)
-        all_unknown += unknown
-    warn_about_unknown(all_unknown, dictionary.unk)
+def results(tokens, unknown, log_prob):
+    """The columns of a file or a line."""
+    loss = -log_prob / tokens
+    return {
+        "tokens": tokens, "unknown": unknown, "log_prob": log_prob, "loss": loss,
+        "ppl": perplexity(loss),
+    }
 
 
 def parse_args(argv=None):
     parser = Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("text", nargs="*", default=["-"], help="text files, .gz too (default: -, standard input)")
+    add("text", nargs="*", default=["-"], help="text files (default: -, standard input)")
     add("--checkpoint", required=True, help="the trained model")
     add("--per-line", action="store_true",
-        help="score each line separately and print, separated by tabs: perplexity, loss in nats "
-             "per token, number of tokens, number of unknown words, the line")
+        help="score each line by itself, and write a row for each as soon as it has been read")
+    add("--per-token", action="store_true",
+        help="write a row for each token: its log-probability (natural logarithm) given all before "
+             "it, in the file or with --per-line in the line, and its surprisal in bits")
+    add("--format", choices=["text", "json", "csv"], default="text",
+        help="text (rows of lines and tokens are separated by tabs), json (an object per row) or "
+             "csv; json and csv have all columns, in full precision (default: text)")
+    add("--ids", action="store_true",
+        help="the first word of each line is an identifier: it is written, and not scored")
     add("--batch_size", type=count, default=1, metavar="N",
-        help="number of parts of a text that are read in parallel; more parts are faster, but all "
-             "parts except the first start without context (default: 1)")
-    add_device_flags(parser)
-    args = parser.parse_args(argv)
-    if args.per_line and args.batch_size > 1:
-        parser.error("--batch_size: has no effect with --per-line, which reads one line at a time")
-    return args
+        help="number of parts of a text, or with --per-line of lines, that are read in parallel, "
+             "which is faster, but all parts of a text except the first start without context, and "
+             "N lines must have been read before the first is answered (default: 1)")
+    add_model_flags(parser)
+    return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
     write_utf8()
-    params, dictionary = load_for_use(args.checkpoint, args, keep_bilm=True)
-    score_file = score_each_line if args.per_line else score_text
-    if args.per_line:
-        print("ppl\tloss\ttokens\tunknown\ttext", flush=True)
+    lm = load_for_use(args.checkpoint, args)
+    scorer = Scorer(lm, args)
     for path in args.text:
-        open_file = gzip.open if path.endswith(".gz") else open
-        with nullcontext(sys.stdin.buffer) if path == "-" else open_file(path, "rb") as lines:
-            score_file(params, dictionary, path, words_of_lines(lines, path), args)
-    return 2 if log.failed else 0
+        try:
+            scorer.score(path)
+        except BrokenPipeError:
+            raise
+        except (InputError, OSError, EOFError, zlib.error) as error:
+            scorer.fail(error if isinstance(error, InputError) else f"{path}: {error}")
+    scorer.write_total()
+    if args.format != "text" or args.per_line or args.per_token:
+        warn_about_unknown(scorer.unknown, lm.vocabulary.unk)
+    return 2 if scorer.failed or log.failed else 0
 
 
 if __name__ == "__main__":

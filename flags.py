@@ -14,7 +14,7 @@ import torch.distributed as dist
 import distributed
 from attention import KINDS
 from cpu_kernels import has_bf16_products, keep_freed_memory
-from data import InputError
+from data import UNKNOWN_TOKENS, InputError
 from model import RNN_TYPES, check_architecture
 from utils import Preempted, environment, is_device_error, is_out_of_memory
 
@@ -367,9 +367,12 @@ def format_flag(flag, value):
 # ------------------------------------------------------------ using a trained model
 
 
-def add_device_flags(parser):
-    """Adds the flags for the device and the expected type of the model."""
+def add_model_flags(parser):
+    """Adds the flags for the device, the expected type of the model, and its unknown token."""
     add = parser.add_argument
+    add("--unk", metavar="TOKEN",
+        help="the token that stands for unknown words (default: the first of "
+             f"{', '.join(UNKNOWN_TOKENS)} in the vocabulary)")
     add("--model", type=rnn_type, help="fail unless the checkpoint is of this type (default: any)")
     add("--cuda", action="store_true", help="require CUDA (otherwise it is used if available)")
     add("--device", type=parse_device,

@@ -11,87 +11,29 @@ import math
 import os
 import sys
 from contextlib import nullcontext
-from itertools import chain, islice
+from itertools import chain
 
-import torch
-
-from cpu_kernels import Cell
-from data import EOS, UNK, encode, words_of_lines
+from data import EOS, UNK, InputError, decode_line, encode
 from evaluate import load_for_use
-from flags import Parser, add_device_flags, count, number, run_command
+from flags import Parser, add_model_flags, count, number, run_command
 from utils import warn, warn_about_unknown, write_utf8
 
 
-def truncate(probability, top_k=0, top_p=1.0):
-    """Keeps the `top_k` likeliest words (0: all), then the nucleus of `top_p`.
-
-    The nucleus is the smallest set of likeliest words with a total probability of at least `top_p`
-    (Holtzman et al. 2019, 1904.09751). probability [.., V] -> [.., V], rescaled to a sum of 1.
-    """
-    ranked, words = probability.sort(descending=True)
-    if top_k:
-        ranked[..., top_k:] = 0
-    ranked /= ranked.sum(-1, keepdim=True)
-    before = ranked.cumsum(-1) - ranked  # the total probability of the likelier words
-    ranked = ranked.masked_fill(before >= top_p, 0)  # always keeps the likeliest word
-    kept = ranked / ranked.sum(-1, keepdim=True)
-    return torch.zeros_like(probability).scatter_(-1, words, kept)
-
-
-class Generator:
-    """Draws words from a model; `text` yields an endless stream of ids.
-
-    The next word's log-probabilities are divided by `temperature`, then truncated; the ids in
-    `banned` are never drawn. Words are drawn on the model's device, in float64 if it supports that.
-    """
-
-    def __init__(self, params, seed, temperature=1.0, top_k=0, top_p=1.0, banned=()):
-        self.params = params.eval()
-        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
-        self.banned = list(banned)
-        device = params[0].encoder.weight.device
-        self.random = torch.Generator(device).manual_seed(seed)
-
-    @torch.inference_mode()
-    def text(self, prompt):
-        """Yields the ids that follow `prompt`, a list of at least one id."""
-        model, criterion = self.params
-        weight, bias = model.decoder.weight, model.decoder.bias
-        layers = model.rnns
-        # nn.LSTM on a CPU would pack its weights for every word.
-        if weight.device.type == "cpu" and model.rnn_type in ("LSTM", "GRU"):
-            layers = [Cell(rnn.module) for rnn in layers]
-        hidden, words = model.init_hidden(1), torch.tensor(prompt, device=weight.device)
-        while True:
-            output, hidden = model.read(layers, words.unsqueeze(1), hidden)
-            words = self.draw(criterion.logprob(weight, bias, output[-1:]))
-            yield words.item()
-
-    def draw(self, logprob):
-        """Draws an id for each row: log-probabilities [.., V] -> [..]."""
-        logits = logprob.to(torch.float32 if logprob.is_mps else torch.float64, copy=True)
-        logits[..., self.banned] = -torch.inf
-        probability = (logits / self.temperature).softmax(-1)
-        if self.top_k or self.top_p < 1:
-            probability = truncate(probability, self.top_k, self.top_p)
-        # The word with the shortest exponential waiting time at rate p. torch.multinomial has drawn
-        # words of probability 0 on some devices.
-        times = torch.empty_like(probability).exponential_(generator=self.random)
-        return (probability / times.clamp_(min=torch.finfo(times.dtype).tiny)).argmax(-1)
-
-
-def write_text(prompt, generator, dictionary, out, args):
+def write_text(lm, prompt, out, args):
     """Writes `prompt` and `args.words` generated words to `out`, one sentence per line.
 
     With --interactive stops after the first sentence. Reports progress on stderr if `out` is a
-    file.
+    file. Raises InputError for a prompt that the model cannot read.
     """
-    ids, unknown = encode([EOS, *prompt], dictionary)
-    warn_about_unknown(unknown, dictionary.unk)
+    prompt = lm.split(prompt)
+    _, unknown = encode(prompt, lm.vocabulary)
+    warn_about_unknown(unknown, lm.vocabulary.unk)
+    shown = [lm.vocabulary.unk if word in unknown else word for word in prompt]
+    words = lm.generate(
+        prompt, args.words, args.seed, args.temperature, args.top_k, args.top_p, args.no_unk
+    )
     in_sentence = False
-    text = chain(ids[1:], islice(generator.text(ids), args.words))
-    for generated, idx in enumerate(text, 1 - len(prompt)):
-        word = dictionary.idx2word[idx]
+    for generated, word in enumerate(chain(shown, words), 1 - len(prompt)):
         out.write("\n" if word == EOS else " " * in_sentence + word)
         out.flush()
         in_sentence = word != EOS
@@ -101,6 +43,22 @@ def write_text(prompt, generator, dictionary, out, args):
             break
     if in_sentence:
         print(file=out, flush=True)
+
+
+def complete_prompts(lm, out, args):
+    """Completes each line of standard input; returns whether all could be read.
+
+    For a line that cannot be read writes an empty one.
+    """
+    succeeded = True
+    for n, line in enumerate(read_prompts(), 1):
+        try:
+            write_text(lm, decode_line(line, n).rstrip("\r\n"), out, args)
+        except InputError as error:
+            warn(f"Warning: line {n}: {error}")
+            print(file=out, flush=True)
+            succeeded = False
+    return succeeded
 
 
 def read_prompts():
@@ -128,7 +86,7 @@ def parse_args(argv=None):
         metavar="P",
         help="draw from the smallest set of likeliest words with a total probability of at least P "
              "(default: 1, all words)")
-    add("--no-unk", action="store_true", help=f"never write {UNK}")
+    add("--no-unk", action="store_true", help="never write the token for unknown words")
     add("--seed", type=number(int, 0, 2**32), default=1111, help="random seed (default: 1111)")
     add("--outf", default="-", metavar="FILE",
         help="file to write, which must not exist (default: -, standard output)")
@@ -137,7 +95,7 @@ def parse_args(argv=None):
     add("--interactive", action="store_true",
         help="read prompts from standard input, and complete one sentence for each")
     add("--data", help="accepted for compatibility; the checkpoint holds the vocabulary")
-    add_device_flags(parser)
+    add_model_flags(parser)
     args = parser.parse_args(argv)
     if args.interactive and args.prompt:
         parser.error("--prompt: prompts come from standard input with --interactive; leave it out")
@@ -147,16 +105,21 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     write_utf8()
-    params, dictionary = load_for_use(args.checkpoint, args)
-    banned = [dictionary.word2idx[UNK]] if args.no_unk and UNK in dictionary.word2idx else []
-    generator = Generator(params, args.seed, args.temperature, args.top_k, args.top_p, banned)
-    prompt = args.prompt.replace("\n", f" {EOS} ")  # one prompt, of several sentences
-    lines = read_prompts() if args.interactive else [os.fsencode(prompt)]
-    to_file = args.outf != "-"
+    lm = load_for_use(args.checkpoint, args)
+    if args.no_unk and lm.vocabulary.unk is None:
+        warn(f"Note: --no-unk has no effect: the vocabulary of {args.checkpoint} has no {UNK}; "
+             "--unk names another token")
+        args.no_unk = False
+    succeeded, to_file = True, args.outf != "-"
     with open(args.outf, "x", encoding="utf-8") if to_file else nullcontext(sys.stdout) as out:
-        for prompt in words_of_lines(lines, "prompt"):
-            write_text(prompt, generator, dictionary, out, args)
-    return 0
+        if args.interactive:
+            succeeded = complete_prompts(lm, out, args)
+        else:
+            try:
+                write_text(lm, decode_line(os.fsencode(args.prompt), 1), out, args)
+            except InputError as error:
+                raise InputError(f"--prompt: {error}") from None
+    return 0 if succeeded else 2
 
 
 if __name__ == "__main__":

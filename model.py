@@ -1,11 +1,22 @@
-"""The model: embedding -> regularized recurrent layers -> decoder."""
+"""The model: embedding -> regularized recurrent layers -> decoder; what a trained one is asked."""
 
+import math
+from collections import Counter
+from dataclasses import dataclass
+from itertools import islice, repeat
+from typing import NamedTuple
+
+import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from attention import Attention
+from cpu_kernels import Cell
+from data import EOS, InputError, encode
 from embed_regularize import embedded_dropout
 from locked_dropout import LockedDropout
 from qrnn import QRNN
+from utils import float32_products
 from weight_drop import WeightDrop
 
 RNN_TYPES = ("LSTM", "GRU", "QRNN", "biLSTM", "biLM")
@@ -206,3 +217,227 @@ def activation_regularization(raw_output, output, alpha, beta):
     if beta and len(raw_output) > 1:
         penalty = penalty + beta * (raw_output[1:] - raw_output[:-1]).pow(2).mean()
     return penalty
+
+
+# ------------------------------------------------------------ a trained model and its texts
+
+WINDOW = 2000  # tokens read at once
+
+
+class Score(NamedTuple):
+    """The score of a text. Log-probabilities are natural logarithms."""
+
+    log_prob: float  # of the whole text
+    tokens: list  # (token, its log-probability given all before it), in order
+    unknown: Counter  # the tokens outside the vocabulary, read as its `unk`
+
+
+@dataclass
+class Context:
+    """A place in B texts. Methods that get one read on from there; `copy.copy` keeps a place.
+
+    last [B]: the ids of the last tokens; hidden: the model's state before it reads them.
+    """
+
+    last: torch.Tensor
+    hidden: list
+
+
+class LanguageModel:
+    """A trained model as a distribution over texts; `model, vocabulary = lm` unpacks it.
+
+    A text is a list of tokens, or a string of tokens separated by white space, in which a line
+    break is an <eos>. It begins after an <eos>, as in training, or continues a `context`, which
+    moves to its end. Unknown tokens are read as `vocabulary.unk`; if that is None, they raise
+    InputError. So does every use of biLSTM, which sees the word that it predicts. biLM reads
+    forwards.
+
+    params: nn.ModuleList([model, criterion]); vocabulary: data.Dictionary.
+    """
+
+    def __init__(self, params, vocabulary):
+        self.params, self.vocabulary = params.eval(), vocabulary
+
+    def __iter__(self):
+        return iter((self.params[0], self.vocabulary))
+
+    # -------------------------------------------------------- what the model is asked
+
+    def log_probs(self, words, context=None):
+        """The log-probability of every word of the vocabulary after each of `words`: [T, V].
+
+        `words` is a text or, for several at once, ids [T, B]; these give [T, B, V].
+        """
+        ids = words
+        if not isinstance(words, torch.Tensor):
+            ids = self.ids(words).unsqueeze(1)
+        context = context or self.context(ids.size(1))
+        before = self._read_on(ids, context)
+        output = torch.cat([before, self._output(context)])[ids.size(1) :]
+        found = self._log_probs(output)
+        return found.view(*ids.shape, -1) if ids is words else found
+
+    def score(self, text, context=None, columns=1):
+        """The Score of a text.
+
+        `columns`: parts of the text that are read in parallel. More are faster, but all parts
+        except the first begin without context. Has no effect with a `context`.
+        """
+        tokens, ids = self.split(text), self.ids(text)
+        if context:
+            parts = [ids]
+        else:
+            parts = ids.tensor_split(max(1, min(columns, len(ids))))
+            context = self.context(len(parts))
+            context.last[1:] = torch.tensor([part[-1] for part in parts[:-1]])
+        return self._make_score(tokens, [p for part in self._score(parts, context) for p in part])
+
+    def score_each(self, texts):
+        """A list with the Score of each of `texts`, which are read in parallel."""
+        texts = [self.split(text) for text in texts]
+        found = self._score([self.ids(text) for text in texts], self.context(len(texts)))
+        return [self._make_score(*pair) for pair in zip(texts, found)]
+
+    def next_words(self, text="", k=10, context=None):
+        """The `k` likeliest words after a text: [(word, probability), ...], likeliest first."""
+        context = context or self.context()
+        self._read_on(self.ids(text).unsqueeze(1), context)
+        found, words = self._log_probs(self._output(context))[0].exp().topk(k)
+        return [(self.vocabulary.idx2word[i], p) for i, p in zip(words.tolist(), found.tolist())]
+
+    def generate(
+        self, text="", words=None, seed=None, temperature=1.0, top_k=0, top_p=1.0, no_unk=False,
+        context=None,
+    ):
+        """Yields `words` tokens, or an endless stream, that continue a text.
+
+        See `draw`; with `no_unk` the vocabulary's `unk` is never drawn. Without a `seed`, torch's
+        own generator is used.
+        """
+        model, _ = self.params
+        device = model.encoder.weight.device
+        random = None if seed is None else torch.Generator(device).manual_seed(seed)
+        banned = [self.vocabulary.word2idx[self.vocabulary.unk]] if no_unk else []
+        context = context or self.context()
+        self._read_on(self.ids(text).unsqueeze(1), context)
+        layers = model.rnns
+        # nn.LSTM on a CPU would pack its weights for every word.
+        if device.type == "cpu" and isinstance(layers[0].module, nn.LSTM | nn.GRU):
+            layers = [Cell(rnn.module) for rnn in layers]
+        for _ in islice(repeat(None), words):
+            output, context.hidden = self._read(context.last.unsqueeze(0), context.hidden, layers)
+            log_prob = self._log_probs(output)
+            context.last = draw(log_prob, temperature, top_k, top_p, banned, random)
+            yield self.vocabulary.idx2word[context.last.item()]
+
+    def embed(self, text, layer=-1):
+        """The vectors of a text's tokens: [T, H].
+
+        layer 0 is the embedding; layers 1, 2, ... are the states of the recurrent layers after each
+        token, given all before it (-1: the last).
+        """
+        model, _ = self.params.eval()
+        context, ids = self.context(), self.ids(text)
+        stream = torch.cat([context.last, ids]).unsqueeze(1)
+        with torch.no_grad(), float32_products():
+            _, _, states, _ = model.read(model.rnns, stream, context.hidden, return_h=True)
+            return [model.encoder(stream), *states][layer][1:, 0]
+
+    # -------------------------------------------------------- how it reads
+
+    def context(self, batch=1):
+        """The beginning of `batch` texts, where only an <eos> has been read."""
+        model, _ = self.params
+        if model.rnn_type == "biLSTM":
+            raise InputError(f"{NOTES['biLSTM']}; use another model")
+        return Context(self.ids([EOS] * batch), model.init_hidden(batch))
+
+    def split(self, text):
+        """The list of a text's tokens."""
+        if not isinstance(text, str):
+            return list(text)
+        first, *lines = [line.split() for line in text.split("\n")]
+        return [*first, *(token for line in lines for token in (EOS, *line))]
+
+    def ids(self, text):
+        """The ids of a text's tokens, [T], on the model's device."""
+        ids, _ = encode(self.split(text), self.vocabulary)
+        return torch.tensor(ids, dtype=torch.long, device=self.params[0].encoder.weight.device)
+
+    @torch.no_grad()
+    @float32_products()
+    def _read(self, ids, hidden, layers=None):
+        """ids [T, B], hidden -> (the decoder's inputs after each of them [T*B, E], hidden)."""
+        model, _ = self.params.eval()
+        return model.read(layers or model.rnns, ids, hidden)
+
+    def _output(self, context):
+        """The decoder's inputs [B, E] at `context`."""
+        return self._read(context.last.unsqueeze(0), context.hidden)[0]
+
+    def _read_on(self, ids, context):
+        """Moves `context` past `ids` [T, B]; returns the decoder's inputs before each, [T*B, E]."""
+        if not len(ids):
+            return self.params[0].decoder.weight[:0]
+        output, context.hidden = self._read(
+            torch.cat([context.last.unsqueeze(0), ids[:-1]]), context.hidden
+        )
+        context.last = ids[-1]
+        return output
+
+    @torch.no_grad()
+    @float32_products()
+    def _log_probs(self, output, targets=None):
+        """After each of `output` [N, E]: of all words [N, V], or only of `targets` [N]."""
+        model, criterion = self.params
+        weights = model.decoder.weight, model.decoder.bias
+        if targets is None:
+            return criterion.logprob(*weights, output)
+        return criterion.target_logprob(*weights, output, targets)
+
+    def _score(self, parts, context):
+        """The log-probabilities of the ids in `parts`, the columns that `context` continues."""
+        ids = pad_sequence(parts)  # [T, B]
+        found = [
+            self._log_probs(self._read_on(window, context), window.flatten()).view(window.shape)
+            for window in ids.split(max(1, WINDOW // len(parts)))
+        ]
+        columns = torch.cat(found).t().tolist()
+        return [column[: len(part)] for column, part in zip(columns, parts)]
+
+    def _make_score(self, tokens, log_probs):
+        unknown = Counter(token for token in tokens if token not in self.vocabulary.word2idx)
+        return Score(math.fsum(log_probs), list(zip(tokens, log_probs)), unknown)
+
+
+def draw(log_prob, temperature=1.0, top_k=0, top_p=1.0, banned=(), generator=None):
+    """Draws an id for each row: log-probabilities [.., V] -> [..].
+
+    They are divided by `temperature`, then truncated, see `truncate`; the ids in `banned` are never
+    drawn. Computes in float64 if the device supports that.
+    """
+    logits = log_prob.to(torch.float32 if log_prob.is_mps else torch.float64, copy=True)
+    logits[..., banned] = -torch.inf
+    probability = (logits / temperature).softmax(-1)
+    if top_k or top_p < 1:
+        probability = truncate(probability, top_k, top_p)
+    # The word with the shortest exponential waiting time at rate p. torch.multinomial has drawn
+    # words of probability 0 on some devices.
+    times = torch.empty_like(probability).exponential_(generator=generator)
+    return (probability / times.clamp_(min=torch.finfo(times.dtype).tiny)).argmax(-1)
+
+
+def truncate(probability, top_k=0, top_p=1.0):
+    """Keeps the `top_k` likeliest words (0: all), then the nucleus of `top_p`.
+
+    The nucleus is the smallest set of likeliest words with a total probability of at least `top_p`
+    (Holtzman et al. 2019, 1904.09751). probability [.., V] -> [.., V], rescaled to a sum of 1.
+    """
+    ranked, words = probability.sort(descending=True)
+    if top_k:
+        ranked[..., top_k:] = 0
+    ranked /= ranked.sum(-1, keepdim=True)
+    before = ranked.cumsum(-1) - ranked  # the total probability of the likelier words
+    ranked = ranked.masked_fill(before >= top_p, 0)  # always keeps the likeliest word
+    kept = ranked / ranked.sum(-1, keepdim=True)
+    return torch.zeros_like(probability).scatter_(-1, words, kept)

@@ -18,14 +18,16 @@ from contextlib import closing
 from itertools import product
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
+from bidirectional import is_bilm
 from checkpoint import check_corpus
 from data import Corpus
 from dynamic_evaluation import Rule, read, root_mean_square
 from evaluate import load_for_use
 from flags import (
-    Parser, add_device_flags, coefficient, count, number, rate, run_command, steps,
+    Parser, add_model_flags, coefficient, count, number, rate, run_command, steps,
 )
 from utils import log, loss_columns
 
@@ -232,7 +234,7 @@ def parse_args(argv=None):
         "(default: no limit; does not apply to --tune)", type=number(float, 0, open_low=True),
         metavar="N")
     add("--bptt", 2000, "words read at once without dynamic evaluation", type=steps)
-    add_device_flags(parser)
+    add_model_flags(parser)
     given = vars(parser.parse_args(argv))
     args = Namespace(**{**parser.defaults, **DEFAULTS.get(given.get("dynamic"), {}), **given})
     for flag in DYNAMIC_FLAGS:
@@ -243,9 +245,12 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    params, dictionary = load_for_use(args.save, args)
+    lm = load_for_use(args.save, args)
+    params = lm.params
+    if is_bilm(params):
+        params = nn.ModuleList([params[0].forward_half(), params[1]])
     corpus = Corpus(args.data)
-    check_corpus(dictionary.idx2word, corpus, args, args.save)
+    check_corpus(lm.vocabulary.idx2word, corpus, args, args.save)
     reader = Reader(params, corpus, args)
     if args.tune:
         tune(reader, corpus.valid, args)

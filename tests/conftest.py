@@ -18,7 +18,7 @@ import flags
 import main
 from bidirectional import is_bilm, make_model
 from checkpoint import Run
-from data import SPLITS, Dictionary
+from data import EOS, SPLITS, Dictionary
 from model import RNN_TYPES
 from splitcross import SplitCrossEntropyLoss
 from utils import Preempted
@@ -165,7 +165,7 @@ def make_corpus(train, evaluated, ntoken):
     """A corpus of ids [N], whose words are their ids."""
     return Namespace(
         train=train, valid=evaluated, test=evaluated, name="ids", digest="0",
-        dictionary=Dictionary(map(str, range(ntoken))),
+        dictionary=Dictionary([EOS, *map(str, range(1, ntoken))]),
     )
 
 

@@ -20,7 +20,7 @@ from torch import nn
 import main
 import qrnn
 import splitcross
-from checkpoint import build_params, read_checkpoint, read_state
+from checkpoint import build_params, load, read_checkpoint, read_state
 from conftest import (
     MODELS, ROOT, Interrupting, arguments, invoke, make_corpus, make_params, make_trainer,
     reversed_text,
@@ -28,8 +28,7 @@ from conftest import (
 from cpu_kernels import use_expandable_segments
 from dynamic_evaluation import Rule, read, root_mean_square
 from flags import has_precision
-from generate import Generator
-from model import DROPOUTS
+from model import DROPOUTS, draw
 from pointer import evaluate_cache
 from train import evaluate, make_objective, random_seq_len, score, settings_at, train_step
 from utils import Preempted, describe_device, set_products
@@ -336,18 +335,25 @@ def test_cache_and_dynamic_evaluation_are_the_cpus(device, trained):
 
 
 def test_generation_is_the_cpus_where_nothing_is_left_to_chance(device, trained):
-    texts = []
-    for on in (device, CPU):
-        generator = Generator(build_params(read_checkpoint(trained[0], on)), 1, top_k=1)
-        texts.append(list(itertools.islice(generator.text([3, 7]), 40)))
+    texts = [list(load(trained[0], on).generate("3 7", 40, top_k=1)) for on in (device, CPU)]
     assert texts[0] == texts[1]
+
+
+def test_answers_about_texts_are_the_cpus(device, trained):
+    found = []
+    for on in (device, CPU):
+        lm = load(trained[0], on)
+        text = lm.vocabulary.idx2word[:40]
+        scores = [lm.score(text), *lm.score_each([text, text[:7]]), lm.score(text, columns=3)]
+        found.append([score.log_prob for score in scores])
+        found[-1] += lm.log_probs(text)[-1].tolist() + lm.embed(text)[-1].tolist()
+    assert found[0] == pytest.approx(found[1], rel=1e-4, abs=1e-4)
 
 
 def test_a_million_draws_and_none_that_is_cut_off(device):
     """pytorch#48841: some devices have drawn words of probability zero."""
-    generator = Generator(published("LSTM").to(device), 1, top_k=20)
     logits = torch.randn(100, device=device)
-    draws = torch.cat([generator.draw(logits.expand(100_000, -1)) for _ in range(10)])
+    draws = torch.cat([draw(logits.expand(100_000, -1), top_k=20) for _ in range(10)])
     assert set(draws.unique().tolist()) == set(logits.topk(20).indices.tolist())
 
 

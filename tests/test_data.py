@@ -34,8 +34,8 @@ def test_ids_in_order_of_first_occurrence(tmp_path):
         (None, r"valid\.txt: no such file; --data takes a folder"),
         (b"", r"valid\.txt: holds no words"),
         (b"\n\n \n", r"valid\.txt: holds no words"),
-        (b"fine\ncaf\xe9\n", r"valid\.txt: line 2 is not UTF-8"),
-        (b"fine\na\0b\n", r"valid\.txt: line 2 holds a NUL byte"),
+        (b"fine\ncaf\xe9\n", r"valid\.txt: line 2: not UTF-8"),
+        (b"fine\na\0b\n", r"valid\.txt: line 2: holds a NUL byte"),
     ],
 )
 def test_unusable_splits_are_named(tmp_path, content, message):

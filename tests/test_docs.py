@@ -1,4 +1,4 @@
-"""The documentation: docs/flags.md is what --help prints, and links lead to files.
+"""The documentation: docs/flags.md is what --help prints, links lead to files, examples run.
 
 `python tests/test_docs.py` writes docs/flags.md again.
 """
@@ -6,7 +6,9 @@
 import importlib
 import os
 import re
+import subprocess
 import sys
+import textwrap
 from contextlib import redirect_stdout, suppress
 from io import StringIO
 from pathlib import Path
@@ -53,6 +55,37 @@ def test_links_lead_to_files(page):
             target = link.partition("#")[0]
             if "://" not in link and target:
                 assert (file.parent / target).exists(), f"{file.relative_to(ROOT)}: {link}"
+
+
+def run_python(argv, folder):
+    """Runs Python in a folder, where the scripts can be imported; returns what it prints."""
+    done = subprocess.run(
+        [sys.executable, *map(str, argv)], cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def python_examples(page):
+    """The Python of a page: fenced blocks, and indented ones that import something."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    fenced = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    indented = re.findall(r"(?:^    .*\n|^\n)+", text, flags=re.MULTILINE)
+    return fenced + [textwrap.dedent(block) for block in indented if "    from " in block]
+
+
+@pytest.mark.parametrize(
+    ("page", "model", "examples"),
+    [("README.md", "LSTM", 1), *(("docs/using.md", model, 2) for model in ("LSTM", "GRU", "QRNN"))],
+)
+def test_the_examples_run_as_printed(page, model, examples, tmp_path):
+    flags = f"--data sample --model {model} --emsize 16 --nhid 24 --batch_size 40 --epochs 1"
+    run_python([ROOT / "main.py", *flags.split(), "--save", "sample.pt"], tmp_path)
+    found = python_examples(page)
+    assert len(found) == examples
+    for example in found:
+        assert "nan" not in run_python(["-c", example], tmp_path)
 
 
 if __name__ == "__main__":

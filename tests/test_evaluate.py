@@ -1,9 +1,14 @@
-"""Scores of text against those of one pass of the model, in float64."""
+"""Scores of text against those of one pass of the model, in float64; the formats of the results."""
 
+import csv
 import gzip
 import io
+import json
 import math
+import re
+import subprocess
 import sys
+from itertools import chain
 
 import pytest
 import torch
@@ -14,29 +19,36 @@ import generate
 import main
 import pointer
 from checkpoint import build_params, load, read_checkpoint
-from conftest import invoke
+from conftest import ROOT, invoke, train_to
 
 
 def run(*argv):
     return invoke(lambda: evaluate.main(list(map(str, argv))))
 
 
-def loss_of(path, text):
-    """The mean loss of the words of `text`, which an <eos> precedes; a biLM reads both sides."""
-    dictionary = load(path)[1]
-    words = torch.tensor([[dictionary.word2idx[word]] for word in ("<eos>", *text.split())])
+@torch.no_grad()
+def log_probs_of(path, text, cloze=False):
+    """The log-probability of each word of `text`, after an <eos>; cloze: given both sides."""
+    _, vocabulary = load(path)
+    words = torch.tensor([[vocabulary.word2idx[word]] for word in ("<eos>", *text.split())])
     model, criterion = build_params(read_checkpoint(path)).eval().double()
-    with torch.no_grad():
-        states, _ = model(words[:-1], model.init_hidden(1))
-        if model.rnn_type == "biLM":
-            hidden = model.init_hidden(1)[len(model.rnns) :]
-            after = model.read_backward(words[1:].flip(0), hidden)[0].flip(0)
-            states = model.combine(states, F.pad(after[1:], (0, 0, 0, 1)))
-        logprob = criterion.logprob(model.decoder.weight, model.decoder.bias, states)
-    return -logprob.gather(1, words[1:]).mean().item()
+    states, _ = model(words[:-1], model.init_hidden(1))
+    if cloze:
+        hidden = model.init_hidden(1)[len(model.rnns) :]
+        after = model.read_backward(words[1:].flip(0), hidden)[0].flip(0)
+        states = model.combine(states, F.pad(after[1:], (0, 0, 0, 1)))
+    logprob = criterion.logprob(model.decoder.weight, model.decoder.bias, states)
+    return logprob.gather(1, words[1:]).squeeze(1).tolist()
+
+
+def loss_of(path, text, cloze=False):
+    """The mean loss of the words of `text`."""
+    found = log_probs_of(path, text, cloze)
+    return -math.fsum(found) / len(found)
 
 
 TEXT = "ann sees the dog\n\nbob likes  the cat\n"
+LINES = [f"{line} <eos>" for line in TEXT.splitlines()]
 STREAM = TEXT.replace("\n", " <eos> ")
 
 
@@ -49,24 +61,30 @@ def text(tmp_path):
 
 
 def rows(out):
-    header, *rows = [line.split("\t") for line in out.splitlines()]
-    assert header == ["ppl", "loss", "tokens", "unknown", "text"]
-    return rows
+    """The rows below a header of tab-separated columns, as dictionaries."""
+    header, *lines = [line.split("\t") for line in out.splitlines()]
+    return [dict(zip(header, line, strict=True)) for line in lines]
+
+
+def objects(out):
+    """The JSON objects, one per line."""
+    return [json.loads(line) for line in out.splitlines()]
 
 
 def check_lines(path, text):
     """Compares what --per-line prints of TEXT with the model at `path`."""
     status, out, err = run("--checkpoint", path, "--per-line", text)
-    assert (status, err) == (0, "")
-    for line, (ppl, loss, tokens, unknown, shown) in zip(TEXT.splitlines(), rows(out), strict=True):
-        expected = loss_of(path, f"{line} <eos>")
-        assert float(loss) == pytest.approx(expected, abs=1e-4)
-        assert float(ppl) == pytest.approx(math.exp(expected), abs=0.01)
-        assert (tokens, unknown) == (str(len(line.split()) + 1), "0")
-        assert shown == " ".join(line.split())
+    assert status == 0
+    for line, row in zip(LINES, rows(out), strict=True):
+        expected = loss_of(path, line)
+        assert float(row["loss"]) == pytest.approx(expected, abs=1e-4)
+        assert float(row["ppl"]) == pytest.approx(math.exp(expected), rel=1e-4)
+        assert (row["tokens"], row["unknown"]) == (str(len(line.split())), "0")
+        assert f"{row['text']} <eos>".split() == line.split()
+    return err
 
 
-def test_a_text_is_one_stream_and_a_line_is_scored_on_its_own(trained, text):
+def test_a_text_is_one_stream_and_a_line_is_scored_by_itself(trained, text):
     status, out, err = run("--checkpoint", trained, text)
     assert (status, err) == (0, "")
     loss = loss_of(trained, STREAM)
@@ -74,14 +92,122 @@ def test_a_text_is_one_stream_and_a_line_is_scored_on_its_own(trained, text):
     assert "| 11 tokens, 0 unknown" in out
     for columns in (2, 2**30):  # at most one for each word
         assert "| 11 tokens, 0" in run("--checkpoint", trained, text, "--batch_size", columns)[1]
-    check_lines(trained, text)
-    compressed = text.with_name("text.txt.gz")
-    compressed.write_bytes(gzip.compress(TEXT.encode()))
-    check_lines(trained, compressed)
+    assert check_lines(trained, text) == ""
+
+
+@pytest.mark.parametrize("name", ["text.txt.gz", "no-ending"])
+def test_a_text_can_be_compressed(name, trained, text, monkeypatch):
+    content = gzip.compress(TEXT.encode())
+    path = text.with_name(name)
+    path.write_bytes(content)
+    check_lines(trained, path)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(content))))
+    check_lines(trained, "-")
+
+
+def test_programs_get_every_column_in_full_precision(trained, text):
+    flags = ["--checkpoint", trained, text]
+    of_lines = [log_probs_of(trained, line) for line in LINES]
+    of_stream = log_probs_of(trained, STREAM)
+    assert objects(run(*flags, "--format", "json")[1]) == [{
+        "file": str(text), "tokens": 11, "unknown": 0,
+        "log_prob": pytest.approx(sum(of_stream), abs=1e-5),
+        "loss": pytest.approx(-sum(of_stream) / 11, abs=1e-6),
+        "ppl": pytest.approx(math.exp(-sum(of_stream) / 11), rel=1e-6),
+    }]
+    found = objects(run(*flags, "--format", "json", "--per-line", "--batch_size", 2)[1])
+    assert [row["log_prob"] for row in found] == pytest.approx(list(map(sum, of_lines)), abs=1e-5)
+    assert [row["line"] for row in found] == [1, 2, 3]
+    for per_line, expected in (([], of_stream), (["--per-line"], list(chain(*of_lines)))):
+        _, out, _ = run(*flags, "--format", "csv", "--per-token", *per_line)
+        found = list(csv.DictReader(io.StringIO(out)))
+        assert [row["token"] for row in found] == STREAM.split()
+        assert [row["line"] for row in found] == list("11111233333")
+        log_probs = [float(row["log_prob"]) for row in found]
+        assert log_probs == pytest.approx(expected, abs=1e-5)
+        assert [float(row["surprisal"]) for row in found] == pytest.approx(
+            [-p / math.log(2) for p in log_probs]
+        )
+    lm = load(trained)
+    found = objects(run(*flags, "--format", "json", "--per-token", "--per-line")[1])
+    scored = [pair for score in map(lm.score, TEXT.splitlines(True)) for pair in score.tokens]
+    assert [(row["token"], row["log_prob"]) for row in found] == [
+        (token, pytest.approx(log_prob, abs=1e-6)) for token, log_prob in scored
+    ]
+
+
+def test_a_sentence_given_another_is_a_difference_of_sums(trained, tmp_path):
+    first, both = "ann sees the dog\n", "ann sees the dog\nbob likes the cat\n"
+    (tmp_path / "1.txt").write_text(first)
+    (tmp_path / "12.txt").write_text(both)
+    _, out, _ = run(
+        "--checkpoint", trained, "--format", "json", tmp_path / "1.txt", tmp_path / "12.txt"
+    )
+    one, two, total = objects(out)
+    given = log_probs_of(trained, both.replace("\n", " <eos> "))[5:]
+    assert two["log_prob"] - one["log_prob"] == pytest.approx(sum(given), abs=1e-5)
+    assert (total["file"], total["tokens"]) == ("total", 15)
+    assert total["log_prob"] == one["log_prob"] + two["log_prob"]
+
+
+def test_quotes_and_identifiers_survive_in_csv_and_json(trained_with_unk, tmp_path):
+    """The lines of WikiText's kind, with quotes, and of Kaldi's, with an identifier."""
+    path = tmp_path / "quotes.txt"
+    path.write_text('utt-1 ann sees " the\nutt-2 " ann " , " bob\n\nutt-4\n')
+    flags = ["--checkpoint", trained_with_unk, "--per-line", path]
+    plain = tmp_path / "plain.txt"
+    plain.write_text('ann sees " the\n" ann " , " bob\n\n\n')
+    expected = objects(run(*flags[:-1], plain, "--format", "json")[1])
+    found = list(csv.DictReader(io.StringIO(run(*flags, "--ids", "--format", "csv")[1])))
+    assert [row["id"] for row in found] == ["utt-1", "utt-2", "", "utt-4"]
+    assert [row["text"] for row in found] == ['ann sees " the', '" ann " , " bob', "", ""]
+    assert [float(row["log_prob"]) for row in found] == [row["log_prob"] for row in expected]
+    found = objects(run(*flags, "--ids", "--format", "json")[1])
+    assert [row["text"] for row in found] == ['ann sees " the', '" ann " , " bob', "", ""]
+    assert [row["id"] for row in rows(run(*flags, "--ids")[1])] == ["utt-1", "utt-2", "", "utt-4"]
+
+
+def test_a_line_is_answered_before_the_next_is_written(trained):
+    flags = [sys.executable, ROOT / "evaluate.py", "--checkpoint", trained, "--per-line"]
+    with subprocess.Popen(flags, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline().startswith(b"ppl\t")
+        for line in (b"ann sees the dog\n", b"bob\n"):
+            process.stdin.write(line)
+            process.stdin.flush()
+            assert process.stdout.readline().endswith(b"\t" + line)
+        process.stdin.close()
+        assert process.wait(timeout=60) == 0
+
+
+def test_a_bad_file_or_line_does_not_end_the_others(trained, tmp_path):
+    names = ["a.txt", "empty.txt", "absent.txt", "latin1.txt", "half.txt.gz", "b.txt"]
+    paths = [tmp_path / name for name in names]
+    for path, content in zip(
+        [paths[0], paths[1], paths[3], paths[4], paths[5]],
+        [b"ann\n", b"\n", b"ann sees\ncaf\xe9\nbob\n", gzip.compress(b"ann " * 999)[:-9], b"bob\n"],
+    ):
+        path.write_bytes(content)
+    status, out, err = run("--checkpoint", trained, *paths)
+    assert status == 2
+    assert re.findall(r"\| (\S+) \| loss", out) == [str(paths[0]), str(paths[5]), "total"]
+    assert [any(f"{path.name}:" in line for line in err.splitlines()) for path in paths] == [
+        False, True, True, True, True, False
+    ]
+    assert len(err.splitlines()) == 4
+
+    status, out, err = run("--checkpoint", trained, "--per-line", "--batch_size", 2, paths[3])
+    first, bad, last = rows(out)
+    assert (status, first["text"], last["text"]) == (2, "ann sees", "bob")
+    assert (bad["ppl"], bad["tokens"]) == ("", "")
+    assert "latin1.txt: line 2: not UTF-8" in err
+    _, out, _ = run("--checkpoint", trained, "--per-line", "--format", "json", paths[3])
+    assert [row["loss"] is None for row in objects(out)] == [False, True, False]
 
 
 @pytest.mark.parametrize("objective", ["lm", "cloze"])
-def test_bilm_reports_its_cloze_score(objective, corpus_dir, small, tmp_path, text):
+def test_bilm_reads_forwards_and_reports_its_other_scores(
+    objective, corpus_dir, small, tmp_path, text
+):
     path = tmp_path / "bi.pt"
     flags = [*small, "--data", corpus_dir, "--model", "biLM", "--objective", objective]
     assert invoke(main.main, *flags, "--epochs", 1, "--save", path)[0] == 0
@@ -91,20 +217,19 @@ def test_bilm_reports_its_cloze_score(objective, corpus_dir, small, tmp_path, te
     ):
         status, _, err = invoke(use.main, *flags)
         assert (status, err.count("forward language model")) == (0, 1)
-        assert ("not trained" in err) == (objective == "cloze")
     _, out, err = run("--checkpoint", path, text)
-    assert err == ""
-    loss = loss_of(path, STREAM)
+    assert err.count("forward language model") == 1
     parts = {line.split("|")[1].strip(): line for line in out.splitlines()}
     assert set(parts) == {str(text), "forward", "backward", "cloze"}
-    for part in (str(text), "cloze"):
+    for part, cloze in ((str(text), False), ("forward", False), ("cloze", True)):
+        loss = loss_of(path, STREAM, cloze)
         assert f"loss {loss:5.2f} | ppl {math.exp(loss):8.2f}" in parts[part]
-    check_lines(path, text)
+    assert check_lines(path, text).count("\n") == 1
 
 
 def test_unknown_words_are_mapped_and_counted(trained_with_unk, monkeypatch):
     def piped(content, *flags):
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(content))))
         return run("--checkpoint", trained_with_unk, *flags)
 
     status, out, err = piped(b"ann sees zoe\nbob hears zoe and eve\n")
@@ -113,18 +238,51 @@ def test_unknown_words_are_mapped_and_counted(trained_with_unk, monkeypatch):
 
     status, out, err = piped(b"ann sees zoe\nann sees <unk>\n", "--per-line")
     first, second = rows(out)
-    assert first == [*second[:3], "1", "ann sees zoe"]
-    assert (status, "'zoe'" in err, second[3]) == (0, True, "0")
+    assert first == {**second, "unknown": "1", "text": "ann sees zoe"}
+    assert (status, "'zoe'" in err, second["unknown"]) == (0, True, "0")
+    _, out, _ = piped(b"ann sees zoe\n", "--per-token")
+    assert [row["unknown"] for row in rows(out)] == ["0", "0", "1", "0"]
+
+
+@pytest.mark.parametrize("token", ["<unk>", "<UNK>", "unk", "[OOV]"])
+def test_the_unknown_token_is_recognised_or_named(token, small, tmp_path, monkeypatch):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for split in ("train", "valid", "test"):
+        (folder / f"{split}.txt").write_text(f"ann sees {token}\nbob hears the cat\n" * 30)
+    path = train_to(tmp_path / "m.pt", folder, small)
+    text = tmp_path / "text.txt"
+    text.write_text("ann\nann sees zebras\nbob\n")
+    named = ["--unk", token] if token == "[OOV]" else []
+    status, out, _ = run("--checkpoint", path, text, *named)
+    assert (status, "8 tokens, 1 unknown ('zebras')" in out) == (0, True)
+    _, out, err = invoke(
+        lambda: generate.main(["--checkpoint", str(path), "--no-unk", "--words", "300", *named])
+    )
+    assert (token in out, err) == (False, "")
+    status, _, err = run("--checkpoint", path, text, "--unk", "absent")
+    assert (status, "--unk absent" in err) == (2, True)
+    if not named:
+        return
+    # Without a name: the lines that can be scored are, and the other is named.
+    status, out, err = run("--checkpoint", path, "--per-line", text)
+    assert (status, [row["ppl"] != "" for row in rows(out)]) == (2, [True, False, True])
+    assert "line 2" in err and "'zebras'" in err and "--unk" in err
+    assert run("--checkpoint", path, text)[:2] == (2, "")
+    status, _, err = invoke(
+        lambda: generate.main(["--checkpoint", str(path), "--no-unk", "--words", "3"])
+    )
+    assert (status, "--no-unk" in err) == (0, True)
 
 
 @pytest.mark.parametrize(
     ("content", "flags", "named"),
     [
         (b"\n \n", "", "holds no words"),
-        (b"ann \0 sees", "", "line 1 holds a NUL byte"),
-        (b"ann\n\xff\xfe", "", "line 2 is not UTF-8"),
+        (b"ann \0 sees", "", "line 1: holds a NUL byte"),
+        (b"ann\n\xff\xfe", "", "line 2: not UTF-8"),
         (b"ann sees zoe", "", "'zoe'"),
-        (b"ann", "--per-line --batch_size 2", "--batch_size"),
+        (b"ann", "--batch_size 0", "--batch_size"),
         (b"ann", "absent.txt", "absent.txt"),
     ],
 )

@@ -4,15 +4,12 @@ import io
 import re
 import subprocess
 import sys
-from itertools import islice
 
 import pytest
-import torch
 
 import generate
-from conftest import ROOT, invoke, make_params
+from conftest import ROOT, invoke
 from data import EOS
-from generate import Generator, truncate
 from checkpoint import load
 
 
@@ -22,68 +19,6 @@ def run(trained):
     return lambda *flags: invoke(
         lambda: generate.main(list(map(str, ["--checkpoint", trained, *flags])))
     )
-
-
-@pytest.mark.parametrize(
-    ("rnn_type", "attention"),
-    [
-        ("LSTM", "none"), ("GRU", "none"), ("QRNN", "none"), ("biLM", "none"), ("LSTM", "single"),
-        ("GRU", "combined"),
-    ],
-)
-def test_each_word_is_drawn_given_all_before_it(rnn_type, attention):
-    """The likeliest word is what a pass over the whole text predicts."""
-    params = make_params(rnn_type, attention=attention, dtype=torch.float64)
-    model, _ = params
-    if model.attention is not None:
-        model.attention.join.reset_parameters()  # the identity would saturate
-    for weight in params.parameters():  # so that the likeliest word changes from place to place
-        weight.data.mul_(8)
-    found = list(islice(Generator(params, 1, top_k=1).text([3, 7]), 30))
-    text = torch.tensor([3, 7, *found])
-    with torch.no_grad():
-        output, _ = model(text.unsqueeze(1), model.init_hidden(1))
-    assert found == model.decoder(output).argmax(1)[1:-1].tolist()
-    assert len(set(found)) > 2
-
-
-@pytest.mark.parametrize(
-    ("temperature", "truncation"),
-    [(0.5, {}), (1.0, {"top_k": 40}), (2.0, {"top_p": 0.9})],
-)
-def test_words_are_drawn_with_their_probability_and_never_with_none(temperature, truncation):
-    logprob = torch.randn(50).log_softmax(0)
-    generator = Generator(make_params(), 1, temperature, banned=[3, 5], **truncation)
-    expected = logprob.double().exp() ** (1 / temperature)
-    expected[[3, 5]] = 0
-    expected = truncate(expected / expected.sum(), **truncation)
-    draws = [generator.draw(logprob.expand(100_000, 50)) for _ in range(5)]
-    found = torch.cat(draws).bincount(minlength=50) / 5e5
-    assert found[expected == 0].sum() == 0
-    torch.testing.assert_close(found.double(), expected, rtol=0, atol=4e-3)
-
-
-def test_a_split_softmax_draws_from_its_tails():
-    params = make_params(splits=[10, 30])
-    params[1].tail_bias.data += 5
-    assert max(islice(Generator(params, 1).text([3]), 50)) >= 30
-
-
-@pytest.mark.parametrize(
-    ("settings", "kept"),
-    [
-        ({"top_k": 2}, [1, 3]),
-        ({"top_k": 99}, [0, 1, 2, 3, 4]),
-        ({"top_p": 0.41}, [1, 3]),
-        ({"top_p": 0.9}, [0, 1, 2, 3]),
-        ({"top_k": 2, "top_p": 0.6}, [1]),  # of what top_k leaves, 0.4 of 0.65 is more than 0.6
-    ],
-)
-def test_truncation(settings, kept):
-    probability = torch.tensor([0.1, 0.4, 0.2, 0.25, 0.05], dtype=torch.float64)
-    expected = torch.zeros_like(probability)
-    expected[kept] = probability[kept] / probability[kept].sum()
-    torch.testing.assert_close(truncate(probability, **settings), expected)
 
 
 def test_text_follows_from_the_seed_and_the_flags(run):
@@ -101,7 +36,8 @@ def test_text_follows_from_the_seed_and_the_flags(run):
 def test_so_many_words_are_written_a_sentence_a_line(prompt, begin, run, trained):
     _, out, _ = run("--words", 60, "--prompt", prompt)
     assert out.startswith(begin)
-    assert set(out.split()) <= set(load(trained)[1].idx2word) - {EOS}
+    _, vocabulary = load(trained)
+    assert set(out.split()) <= set(vocabulary.idx2word) - {EOS}
     # The end of the last line is only an <eos> where the text ended so.
     rest = out.removeprefix(begin)
     assert len(rest.split()) + rest.count("\n") in (60, 61)
@@ -151,6 +87,18 @@ def test_interactive_finishes_the_sentence_of_each_prompt(run, trained_with_unk,
     assert first.startswith("ann sees")
     assert last.startswith("bob <unk>")
     assert "'zoe'" in err
+
+
+def test_a_prompt_that_cannot_be_read_does_not_end_the_others(run, monkeypatch):
+    content = b"ann sees\nann sees zebras\n\xff\nbob\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+    status, out, err = run("--interactive", "--words", 9)
+    first, second, third, last = out.splitlines()
+    assert (status, second, third) == (2, "", "")
+    assert first.startswith("ann sees") and last.startswith("bob")
+    second, third = err.splitlines()
+    assert "line 2" in second and "'zebras'" in second
+    assert "line 3" in third and "UTF-8" in third
 
 
 def test_text_streams_and_a_reader_that_leaves_ends_it_quietly(trained):
