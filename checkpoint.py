@@ -134,7 +134,7 @@ def read_checkpoint(path, device="cpu", content=None):
 def build_params(checkpoint, **settings):
     """nn.ModuleList([model, criterion]) of a checkpoint, on its tensors' device.
 
-    `settings` are RNNModel's dropout rates and `bf16`.
+    `settings` are those of model.training_settings.
     """
     model = make_model(**checkpoint["architecture"], **settings)
     model.load_state_dict(checkpoint["model"])

@@ -190,6 +190,9 @@ def make_parser(description, inherited=()):
         "bfloat16, on CUDA the complete recurrent layers, everything else in float32; a CPU needs "
         "AVX-512 BF16). Evaluation is always in float32 (default: tf32 on CUDA, else fp32)",
         choices=["fp32", "tf32", "bf16"])
+    add("--pad-to", 1, "round the sizes of LSTM and GRU layers up to multiples of N by units that "
+        "stay 0, only inside the kernel (8 suits a GPU's tensor cores)",
+        type=count, metavar="N")
     add("--tied", True, "accepted for compatibility: the weights are always tied",
         action="store_true")
     return parser

@@ -43,8 +43,9 @@ def check_architecture(rnn_type, ninp, nhid, attention="none"):
 
 
 def training_settings(args):
-    """RNNModel's dropout rates and `bf16`, from the flags."""
-    return {"bf16": args.precision == "bf16", **{rate: getattr(args, rate) for rate in DROPOUTS}}
+    """RNNModel's dropout rates, `bf16` and `pad_to`, from the flags."""
+    rates = {rate: getattr(args, rate) for rate in DROPOUTS}
+    return {"bf16": args.precision == "bf16", "pad_to": args.pad_to, **rates}
 
 
 class RNNModel(nn.Module):
@@ -62,7 +63,7 @@ class RNNModel(nn.Module):
 
     With `bf16`, training computes the matrix products of the recurrent layers and of the decoder in
     bfloat16, and returns `output`, the decoder's input, in bfloat16. Weights, states and everything
-    else stay in float32. Evaluation is always in float32.
+    else stay in float32. Evaluation is always in float32. For `pad_to` see weight_drop.py.
 
     With `attention` ("single" or "combined"), each state of the last layer attends to the
     `attention_window` states before it, see attention.py.
@@ -87,6 +88,7 @@ class RNNModel(nn.Module):
         wdrop=0,
         tie_weights=False,
         bf16=False,
+        pad_to=1,
         attention="none",
         attention_window=70,
     ):
@@ -101,7 +103,7 @@ class RNNModel(nn.Module):
         self.rnn_type = rnn_type
         self.dropout, self.dropouth, self.dropouti = dropout, dropouth, dropouti
         self.dropoute, self.wdrop = dropoute, wdrop
-        self.bf16 = bf16
+        self.bf16, self.pad_to = bf16, pad_to
 
         widths = [nhid] * (nlayers - 1) + [ninp if tie_weights else nhid]
         self.widths = list(zip([ninp, *widths], widths))  # (input, output) of each layer
@@ -132,6 +134,7 @@ class RNNModel(nn.Module):
                 cell(input_width, width // (1 + bidirectional), bidirectional=bidirectional),
                 recurrent,
                 dropout=self.wdrop,
+                pad_to=self.pad_to,
             )
             for input_width, width in self.widths
         )

@@ -39,17 +39,18 @@ class WeightDrop(nn.Module):
     dropped.
 
     With `bf16` an nn.LSTM, nn.GRU or QRNN computes its matrix products in bfloat16; inputs, outputs
-    and parameters stay in float32.
+    and parameters stay in float32. `pad_to`: see `call_recurrent`.
 
     `WeightDrop(nn.LSTM(10, 10), ["weight_hh_l0"], dropout=0.5)` is AWD-LSTM's layer.
     """
 
-    def __init__(self, module, weights, dropout=0, variational=False):
+    def __init__(self, module, weights, dropout=0, variational=False, pad_to=1):
         super().__init__()
         self.module = module
         self.weights = list(weights)
         self.dropout = dropout
         self.variational = variational
+        self.pad_to = pad_to
 
     def extra_repr(self):
         return f"weights={self.weights}, dropout={self.dropout}, variational={self.variational}"
@@ -60,17 +61,20 @@ class WeightDrop(nn.Module):
             for name in self.weights:
                 weights[name] = drop_weight(weights[name], self.dropout, self.variational)
         if isinstance(self.module, nn.LSTM | nn.GRU):
-            return call_recurrent(self.module, weights, *args, bf16=bf16)
+            return call_recurrent(self.module, weights, *args, bf16=bf16, pad_to=self.pad_to)
         return functional_call(self.module, weights, args, {"bf16": True} if bf16 else {})
 
 
-def call_recurrent(module, weights, x, state=None, bf16=False):
+def call_recurrent(module, weights, x, state=None, bf16=False, pad_to=1):
     """Calls `module`, an nn.LSTM or nn.GRU, with `weights` in place of its parameters.
 
     weights {name: tensor}, in the order of `module.named_parameters()`; x [T, B, I]; state as the
     module's, zero if None. The weights are passed directly to the kernel: on CUDA functional_call
     would make nn.RNNBase copy its own parameters to new memory at each call. With `bf16` a CPU
     computes matrix products in bfloat16; other devices compute the complete layer in bfloat16.
+
+    Tensor cores prefer sizes that are multiples of 8. The kernel of a layer in one direction sees
+    its sizes rounded up to multiples of `pad_to`: units whose weights are 0 keep the state 0.
     """
     is_lstm = isinstance(module, nn.LSTM)
     if state is None:
@@ -80,6 +84,10 @@ def call_recurrent(module, weights, x, state=None, bf16=False):
     dtype = torch.bfloat16 if bf16 else x.dtype
     if has_recurrent_layer(module, x, bf16):
         return recurrent_layer(x, state, list(weights.values()), dtype)
+    if pad_to > 1 and not module.bidirectional:
+        weights = {name: pad_weight(w, 4 if is_lstm else 3, pad_to) for name, w in weights.items()}
+        x, *state = (pad_last(tensor, pad_to) for tensor in (x, *(state if is_lstm else [state])))
+        state = tuple(state) if is_lstm else state[0]
     replaced = any(weights[name] is not own for name, own in module.named_parameters())
     if x.is_cuda and (replaced or any(w.dtype != dtype for w in weights.values())):
         weights = in_one_piece(weights, dtype)
@@ -90,8 +98,22 @@ def call_recurrent(module, weights, x, state=None, bf16=False):
         x.to(dtype), state, weights, module.bias, module.num_layers, module.dropout,
         module.training, module.bidirectional, module.batch_first,
     )
-    state = [h.to(x.dtype) for h in state]
-    return output.to(x.dtype), tuple(state) if is_lstm else state[0]
+    width = module.hidden_size * (1 + module.bidirectional)
+    state = [h[..., : module.hidden_size].to(x.dtype) for h in state]
+    return output[..., :width].to(x.dtype), tuple(state) if is_lstm else state[0]
+
+
+def pad_last(x, multiple):
+    """`x` with zeros at the end of its last dimension, up to a multiple."""
+    return F.pad(x, (0, -x.size(-1) % multiple))
+
+
+def pad_weight(weight, gates, multiple):
+    """A weight [gates * H, K] or bias [gates * H], with each gate's H, and K, padded by zeros."""
+    blocks = weight.unflatten(0, (gates, -1))
+    if weight.dim() == 2:
+        return pad_last(pad_last(blocks, multiple).mT, multiple).mT.flatten(0, 1)
+    return pad_last(blocks, multiple).flatten()
 
 
 def in_one_piece(weights, dtype):

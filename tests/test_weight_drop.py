@@ -34,6 +34,35 @@ def test_it_is_torchs_layer_with_the_dropped_weights(kind, bidirectional):
         torch.testing.assert_close(module.get_parameter(name).grad, dropped.grad * scale)
 
 
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+@pytest.mark.parametrize("sizes", [(5, 7), (8, 9), (3, 8)])
+def test_padding_changes_nothing(kind, sizes, monkeypatch):
+    """Outputs, states and gradients, although torch's kernel sees larger sizes."""
+    monkeypatch.setattr("weight_drop.has_recurrent_layer", lambda *_: False)
+    seen = []
+    kernel = getattr(torch, kind.__name__.lower())
+    monkeypatch.setattr(
+        torch, kind.__name__.lower(),
+        lambda x, *rest: (seen.append((x.size(2), rest[1][1].size(1))), kernel(x, *rest))[1],
+    )
+    module = kind(*sizes).double()
+    plain = WeightDrop(module, ["weight_hh_l0"], dropout=0.5)
+    padded = WeightDrop(module, ["weight_hh_l0"], dropout=0.5, pad_to=8)
+    x = torch.randn(6, 3, sizes[0], dtype=torch.float64, requires_grad=True)
+    h = torch.randn(1, 3, sizes[1], dtype=torch.float64, requires_grad=True)
+    state = (h, h) if kind is nn.LSTM else h
+    found = []
+    for layer in (plain, padded):
+        torch.manual_seed(1)
+        output, last = layer(x, state)
+        last = torch.cat(last) if kind is nn.LSTM else last
+        total = output.sin().sum() + last.cos().sum()
+        found.append([output, last, *torch.autograd.grad(total, [x, h, *module.parameters()])])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+    assert seen == [sizes, (-(-sizes[0] // 8) * 8, -(-sizes[1] // 8) * 8)]
+
+
 @pytest.mark.parametrize("rate", [0.5, 0.2, 0.35])
 def test_the_rate_at_each_position_modulo_4(rate):
     """Four draws share one random word: each must have the right rate, and its own."""

@@ -131,11 +131,11 @@ check() {
     local sizes recipe batch model precision until=$((end - 45)) # the rest is the profile's
     [ -z "${REHEARSE:-}" ] || until=$((SECONDS + 55))
     # The published batch sizes first.
-    for sizes in ptb:20 wt2:80 ptb:20:GRU ptb:80 wt2:20 ptb:80:GRU; do
-        IFS=: read -r recipe batch model <<<"$sizes"
+    for sizes in ptb:20 ptb:20:LSTM:8 wt2:80 ptb:20:GRU ptb:80 wt2:20 ptb:80:GRU; do
+        IFS=: read -r recipe batch model pad <<<"$sizes"
         for precision in "${precisions[@]}"; do
             set -- --recipe "$recipe" --batch_size "$batch" --model "${model:-LSTM}" \
-                --precision "$precision"
+                --precision "$precision" --pad-to "${pad:-1}"
             if ((SECONDS + 40 > until)); then
                 note "skipped, as there is no time: bench.py $*"
             else

@@ -91,6 +91,9 @@ def curve_table(curves):
     return table(["valid ppl after epoch", *columns], rows)
 
 
+BENCH_FLAGS = ("model", "recipe", "batch_size", "precision", "pad-to")
+
+
 def benchmarks(log):
     """A row for each benchmark; then the lines of the profile that say how long the GPU idles."""
     rows, lines = [], []
@@ -98,14 +101,15 @@ def benchmarks(log):
         if found := re.search(r"^\{.*\}$", output, re.M):
             _, ours, _, ratio = json.loads(found[0]).values()
             rows.append([
-                *(flag(command, name) for name in ("model", "recipe", "batch_size", "precision")),
+                *(flag(command, name) for name in BENCH_FLAGS),
                 f"{ours['ms_per_step']:.1f}", f"{ours['tokens_per_s']:,.0f}",
                 f"{ratio['tokens_per_s']:.2f}", f"{ours['peak_mib']:.0f} ({ratio['peak_mib']:.2f})",
                 f"{ours['utilization']:.2f}", f"{ratio['eval_tokens_per_s']:.2f}",
             ])
         lines += re.findall(r"^(?:step|evaluation): .*", output, re.M)
-    columns = ["model", "recipe", "batch", "precision", "ms a step", "tokens/s", "speed over plain",
-               "peak MiB (over plain)", "utilization", "evaluation speed over plain"]
+    columns = ["model", "recipe", "batch", "precision", "pad to", "ms a step", "tokens/s",
+               "speed over plain", "peak MiB (over plain)", "utilization",
+               "evaluation speed over plain"]
     return table(columns, rows) + lines
 
 
