@@ -150,7 +150,7 @@ def evaluate_directions(params, ids, batch_size, bptt, check=None):
     params.eval()
     weight, bias = model.decoder.weight, model.decoder.bias
     layers = len(model.rnns)
-    ids = ids.to(weight.device)
+    ids = ids.to(weight.device, torch.int64)
     places = torch.arange(len(ids), device=ids.device)
     columns = distributed.columns(batch_size)
     states = model.init_hidden(columns.stop - columns.start)

@@ -1,18 +1,23 @@
 """Text files to token ids, and the [time, batch] layouts of training and evaluation."""
 
 import hashlib
+import os
 import platform
 import re
 from array import array
 from collections import Counter
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 
 EOS, UNK = "<eos>", "<unk>"
 UNKNOWN_TOKENS = (UNK, "<UNK>", "unk", "UNK")  # what stands for unknown words in people's texts
 SPLITS = ("train", "valid", "test")
+CACHE_ABOVE = 20_000_000  # bytes of text, which take about two seconds to read
+CACHE_FORMAT = 1
 
 
 class InputError(ValueError):
@@ -36,31 +41,73 @@ class Dictionary:
 
 
 class Corpus:
-    """A corpus in three splits. The text is always read again; nothing is cached.
+    """A corpus in three splits.
 
     `path` is a folder with train.txt, valid.txt and test.txt (UTF-8, tokens separated by white
     space, each line ends in an implied <eos>), or "sample" for a corpus built from Python's own
     documentation. `dictionary` covers all three splits, as in published results; `train`, `valid`,
-    `test` are int64 id vectors; `digest` is the SHA-256 of the text.
+    `test` are int32 id vectors; `digest` is the SHA-256 of the text.
+
+    With `cache`, the ids of a text of more than CACHE_ABOVE bytes are written to ids.npz in the
+    folder, if that is possible, and read from there for as long as the text has the same digest.
 
     Raises InputError, naming the file, if a split is missing, empty, binary or not UTF-8.
     """
 
-    def __init__(self, path):
+    def __init__(self, path, cache=True):
         self.dictionary = Dictionary()
         self.name = str(path)
         self._hash = hashlib.sha256()
+        cached = None
         if self.name == "sample":
             self.name = f"sample (documentation of Python {platform.python_version()})"
             for split, lines in build_sample().items():
                 setattr(self, split, self._encode(lines, f"sample {split}"))
         else:
-            for split in SPLITS:
-                setattr(self, split, self.tokenize(Path(path) / f"{split}.txt"))
+            files = [Path(path) / f"{split}.txt" for split in SPLITS]
+            if cache and is_large(files):
+                cached = Path(path) / "ids.npz"
+            if cached and self._read_cache(cached, digest_of(files)):
+                return
+            for split, file in zip(SPLITS, files):
+                setattr(self, split, self.tokenize(file))
+        self.dictionary = Dictionary(self.dictionary.idx2word)  # finds the token for unknown words
         self.digest = self._hash.hexdigest()
+        if cached:
+            self._write_cache(cached)
+
+    def _read_cache(self, path, digest):
+        """Reads what `_write_cache` wrote for a text with that digest; returns whether it could.
+
+        Executes no code from the file. An old, foreign or damaged one is ignored.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                if str(file["key"]) != f"{CACHE_FORMAT} {digest}":
+                    return False
+                words = file["words"].tobytes().decode().split("\n")
+                ids = [torch.from_numpy(file[split]) for split in SPLITS]
+        except Exception:  # numpy raises many types of error for a damaged file
+            return False
+        self.dictionary, self.digest = Dictionary(words), digest
+        self.train, self.valid, self.test = ids
+        return True
+
+    def _write_cache(self, path):
+        """Writes the ids and the words to `path`, completely or, in a read-only folder, not."""
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        words = np.frombuffer("\n".join(self.dictionary.idx2word).encode(), np.uint8)
+        ids = {split: getattr(self, split).numpy() for split in SPLITS}
+        with suppress(OSError):  # a full disk, too, is no reason not to train
+            try:
+                with open(temporary, "wb") as file:
+                    np.savez(file, key=f"{CACHE_FORMAT} {self.digest}", words=words, **ids)
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
 
     def tokenize(self, path):
-        """Reads one text file, adding its words to the dictionary; returns its ids, [N] int64."""
+        """Reads one text file, adding its words to the dictionary; returns its ids, [N] int32."""
         try:
             with open(path, "rb") as lines:
                 return self._encode(lines, path)
@@ -74,7 +121,7 @@ class Corpus:
         word2idx = self.dictionary.word2idx
         id_of = word2idx.setdefault  # one look-up per token: a new word gets the next id
         self._hash.update(b"\0split\0")  # moving text between splits must change the digest
-        ids, blank = array("q"), True
+        ids, blank = array("i"), True
         for words in words_of_lines(self._hashed(lines), name):
             ids.extend([id_of(word, len(word2idx)) for word in words])
             ids.append(id_of(EOS, len(word2idx)))
@@ -82,12 +129,28 @@ class Corpus:
         self.dictionary.idx2word.extend(islice(word2idx, len(self.dictionary), None))
         if blank:
             raise InputError(f"{name}: holds no words")
-        return torch.frombuffer(ids, dtype=torch.int64)
+        return torch.frombuffer(ids, dtype=torch.int32)
 
     def _hashed(self, lines):
         for line in lines:
             self._hash.update(line)
             yield line
+
+
+def is_large(files):
+    """Whether the files are there, and too long to read their text at each start."""
+    found = all(file.is_file() for file in files)
+    return found and sum(file.stat().st_size for file in files) > CACHE_ABOVE
+
+
+def digest_of(files):
+    """The `digest` of the corpus in these files, without reading their words."""
+    sha256 = hashlib.sha256()
+    for path in files:
+        sha256.update(b"\0split\0")
+        with open(path, "rb") as file:
+            hashlib.file_digest(file, lambda: sha256)
+    return sha256.hexdigest()
 
 
 def words_of_lines(lines, name):
@@ -147,7 +210,7 @@ def unigram_loss(train, test, ntoken):
 
     Add-one smoothed. This is the score of a model that ignores all context.
     """
-    return -unigram(train, ntoken).log()[test[1:]].mean().item()
+    return -unigram(train, ntoken).log()[test[1:].long()].mean().item()
 
 
 def batchify(data, bsz, args=None):
@@ -173,11 +236,12 @@ def batchify(data, bsz, args=None):
 def get_batch(source, i, args, seq_len=None, evaluation=False):
     """Rows i to i + seq_len (default `args.bptt`) of `source` [T, B], and the words that follow.
 
-    Returns `(data [L, B], targets [L*B])`; L is smaller at the end of the source. `evaluation` is
-    accepted for compatibility with the reference, and has no effect.
+    Returns `(data [L, B], targets [L*B])`, int64; L is smaller at the end of the source.
+    `evaluation` is accepted for compatibility with the reference, and has no effect.
     """
     seq_len = min(seq_len or args.bptt, len(source) - 1 - i)
-    return source[i : i + seq_len], source[i + 1 : i + 1 + seq_len].reshape(-1)
+    window = source[i : i + seq_len + 1].long()
+    return window[:-1], window[1:].reshape(-1)
 
 
 def exact_windows(ids, batch_size, bptt, columns):
@@ -185,8 +249,8 @@ def exact_windows(ids, batch_size, bptt, columns):
 
     The ids are arranged in `batch_size` columns, of which the slice `columns` is read. Columns are
     contiguous pieces of the text that overlap by one token: the last target of a column is the
-    first input of the next. A window is (inputs [T, B], targets [T, B], count), T <= bptt. Only the
-    last row can be incomplete: the flattened targets after the first `count` are padding.
+    first input of the next. A window is (inputs [T, B], targets [T, B], count), int64, T <= bptt.
+    Only the last row can be incomplete: the flattened targets after the first `count` are padding.
     """
     n = len(ids) - 1
     rows, rest = divmod(n, batch_size)  # the first `rest` columns have one more prediction
@@ -196,8 +260,8 @@ def exact_windows(ids, batch_size, bptt, columns):
     inputs, targets, width = ids[index], ids[index + 1], len(column)
     n = rows * width + min(max(rest - columns.start, 0), width)
     for i in range(0, len(inputs), bptt):
-        window = inputs[i : i + bptt]
-        yield window, targets[i : i + bptt], max(0, min(window.numel(), n - i * width))
+        window = inputs[i : i + bptt].long()
+        yield window, targets[i : i + bptt].long(), max(0, min(window.numel(), n - i * width))
 
 
 # ------------------------------------------------------------ the sample corpus

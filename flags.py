@@ -53,7 +53,7 @@ FIXED_FLAGS = (
 # Flags that do not affect the result; `data` is compared by its content.
 FREE_FLAGS = (
     "data", "save", "resume", "epochs", "finetune", "log_interval", "cuda", "device", "tied",
-    "checkpoint_minutes", "on_divergence",
+    "checkpoint_minutes", "on_divergence", "no_cache",
 )
 
 
@@ -137,6 +137,9 @@ def make_parser(description, inherited=()):
     parser = Parser(inherited, description=description)
     add = parser.add
     add("--data", "data/penn", "folder with train.txt, valid.txt and test.txt, or 'sample'")
+    add("--no-cache", False, "read the text again at each start; without this flag the ids of a "
+        "text above 20 MB are kept in the --data folder (ids.npz) until the text changes",
+        action="store_true")
     add("--model", "LSTM", "recurrent layers: LSTM, GRU, QRNN, biLSTM (the report's model, which "
         "sees the word it predicts) or biLM (two language models and cloze prediction)",
         type=rnn_type)

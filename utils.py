@@ -229,7 +229,7 @@ def prepare(args):
 
     Raises InputError.
     """
-    corpus = Corpus(args.data)
+    corpus = Corpus(args.data, cache=not args.no_cache)
     if len(corpus.train) // args.batch_size < 2:
         raise InputError(
             f"--batch_size {args.batch_size}: the training split has {len(corpus.train)} tokens, "

@@ -1,12 +1,19 @@
 """Corpora, vocabularies and layouts."""
 
+import errno
+import hashlib
 import math
+import os
+import pickle
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import data
+from conftest import succeed
 from data import SPLITS, Corpus, InputError, batchify, exact_windows, get_batch, unigram_loss
 from properties import repeated
 
@@ -23,9 +30,12 @@ def test_ids_in_order_of_first_occurrence(tmp_path):
     assert corpus.dictionary.word2idx == {w: i for i, w in enumerate(corpus.dictionary.idx2word)}
     found = [getattr(corpus, split).tolist() for split in SPLITS]
     assert found == [[0, 1, 2, 1, 3, 2], [3, 4, 2], [0, 5, 2]]
-    assert corpus.train.dtype == torch.int64
-    edited = Corpus(write(tmp_path, train=b"z\n"))  # nothing is cached
+    assert corpus.train.dtype == torch.int32
+    text = b"".join(b"\0split\0" + (tmp_path / f"{split}.txt").read_bytes() for split in SPLITS)
+    assert corpus.digest == hashlib.sha256(text).hexdigest()
+    edited = Corpus(write(tmp_path, train=b"z\n"))
     assert (edited.dictionary.idx2word[0], edited.digest == corpus.digest) == ("z", False)
+    assert len(list(tmp_path.iterdir())) == 3  # a short text is not cached
 
 
 @pytest.mark.parametrize(
@@ -70,8 +80,131 @@ def test_any_bytes_are_read_as_defined_or_refused_by_name(tmp_path, content):
     assert [corpus.dictionary.idx2word[i] for i in corpus.valid] == expected
 
 
+# ------------------------------------------------------------ the cache of ids
+
+
+def contents(corpus):
+    """All that a corpus holds."""
+    ids = [getattr(corpus, split).tolist() for split in SPLITS]
+    words = corpus.dictionary
+    return words.idx2word, words.word2idx, words.unk, corpus.digest, corpus.train.dtype, ids
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    """A folder with a short text that is cached, as if it were long."""
+    monkeypatch.setattr(data, "CACHE_ABOVE", 0)
+    folder = tmp_path / "cached"
+    folder.mkdir()
+    assert contents(Corpus(write(folder, b"a \xc3\xa9\n<unk> c\n"))) == contents(Corpus(folder))
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "ids.npz", "test.txt", "train.txt", "valid.txt"
+    ]
+    return folder
+
+
+def test_the_second_start_reads_no_words(cached, monkeypatch):
+    expected = contents(Corpus(cached, cache=False))
+    monkeypatch.setattr(Corpus, "tokenize", None)
+    assert contents(Corpus(cached)) == expected
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_changed_byte_makes_a_new_cache(cached, split, monkeypatch):
+    path = cached / f"{split}.txt"
+    path.write_bytes(b"z" + path.read_bytes()[1:])
+    expected = contents(Corpus(cached, cache=False))
+    assert contents(Corpus(cached)) == expected
+    monkeypatch.setattr(Corpus, "tokenize", None)
+    assert contents(Corpus(cached)) == expected
+
+
+@pytest.mark.parametrize("damage", [
+    lambda content: b"", lambda content: b"my own file\n", lambda content: content[:-50],
+    lambda content: content[: len(content) // 2], lambda content: pickle.dumps([1, 2]),
+    lambda content: content.replace(b"words.npy", b"wordz.npy"),
+    lambda content: content.replace(b"test.npy", b"last.npy"),
+])
+def test_a_damaged_or_foreign_cache_is_replaced(cached, damage):
+    path = cached / "ids.npz"
+    good = path.read_bytes()
+    path.write_bytes(damage(good))
+    assert path.read_bytes() != good
+    assert contents(Corpus(cached)) == contents(Corpus(cached, cache=False))
+    with np.load(path) as file:
+        assert len(file["test"]) == 3
+
+
+def test_a_cache_of_an_older_format_is_replaced(cached, monkeypatch):
+    np.savez(cached / "ids.npz", key=f"0 {Corpus(cached).digest}", train=[1], valid=[1], test=[1])
+    assert contents(Corpus(cached)) == contents(Corpus(cached, cache=False))
+
+
+def test_no_flipped_bit_of_a_cache_changes_the_corpus(cached):
+    expected = contents(Corpus(cached, cache=False))
+    path = cached / "ids.npz"
+    good = path.read_bytes()
+    for place in range(0, len(good), 7):
+        path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+        assert contents(Corpus(cached)) == expected
+
+
+def test_no_code_of_a_cache_is_executed(cached, tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    attack = np.array([Attack()], dtype=object)
+    np.savez(cached / "ids.npz", key=attack, words=attack, train=attack, valid=attack, test=attack)
+    assert contents(Corpus(cached)) == contents(Corpus(cached, cache=False))
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt()])
+def test_a_cache_is_written_completely_or_not_at_all(cached, error, monkeypatch):
+    (cached / "ids.npz").unlink()
+
+    def fail(file, **arrays):
+        file.write(b"half")
+        raise error
+
+    monkeypatch.setattr(np, "savez", fail)
+    if isinstance(error, OSError):
+        assert contents(Corpus(cached)) == contents(Corpus(cached, cache=False))
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            Corpus(cached)
+    assert len(list(cached.iterdir())) == 3
+
+
+def test_in_a_read_only_folder_the_text_is_read(cached, monkeypatch, capsys):
+    (cached / "ids.npz").unlink()
+    expected = contents(Corpus(cached, cache=False))
+
+    def read_only(path, mode):  # root could write anywhere
+        if mode != "rb":
+            raise OSError(errno.EROFS, "Read-only file system", path)
+        return open(path, mode)
+
+    monkeypatch.setattr(data, "open", read_only, raising=False)
+    assert contents(Corpus(cached)) == expected
+    assert len(list(cached.iterdir())) == 3
+    assert capsys.readouterr() == ("", "")
+
+
+def test_no_cache_is_a_flag(corpus_dir, small, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "CACHE_ABOVE", 0)
+    flags = ["--data", corpus_dir, *small, "--epochs", 1, "--save", tmp_path / "m.pt"]
+    plain = succeed(*flags, "--no-cache")
+    assert not (corpus_dir / "ids.npz").exists()
+    outputs = [succeed(*flags) for _ in range(2)]  # the second from the cache
+    assert (corpus_dir / "ids.npz").exists()
+    end = plain[plain.index("| End of training"):]
+    assert all(end in output for output in outputs)
+
+
 def test_unigram_loss_is_the_add_one_smoothed_frequency_model():
-    train, test = torch.tensor([0, 0, 1]), torch.tensor([2, 0, 1, 2])
+    train, test = torch.tensor([0, 0, 1]).int(), torch.tensor([2, 0, 1, 2]).int()
     # Counts + 1 are 3, 2, 1 of 6; the first token of the test split is not predicted. The last is
     # unseen in training, a word like any other.
     expected = -(math.log(3 / 6) + math.log(2 / 6) + math.log(1 / 6)) / 3
@@ -83,7 +216,7 @@ def test_batchify_and_get_batch():
     source = batchify(torch.arange(26), 4)
     assert source.tolist() == [[i, i + 6, i + 12, i + 18] for i in range(6)]
     for begin, seq_len, end in ((1, 3, 4), (3, 9, 5)):  # in the second the text ends first
-        words, targets = get_batch(source, begin, None, seq_len=seq_len)
+        words, targets = get_batch(source.int(), begin, None, seq_len=seq_len)
         assert torch.equal(words, source[begin:end])
         assert torch.equal(targets, source[begin + 1 : end + 1].flatten())
 
@@ -94,7 +227,8 @@ def test_windows_predict_every_word_once(n, columns):
     """Also where two processes read a part of the columns each."""
     found = []
     for part in (slice(0, columns // 2), slice(columns // 2, columns)):
-        for inputs, targets, count in exact_windows(torch.arange(n), columns, 4, part):
+        for inputs, targets, count in exact_windows(torch.arange(n).int(), columns, 4, part):
+            assert inputs.dtype == targets.dtype == torch.int64
             found += zip(inputs.flatten()[:count].tolist(), targets.flatten()[:count].tolist())
     assert sorted(found) == [(i, i + 1) for i in range(n - 1)]
 
