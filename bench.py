@@ -271,7 +271,7 @@ def read(args, ntoken=267_735):
     for millions in args.read:
         with TemporaryDirectory() as folder:
             write_corpus(folder, int(millions * 1e6), ntoken)
-            for name in ("corpus", "again"):  # the second time, of a long text, from its ids.npz
+            for name in ("corpus", "again"):  # a long text: again from its cache
                 yield {name: new_process().submit(read_corpus, folder).result()}
 
 

@@ -16,6 +16,7 @@ import torch
 EOS, UNK = "<eos>", "<unk>"
 UNKNOWN_TOKENS = (UNK, "<UNK>", "unk", "UNK")  # what stands for unknown words in people's texts
 SPLITS = ("train", "valid", "test")
+LEVELS = {"word": "word", "char": "character"}  # what a token is called
 CACHE_ABOVE = 20_000_000  # bytes of text, which take about two seconds to read
 CACHE_FORMAT = 1
 
@@ -27,17 +28,27 @@ class InputError(ValueError):
 class Dictionary:
     """A vocabulary: `word2idx` (dict) and `idx2word` (list), ids in order of first occurrence.
 
-    `unk` is the token that stands for unknown words: the first of UNKNOWN_TOKENS in the vocabulary,
-    None if it has none of them; it can be set.
+    `level` is "word", or "char" if the tokens are single characters (and <eos>). `unk` is the token
+    that stands for unknown words: the first of UNKNOWN_TOKENS in the vocabulary, None if it has
+    none of them; it can be set.
     """
 
-    def __init__(self, words=()):
+    def __init__(self, words=(), level="word"):
+        self.level = level
         self.idx2word = list(words)
         self.word2idx = {word: idx for idx, word in enumerate(self.idx2word)}
         self.unk = next((token for token in UNKNOWN_TOKENS if token in self.word2idx), None)
 
     def __len__(self):
         return len(self.idx2word)
+
+    def split(self, line):
+        """The tokens of a line of text, without <eos>."""
+        return list(line.rstrip("\r\n")) if self.level == "char" else line.split()
+
+    def join(self, tokens):
+        """The text of tokens of one line."""
+        return ("" if self.level == "char" else " ").join(tokens)
 
 
 class Corpus:
@@ -46,16 +57,17 @@ class Corpus:
     `path` is a folder with train.txt, valid.txt and test.txt (UTF-8, tokens separated by white
     space, each line ends in an implied <eos>), or "sample" for a corpus built from Python's own
     documentation. `dictionary` covers all three splits, as in published results; `train`, `valid`,
-    `test` are int32 id vectors; `digest` is the SHA-256 of the text.
+    `test` are int32 id vectors; `digest` is the SHA-256 of the text. With the level "char" the
+    tokens are the characters of a line, including spaces.
 
-    With `cache`, the ids of a text of more than CACHE_ABOVE bytes are written to ids.npz in the
-    folder, if that is possible, and read from there for as long as the text has the same digest.
+    With `cache`, the ids of a text of more than CACHE_ABOVE bytes are written to ids.LEVEL.npz in
+    the folder, if possible, and read from there for as long as the text has the same digest.
 
     Raises InputError, naming the file, if a split is missing, empty, binary or not UTF-8.
     """
 
-    def __init__(self, path, cache=True):
-        self.dictionary = Dictionary()
+    def __init__(self, path, level="word", cache=True):
+        self.dictionary = Dictionary(level=level)
         self.name = str(path)
         self._hash = hashlib.sha256()
         cached = None
@@ -66,12 +78,12 @@ class Corpus:
         else:
             files = [Path(path) / f"{split}.txt" for split in SPLITS]
             if cache and is_large(files):
-                cached = Path(path) / "ids.npz"
+                cached = Path(path) / f"ids.{level}.npz"
             if cached and self._read_cache(cached, digest_of(files)):
                 return
             for split, file in zip(SPLITS, files):
                 setattr(self, split, self.tokenize(file))
-        self.dictionary = Dictionary(self.dictionary.idx2word)  # finds the token for unknown words
+        self.dictionary = Dictionary(self.dictionary.idx2word, level)  # finds its `unk`
         self.digest = self._hash.hexdigest()
         if cached:
             self._write_cache(cached)
@@ -89,7 +101,7 @@ class Corpus:
                 ids = [torch.from_numpy(file[split]) for split in SPLITS]
         except Exception:  # numpy raises many types of error for a damaged file
             return False
-        self.dictionary, self.digest = Dictionary(words), digest
+        self.dictionary, self.digest = Dictionary(words, self.dictionary.level), digest
         self.train, self.valid, self.test = ids
         return True
 
@@ -114,7 +126,7 @@ class Corpus:
         except FileNotFoundError:
             raise InputError(
                 f"{path}: no such file; --data takes a folder with train.txt, valid.txt and "
-                "test.txt (./getdata.sh downloads two corpora), or 'sample'"
+                "test.txt (./getdata.sh downloads some), or 'sample'"
             ) from None
 
     def _encode(self, lines, name):
@@ -122,7 +134,7 @@ class Corpus:
         id_of = word2idx.setdefault  # one look-up per token: a new word gets the next id
         self._hash.update(b"\0split\0")  # moving text between splits must change the digest
         ids, blank = array("i"), True
-        for words in words_of_lines(self._hashed(lines), name):
+        for words in words_of_lines(self._hashed(lines), name, self.dictionary.level):
             ids.extend([id_of(word, len(word2idx)) for word in words])
             ids.append(id_of(EOS, len(word2idx)))
             blank = blank and not words
@@ -153,14 +165,15 @@ def digest_of(files):
     return sha256.hexdigest()
 
 
-def words_of_lines(lines, name):
-    """Yields the list of words of each of `lines`, UTF-8 bytes split at white space.
+def words_of_lines(lines, name, level="word"):
+    """Yields the list of words of each of `lines`, UTF-8 bytes; with "char" that of characters.
 
     Raises InputError, naming `name` and the line number, for bytes that are not text.
     """
+    split = Dictionary(level=level).split
     for number, line in enumerate(lines, 1):
         try:
-            yield decode_line(line, number).split()
+            yield split(decode_line(line, number))
         except InputError as error:
             raise InputError(f"{name}: line {number}: {error}") from None
 
@@ -191,6 +204,15 @@ def encode(words, dictionary):
             "them out, or name the token for unknown words (--unk)"
         )
     return [ids[dictionary.unk if word in unknown else word] for word in words], unknown
+
+
+def count_words(ids, dictionary):
+    """The number of tokens at word level of the text that `ids` [N] are the characters of."""
+    is_space = torch.tensor([token.isspace() for token in dictionary.idx2word])[ids.long()]
+    is_end = ids == dictionary.word2idx[EOS]
+    is_letter = ~(is_space | is_end)
+    starts = is_letter & ~torch.cat([torch.tensor([False]), is_letter[:-1]])
+    return (starts.sum() + is_end.sum()).item()
 
 
 def list_most_common(words):

@@ -27,8 +27,8 @@ from utils import log, log_parts, loss_columns, prepare
 
 COMMAND = "finetune.py"
 INHERITED = (
-    "data", *OPTIMIZER_FLAGS, "clip", "batch_size", "bptt", *REGULARIZERS, "nonmono", "objective",
-    "partial_shuffle",
+    "data", "level", *OPTIMIZER_FLAGS, "clip", "batch_size", "bptt", *REGULARIZERS, "nonmono",
+    "objective", "partial_shuffle",
 )
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import distributed
 from attention import KINDS
 from cpu_kernels import has_bf16_products, keep_freed_memory
-from data import UNKNOWN_TOKENS, InputError
+from data import LEVELS, UNKNOWN_TOKENS, InputError
 from model import RNN_TYPES, check_architecture
 from utils import Preempted, environment, is_device_error, is_out_of_memory
 
@@ -48,7 +48,8 @@ RECIPES["short-gru"] = {**RECIPES["short"], "alpha": 0.5, "beta": 0.25}
 # Flags that cannot change within a run: the position in the text, the optimizer's state or the
 # random numbers would become invalid.
 FIXED_FLAGS = (
-    "recipe", "batch_size", "optimizer", "seed", "decoder_bias", "objective", *ARCHITECTURE
+    "recipe", "batch_size", "optimizer", "seed", "decoder_bias", "objective", "level",
+    *ARCHITECTURE,
 )
 # Flags that do not affect the result; `data` is compared by its content.
 FREE_FLAGS = (
@@ -137,9 +138,11 @@ def make_parser(description, inherited=()):
     parser = Parser(inherited, description=description)
     add = parser.add
     add("--data", "data/penn", "folder with train.txt, valid.txt and test.txt, or 'sample'")
+    add("--level", "word", "the text's tokens: word (separated by white space) or char (each "
+        "character of a line, including spaces)", choices=list(LEVELS))
     add("--no-cache", False, "read the text again at each start; without this flag the ids of a "
-        "text above 20 MB are kept in the --data folder (ids.npz) until the text changes",
-        action="store_true")
+        "text above 20 MB are kept in the --data folder (ids.word.npz, ids.char.npz) until the "
+        "text changes", action="store_true")
     add("--model", "LSTM", "recurrent layers: LSTM, GRU, QRNN, biLSTM (the report's model, which "
         "sees the word it predicts) or biLM (two language models and cloze prediction)",
         type=rnn_type)
@@ -259,9 +262,10 @@ def flags_of_run(state, path):
 
 
 def model_flags(checkpoint):
-    """The architecture flags of a checkpoint, which its weights require."""
+    """The flags of a checkpoint that its weights require: the architecture, the level of tokens."""
     found = checkpoint["architecture"]
-    return {flag: found[key] for flag, key in ARCHITECTURE.items() if key in found}
+    flags = {flag: found[key] for flag, key in ARCHITECTURE.items() if key in found}
+    return {**flags, "level": checkpoint["flags"].get("level", "word")}
 
 
 def describe_recipe(args, given):
@@ -345,7 +349,7 @@ def check_unchanged(given, saved, path, fixed=FIXED_FLAGS):
             raise InputError(
                 f"{format_flag(flag, getattr(given, flag))}: {path} has "
                 f"{format_flag(flag, saved[flag])}; leave the flag out"
-                + weights * (flag not in ARCHITECTURE)
+                + weights * (flag not in ARCHITECTURE and flag != "level")
             )
 
 

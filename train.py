@@ -18,7 +18,9 @@ from tqdm import tqdm
 
 import distributed
 from bidirectional import OBJECTIVES, BiObjective, evaluate_directions, is_bilm, make_model
-from data import InputError, batchify, exact_windows, get_batch, unigram_loss
+from data import (
+    LEVELS, InputError, batchify, count_words, exact_windows, get_batch, unigram_loss,
+)
 from model import DROPOUTS, NOTES, activation_regularization, training_settings
 from splitcross import SplitCrossEntropyLoss, default_splits
 from utils import (
@@ -430,6 +432,7 @@ class Trainer:
             f"{'-' * 89}\n| end of epoch {self.epoch:3d} | time: {self.seconds():5.2f}s "
             f"| {loss_columns(loss, 'valid ')}"
         )
+        log_word_perplexity(loss, self.corpus.valid, self.corpus.dictionary, "valid")
         log_parts(parts)
         log("-" * 89)
         if not math.isfinite(loss):
@@ -707,12 +710,22 @@ def report_test(trainer, check):
     loss, parts = score(params, corpus.test, args, check, TEST_BATCH_SIZE)
     rule = "=" * 89
     log(f"{rule}\n| End of training | {loss_columns(loss, 'test ')}")
+    log_word_perplexity(loss, corpus.test, corpus.dictionary, "test")
     log_parts(parts)
     log(rule)
     if args.model in NOTES:
         log(f"Note: {NOTES[args.model]}")
     unigram = perplexity(unigram_loss(corpus.train, corpus.test, len(corpus.dictionary)))
-    log(f"For comparison: word frequencies alone (a unigram model) give test ppl {unigram:.2f}")
+    tokens = LEVELS[corpus.dictionary.level]
+    log(f"For comparison: {tokens} frequencies alone (a unigram model) give test ppl {unigram:.2f}")
+
+
+def log_word_perplexity(loss, ids, dictionary, split):
+    """Logs the perplexity per word that a loss per character of `ids` [N] implies."""
+    if dictionary.level == "char":
+        words = count_words(ids, dictionary)
+        implied = perplexity(loss * (len(ids) - 1) / words)
+        log(f"| per word | {split} ppl {implied:8.2f} | {words:,} words, with <eos>")
 
 
 class EpochLog:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 import distributed
 from cpu_kernels import use_expandable_segments
-from data import SPLITS, Corpus, InputError, batchify, get_batch, list_most_common
+from data import LEVELS, SPLITS, Corpus, InputError, batchify, get_batch, list_most_common
 
 __all__ = ["batchify", "get_batch", "repackage_hidden"]  # as in the reference
 
@@ -229,7 +229,7 @@ def prepare(args):
 
     Raises InputError.
     """
-    corpus = Corpus(args.data, cache=not args.no_cache)
+    corpus = Corpus(args.data, args.level, cache=not args.no_cache)
     if len(corpus.train) // args.batch_size < 2:
         raise InputError(
             f"--batch_size {args.batch_size}: the training split has {len(corpus.train)} tokens, "
@@ -239,7 +239,7 @@ def prepare(args):
     torch.manual_seed(args.seed + distributed.rank())  # each rank draws its own dropout masks
     set_up_device(args)
     sizes = ", ".join(f"{split} {len(getattr(corpus, split)):,}" for split in SPLITS)
-    log(f"Corpus {corpus.name}: tokens {sizes}; {len(corpus.dictionary):,} words")
+    log(f"Corpus {corpus.name}: tokens {sizes}; {len(corpus.dictionary):,} {LEVELS[args.level]}s")
     log(f"Corpus sha256: {corpus.digest}")
     ranks = f", {distributed.size()} processes" if distributed.is_distributed() else ""
     log(

@@ -9,12 +9,15 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import data
 from conftest import succeed
-from data import SPLITS, Corpus, InputError, batchify, exact_windows, get_batch, unigram_loss
+from data import (
+    SPLITS, Corpus, Dictionary, InputError, batchify, count_words, exact_windows, get_batch,
+    unigram_loss,
+)
 from properties import repeated
 
 
@@ -85,9 +88,9 @@ def test_any_bytes_are_read_as_defined_or_refused_by_name(tmp_path, content):
 
 def contents(corpus):
     """All that a corpus holds."""
-    ids = [getattr(corpus, split).tolist() for split in SPLITS]
-    words = corpus.dictionary
-    return words.idx2word, words.word2idx, words.unk, corpus.digest, corpus.train.dtype, ids
+    ids = [getattr(corpus, split) for split in SPLITS]
+    types = [split.dtype for split in ids]
+    return vars(corpus.dictionary), corpus.digest, types, [split.tolist() for split in ids]
 
 
 @pytest.fixture
@@ -98,7 +101,7 @@ def cached(tmp_path, monkeypatch):
     folder.mkdir()
     assert contents(Corpus(write(folder, b"a \xc3\xa9\n<unk> c\n"))) == contents(Corpus(folder))
     assert sorted(path.name for path in folder.iterdir()) == [
-        "ids.npz", "test.txt", "train.txt", "valid.txt"
+        "ids.word.npz", "test.txt", "train.txt", "valid.txt"
     ]
     return folder
 
@@ -126,7 +129,7 @@ def test_a_changed_byte_makes_a_new_cache(cached, split, monkeypatch):
     lambda content: content.replace(b"test.npy", b"last.npy"),
 ])
 def test_a_damaged_or_foreign_cache_is_replaced(cached, damage):
-    path = cached / "ids.npz"
+    path = cached / "ids.word.npz"
     good = path.read_bytes()
     path.write_bytes(damage(good))
     assert path.read_bytes() != good
@@ -135,14 +138,15 @@ def test_a_damaged_or_foreign_cache_is_replaced(cached, damage):
         assert len(file["test"]) == 3
 
 
-def test_a_cache_of_an_older_format_is_replaced(cached, monkeypatch):
-    np.savez(cached / "ids.npz", key=f"0 {Corpus(cached).digest}", train=[1], valid=[1], test=[1])
+def test_a_cache_of_an_older_format_is_ignored(cached):
+    key = f"0 {Corpus(cached).digest}"
+    np.savez(cached / "ids.word.npz", key=key, words=[97], train=[1], valid=[1], test=[1])
     assert contents(Corpus(cached)) == contents(Corpus(cached, cache=False))
 
 
 def test_no_flipped_bit_of_a_cache_changes_the_corpus(cached):
     expected = contents(Corpus(cached, cache=False))
-    path = cached / "ids.npz"
+    path = cached / "ids.word.npz"
     good = path.read_bytes()
     for place in range(0, len(good), 7):
         path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
@@ -155,14 +159,14 @@ def test_no_code_of_a_cache_is_executed(cached, tmp_path):
             return os.mkdir, (str(tmp_path / "executed"),)
 
     attack = np.array([Attack()], dtype=object)
-    np.savez(cached / "ids.npz", key=attack, words=attack, train=attack, valid=attack, test=attack)
+    np.savez(cached / "ids.word.npz", **dict.fromkeys(("key", "words", *SPLITS), attack))
     assert contents(Corpus(cached)) == contents(Corpus(cached, cache=False))
     assert not (tmp_path / "executed").exists()
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt()])
 def test_a_cache_is_written_completely_or_not_at_all(cached, error, monkeypatch):
-    (cached / "ids.npz").unlink()
+    (cached / "ids.word.npz").unlink()
 
     def fail(file, **arrays):
         file.write(b"half")
@@ -178,7 +182,7 @@ def test_a_cache_is_written_completely_or_not_at_all(cached, error, monkeypatch)
 
 
 def test_in_a_read_only_folder_the_text_is_read(cached, monkeypatch, capsys):
-    (cached / "ids.npz").unlink()
+    (cached / "ids.word.npz").unlink()
     expected = contents(Corpus(cached, cache=False))
 
     def read_only(path, mode):  # root could write anywhere
@@ -196,9 +200,9 @@ def test_no_cache_is_a_flag(corpus_dir, small, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "CACHE_ABOVE", 0)
     flags = ["--data", corpus_dir, *small, "--epochs", 1, "--save", tmp_path / "m.pt"]
     plain = succeed(*flags, "--no-cache")
-    assert not (corpus_dir / "ids.npz").exists()
+    assert not (corpus_dir / "ids.word.npz").exists()
     outputs = [succeed(*flags) for _ in range(2)]  # the second from the cache
-    assert (corpus_dir / "ids.npz").exists()
+    assert (corpus_dir / "ids.word.npz").exists()
     end = plain[plain.index("| End of training"):]
     assert all(end in output for output in outputs)
 
@@ -260,3 +264,49 @@ def test_real_corpora(real_corpus, name, sizes, words):
     corpus = Corpus(real_corpus(name))
     assert [len(getattr(corpus, split)) for split in SPLITS] == sizes
     assert len(corpus.dictionary) == words
+
+
+# ------------------------------------------------------------ characters
+
+
+def test_characters_are_tokens_and_a_line_ends_in_eos(tmp_path):
+    write(tmp_path, "\ufeff a\u00e9\r\n\n".encode(), b"<eos> b", b"a\ta\n")
+    corpus = Corpus(tmp_path, "char")
+    words = corpus.dictionary.idx2word
+    found = [[words[i] for i in getattr(corpus, split)] for split in SPLITS]
+    assert found == [
+        [" ", "a", "é", "<eos>", "<eos>"],
+        [*"<eos>", " ", "b", "<eos>"],
+        ["a", "\t", "a", "<eos>"],
+    ]
+    assert words == [" ", "a", "é", "<eos>", *"<eos>", "b", "\t"]
+    assert corpus.dictionary.level == "char"
+    assert corpus.digest == Corpus(tmp_path).digest  # the same bytes
+
+
+@pytest.mark.parametrize(("level", "line", "tokens", "text"), [
+    ("word", " the  cat \n", ["the", "cat"], "the cat"),
+    ("char", " a b\r\n", [" ", "a", " ", "b"], " a b"),
+    ("char", "\n", [], ""),
+])
+def test_a_dictionary_splits_and_joins(level, line, tokens, text):
+    dictionary = Dictionary(level=level)
+    assert dictionary.split(line) == tokens
+    assert dictionary.join(tokens) == text
+
+
+@repeated
+@given(st.text(st.sampled_from("ab \t\r\nß\u3000\x1c"), min_size=1, max_size=40))
+def test_words_are_counted_in_characters(tmp_path, text):
+    assume(text.strip("\r\n"))
+    write(tmp_path, valid=text.encode())
+    words = len(Corpus(tmp_path).valid) if text.strip() else text.count("\n") + (text[-1] != "\n")
+    corpus = Corpus(tmp_path, "char")
+    assert count_words(corpus.valid, corpus.dictionary) == words
+
+
+def test_both_levels_are_cached(cached):
+    expected = contents(Corpus(cached, "char", cache=False))
+    assert [contents(Corpus(cached, "char")) for _ in range(2)] == [expected] * 2
+    assert (cached / "ids.char.npz").exists()
+    assert contents(Corpus(cached)) != expected

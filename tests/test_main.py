@@ -107,6 +107,30 @@ def test_train_finetune_test(cli, corpus_dir, small):
     ]
 
 
+def test_a_text_is_read_as_characters(corpus_dir, small, tmp_path):
+    path = tmp_path / "m.pt"
+    flags = ["--save", path, "--epochs", 1]
+    out = succeed("--data", corpus_dir, "--level", "char", *small, *flags)
+    text = {split: (corpus_dir / f"{split}.txt").read_text() for split in ("valid", "test")}
+    letters = len(set("".join((corpus_dir / f"{s}.txt").read_text() for s in SPLITS)))
+    assert f"valid {len(text['valid']):,}, test {len(text['test']):,}; {letters} characters" in out
+    for split in text:
+        [(bpc, ppl, words)] = re.findall(
+            rf"{split} bpc +([\d.]+)\n\| per word \| {split} ppl +([\d.]+) \| (\d+) words", out
+        )
+        assert int(words) == len(text[split].split()) + text[split].count("\n")
+        bits = float(bpc) * (len(text[split]) - 1)
+        assert float(ppl) == pytest.approx(2 ** (bits / int(words)), rel=0.01)
+    # The level stays with the model.
+    again = succeed("--resume", path, "--epochs", 2)
+    assert again.count("| per word | valid ppl") == 1
+    out = succeed(*flags, command=finetune.main)
+    assert f"; {letters} characters" in out
+    status, _, err = invoke(main.main, "--resume", path, "--level", "word")
+    assert (status, err.count("\n")) == (2, 1)
+    assert err.endswith("m.pt has --level char; leave the flag out\n")
+
+
 def test_another_seed_is_another_run(corpus_dir, small, tmp_path):
     models = []
     for seed in (3, 4):
