@@ -4,9 +4,10 @@
     echo "the company said it would not" | python evaluate.py --checkpoint PTB.pt --per-line
     python evaluate.py --checkpoint PTB.pt --per-token --format csv my.txt > tokens.csv
 
-The format of a text is that of training: UTF-8, tokens separated by white space, one sentence per
-line; also compressed by gzip. Each line ends in <eos>, which is predicted too; another <eos>
-precedes the first word. Exit code 2 if a file or a line could not be scored; the others are.
+The format of a text is that of training: UTF-8, tokens separated by white space (for a model of
+characters: plain text), one sentence per line; also compressed by gzip. Each line ends in <eos>,
+which is predicted too; another <eos> precedes the first word. Exit code 2 if a file or a line could
+not be scored; the others are.
 """
 
 import csv
@@ -24,6 +25,7 @@ from checkpoint import load
 from data import EOS, InputError, decode_line, list_most_common
 from flags import Parser, add_model_flags, count, resolve_device, run_command
 from model import NOTES, WINDOW
+from train import log_word_perplexity
 from utils import (
     log, log_parts, loss_columns, perplexity, set_up_device, warn, warn_about_unknown, write_utf8,
 )
@@ -113,8 +115,8 @@ class Scorer:
         score = self.lm.score(words, columns=self.args.batch_size)
         if self.kind == "file":
             self.write({"file": path}, score)
-            if self.args.format == "text" and is_bilm(self.lm.params):
-                self.log_directions(words)
+            if self.args.format == "text":
+                self.log_more(score, words)
             return
         tokens = iter(score.tokens)
         for row in rows:
@@ -132,8 +134,8 @@ class Scorer:
                     text = decode_line(line, number)
                     if self.args.ids:
                         row["id"], text = (*text.split(maxsplit=1), "", "")[:2]
-                    words = self.lm.split(text.rstrip("\r\n"))
-                    row["text"] = " ".join(words)
+                    words = self.lm.vocabulary.split(text)
+                    row["text"] = self.lm.vocabulary.join(words)
                     self.lm.ids(words)
                     row["words"] = [*words, EOS]
                 except InputError as error:
@@ -146,11 +148,13 @@ class Scorer:
         warn(f"Warning: {message}")
         self.failed = True
 
-    def log_directions(self, words):
-        """Logs the losses of a biLM's directions and of its cloze prediction."""
-        columns = min(self.args.batch_size, len(words))
+    def log_more(self, score, words):
+        """Logs the perplexity per word of a model of characters, and the other losses of a biLM."""
         ids = self.lm.ids([EOS, *words])
-        log_parts(evaluate_directions(self.lm.params, ids, columns, max(1, WINDOW // columns)))
+        log_word_perplexity(-score.log_prob / len(words), ids, self.lm.vocabulary)
+        if is_bilm(self.lm.params):
+            columns = min(self.args.batch_size, len(words))
+            log_parts(evaluate_directions(self.lm.params, ids, columns, max(1, WINDOW // columns)))
 
     def write(self, row, score):
         """Writes the row of a file or a line, or one for each token; None: a bad line."""

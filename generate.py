@@ -20,7 +20,7 @@ from utils import warn, warn_about_unknown, write_utf8
 
 
 def write_text(lm, prompt, out, args):
-    """Writes `prompt` and `args.words` generated words to `out`, one sentence per line.
+    """Writes `prompt` and `args.words` generated tokens to `out`, one sentence per line.
 
     With --interactive stops after the first sentence. Reports progress on stderr if `out` is a
     file. Raises InputError for a prompt that the model cannot read.
@@ -32,9 +32,9 @@ def write_text(lm, prompt, out, args):
     words = lm.generate(
         prompt, args.words, args.seed, args.temperature, args.top_k, args.top_p, args.no_unk
     )
-    in_sentence = False
+    in_sentence, space = False, lm.vocabulary.join(["", ""])
     for generated, word in enumerate(chain(shown, words), 1 - len(prompt)):
-        out.write("\n" if word == EOS else " " * in_sentence + word)
+        out.write("\n" if word == EOS else space * in_sentence + word)
         out.flush()
         in_sentence = word != EOS
         if generated > 0 and out is not sys.stdout and generated % args.log_interval == 0:
@@ -76,7 +76,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--checkpoint", required=True, help="the trained model")
     add("--words", type=count, default=1000,
-        help="words to write, including ends of sentences (default: 1000)")
+        help="tokens to write, including ends of sentences (default: 1000)")
     add("--prompt", default="", help="start of the text; a line break ends a sentence")
     add("--temperature", type=number(float, 1e-3), default=1.0,
         help="values below 1 make likely words likelier (default: 1)")

@@ -249,11 +249,11 @@ class Context:
 class LanguageModel:
     """A trained model as a distribution over texts; `model, vocabulary = lm` unpacks it.
 
-    A text is a list of tokens, or a string of tokens separated by white space, in which a line
-    break is an <eos>. It begins after an <eos>, as in training, or continues a `context`, which
-    moves to its end. Unknown tokens are read as `vocabulary.unk`; if that is None, they raise
-    InputError. So does every use of biLSTM, which sees the word that it predicts. biLM reads
-    forwards.
+    A text is a list of tokens, or a string, in which a line break is an <eos> and the other tokens
+    are separated by white space, or for a model of characters are single characters. It begins
+    after an <eos>, as in training, or continues a `context`, which moves to its end. Unknown tokens
+    are read as `vocabulary.unk`; if that is None, they raise InputError. So does every use of
+    biLSTM, which sees the word that it predicts. biLM reads forwards.
 
     params: nn.ModuleList([model, criterion]); vocabulary: data.Dictionary.
     """
@@ -359,7 +359,7 @@ class LanguageModel:
         """The list of a text's tokens."""
         if not isinstance(text, str):
             return list(text)
-        first, *lines = [line.split() for line in text.split("\n")]
+        first, *lines = [self.vocabulary.split(line) for line in text.split("\n")]
         return [*first, *(token for line in lines for token in (EOS, *line))]
 
     def ids(self, text):
