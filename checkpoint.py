@@ -20,7 +20,9 @@ from bidirectional import make_model
 from data import Dictionary, InputError
 from model import DROPOUTS, NOTES, training_settings
 from splitcross import SplitCrossEntropyLoss
-from utils import FINETUNE_RECORDS, RECORDS, Preemption, is_device_error, log, plain, warn
+from utils import (
+    FINETUNE_RECORDS, RECORDS, Preemption, is_device_error, log, plain, read_with_vocabulary, warn,
+)
 
 try:
     import fcntl
@@ -146,25 +148,12 @@ def build_params(checkpoint, **settings):
 def saved_params(path, corpus, args, content=None):
     """nn.ModuleList([model, criterion]) of the checkpoint at `path`, with the dropouts of `args`.
 
-    If the bytes `content` are given, `path` is not read. Raises InputError when the checkpoint is
-    unusable or its vocabulary is not the corpus's.
+    The corpus is encoded with its vocabulary. If the bytes `content` are given, `path` is not read.
+    Raises InputError when the checkpoint is unusable or has no token for unknown words.
     """
     checkpoint = read_checkpoint(path, args.device, content)
-    check_corpus(checkpoint["vocabulary"], corpus, args, path)
+    read_with_vocabulary(corpus, checkpoint["vocabulary"], path)
     return build_params(checkpoint, **training_settings(args))
-
-
-def check_corpus(words, corpus, args, path, digest=None):
-    """Raises InputError unless the corpus from --data has the `words` of the model at `path`.
-
-    With `digest`, the SHA-256 of a corpus, the text must be the same too.
-    """
-    same_words = words == corpus.dictionary.idx2word
-    if not same_words or digest not in (None, corpus.digest):
-        raise InputError(
-            f"--data {args.data}: its {'text' if same_words else 'vocabulary'} is not that of "
-            f"{path}; use the corpus that it was trained on"
-        )
 
 
 def load(path, device="cpu"):

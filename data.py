@@ -85,6 +85,26 @@ class Corpus:
             raise InputError(f"{name}: holds no words")
         return torch.frombuffer(ids, dtype=torch.int64)
 
+    def use_vocabulary(self, dictionary):
+        """Encodes the text with another vocabulary; unknown words become its `unk`.
+
+        Returns a Counter of the unknown words in the three splits. Raises InputError, naming some,
+        if the vocabulary has no token for them.
+        """
+        words, known = self.dictionary.idx2word, dictionary.word2idx
+        counts = sum(torch.bincount(getattr(self, s), minlength=len(words)) for s in SPLITS)
+        unknown = Counter({w: n for w, n in zip(words, counts.tolist()) if w not in known})
+        if unknown and dictionary.unk is None:
+            raise InputError(
+                f"{self.name}: holds words outside the model's vocabulary, which has no {UNK}: "
+                f"{list_most_common(unknown)}; replace them by words that it has"
+            )
+        ids = torch.tensor([known.get(word, known.get(dictionary.unk)) for word in words])
+        for split in SPLITS:
+            setattr(self, split, ids[getattr(self, split)])
+        self.dictionary = dictionary
+        return unknown
+
     def _hashed(self, lines):
         for line in lines:
             self._hash.update(line)

@@ -11,8 +11,7 @@ validation loss meets the trigger, see train.is_nonmonotone. Exit codes are thos
 from argparse import Namespace
 
 from checkpoint import (
-    back_up, check_corpus, copy_model, how_to_resume, open_run, read_checkpoint, read_state,
-    saved_params,
+    back_up, copy_model, how_to_resume, open_run, read_checkpoint, read_state, saved_params,
 )
 from data import InputError
 from distributed import broadcast, is_first
@@ -23,7 +22,7 @@ from flags import (
 from train import (
     OPTIMIZER_FLAGS, REGULARIZERS, Trainer, new_params, regularizers_at, score, train_and_test,
 )
-from utils import log, log_parts, loss_columns, prepare
+from utils import log, log_parts, loss_columns, prepare, read_with_vocabulary
 
 COMMAND = "finetune.py"
 INHERITED = (
@@ -106,11 +105,15 @@ def parse_args(argv=None):
 def reread_state(args, corpus, command):
     """The training state of `args.resume` again, now that the run is locked.
 
-    Raises InputError unless the run is trained on `corpus`.
+    Raises InputError unless the run is trained on the text of `corpus`.
     """
     state = read_state(args.resume, command)
-    words, digest = state["vocabulary"], state["corpus"]["sha256"]
-    check_corpus(words, corpus, args, args.resume, digest)
+    if state["corpus"]["sha256"] != corpus.digest:
+        raise InputError(
+            f"--data {args.data}: its text is not that of the run of {args.resume}; use that, or "
+            f"copy {args.resume} elsewhere to start from its weights only"
+        )
+    read_with_vocabulary(corpus, state["vocabulary"], args.resume)
     return state
 
 

@@ -20,14 +20,13 @@ from itertools import product
 import torch
 from tqdm import tqdm
 
-from checkpoint import check_corpus
 from data import Corpus
 from dynamic_evaluation import Rule, read, root_mean_square
 from evaluate import load_for_use
 from flags import (
     Parser, add_device_flags, coefficient, count, number, rate, run_command, steps,
 )
-from utils import log, loss_columns
+from utils import log, loss_columns, read_with_vocabulary
 
 CHUNK = 256  # words per computation of the attention over the cache
 # The values that --tune tries. Rates and decays are for segments of 5 words, and scale with them.
@@ -206,7 +205,7 @@ def report(reader, ids, split, args):
 def parse_args(argv=None):
     parser = Parser(description=__doc__.splitlines()[0])
     add = parser.add
-    add("--data", "data/penn", "the corpus that the model was trained on")
+    add("--data", "data/penn", "folder with train.txt, valid.txt and test.txt, or 'sample'")
     add("--save", None, "the trained model", required=True, metavar="CHECKPOINT")
     add("--window", 500, "pairs in the cache", type=count)
     add("--theta", 1.0, "how strongly the cache favours similar states: low values flatten the "
@@ -245,7 +244,7 @@ def main(argv=None):
     args = parse_args(argv)
     params, dictionary = load_for_use(args.save, args)
     corpus = Corpus(args.data)
-    check_corpus(dictionary.idx2word, corpus, args, args.save)
+    read_with_vocabulary(corpus, dictionary.idx2word, args.save)
     reader = Reader(params, corpus, args)
     if args.tune:
         tune(reader, corpus.valid, args)

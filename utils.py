@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 import distributed
 from cpu_kernels import use_expandable_segments
-from data import SPLITS, Corpus, InputError, batchify, get_batch, list_most_common
+from data import SPLITS, Corpus, Dictionary, InputError, batchify, get_batch, list_most_common
 
 __all__ = ["batchify", "get_batch", "repackage_hidden"]  # as in the reference
 
@@ -248,6 +248,28 @@ def prepare(args):
     )
     log(f"Args: {plain(args)}")
     return corpus
+
+
+def read_with_vocabulary(corpus, words, path):
+    """Encodes the corpus with the `words` of the model at `path` and, if it has others, logs that.
+
+    Raises InputError if the model has no token for unknown words, and meets some.
+    """
+    if corpus.dictionary.idx2word == words:
+        return
+    dictionary = Dictionary(words)
+    unknown = corpus.use_vocabulary(dictionary)
+    tokens = sum(len(getattr(corpus, split)) for split in SPLITS)
+    named = f", read as {dictionary.unk}: {list_most_common(unknown)}" if unknown else ""
+    log(
+        f"Text read with the vocabulary of {path}, {len(words):,} words: {unknown.total():,} of "
+        f"{tokens:,} tokens ({unknown.total() / tokens:.1%}) are unknown{named}"
+    )
+    if unknown.total() > tokens / 2:
+        warn(
+            f"Warning: most of {corpus.name} is unknown to {path}; is it in the language, the case "
+            "and the tokens of the model's text?"
+        )
 
 
 def environment(device):

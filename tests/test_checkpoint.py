@@ -25,13 +25,13 @@ import finetune
 import main
 import train
 from checkpoint import (
-    DIGEST, VERSION, Run, back_up, how_to_resume, is_sealed, load, pack, read_checkpoint,
-    read_state, run_lock, unpack, write_atomically,
+    DIGEST, VERSION, Run, back_up, build_params, how_to_resume, is_sealed, load, pack,
+    read_checkpoint, read_state, run_lock, unpack, write_atomically,
 )
 from conftest import (
     ROOT, Interrupting, arguments, invoke, make_params, make_trainer, succeed,
 )
-from data import Corpus, InputError
+from data import SPLITS, Corpus, InputError
 from flags import differences
 from kill_loop import lines, same
 from properties import TRIES, repeated
@@ -558,15 +558,15 @@ def test_what_cannot_change_is_refused_by_name(flag, value, unfinished):
     assert files_at(path) == before
 
 
-@pytest.mark.parametrize(("sentence", "what"), [("the bob", "text"), ("a zebra", "vocabulary")])
-def test_other_data_is_refused_by_name(sentence, what, unfinished, corpus_dir, tmp_path):
+@pytest.mark.parametrize("sentence", ["the bob", "a zebra"])
+def test_other_data_is_refused_by_name(sentence, unfinished, corpus_dir, tmp_path):
     path, _ = unfinished
     other = tmp_path / "other"
     shutil.copytree(corpus_dir, other)
     with open(other / "train.txt", "a") as file:
         file.write(f"ann sees {sentence}\n")
     err = refuse("--resume", path, "--data", other)
-    assert f"--data {other}: its {what} is not that of {path}" in err
+    assert f"--data {other}: its text is not that of the run of {path}" in err
     shutil.copy(corpus_dir / "train.txt", other)  # the same text by another name is the same data
     assert IDENTICAL in succeed("--resume", path, "--data", other)
 
@@ -740,3 +740,76 @@ def test_finetune_from_another_name(trained, tmp_path):
     out = succeed("--resume", trained, "--save", save, "--epochs", 1, command=finetune.main)
     assert f"Warm start from the weights of {trained}" in out
     assert trained.read_bytes() == save.with_name("tuned.pt.base").read_bytes() == content
+
+
+# ---------------------------------------------------------------- other text
+
+COMMANDS = pytest.mark.parametrize(
+    ("command", "records"), [(main, ".jsonl"), (finetune, ".finetune.jsonl")]
+)
+
+
+@pytest.fixture
+def weights(trained_with_unk):
+    """A checkpoint without a state; its vocabulary lacks "dog" and "likes" of `corpus_dir`."""
+    trained_with_unk.with_name("unk.pt.state").unlink()
+    return trained_with_unk
+
+
+def encoded(folder, words):
+    """{split: its ids [N], words outside of `words` as <unk>}."""
+    return {
+        split: torch.tensor([
+            words.index(word if word in words else "<unk>")
+            for word in (folder / f"{split}.txt").read_text().replace("\n", " <eos> ").split()
+        ])
+        for split in SPLITS
+    }
+
+
+@COMMANDS
+def test_other_text_is_trained_on_with_the_models_words(
+    command, records, weights, corpus_dir, tmp_path
+):
+    before, path = read_checkpoint(weights), tmp_path / "new.pt"
+    ids = encoded(corpus_dir, before["vocabulary"])
+    out = succeed("--resume", weights, "--save", path, "--data", corpus_dir, "--epochs", 1,
+                  "--batch_size", 4, "--lr", 1e-9, "--wdecay", 0, command=command.main)
+    text = "".join((corpus_dir / f"{split}.txt").read_text() for split in SPLITS)
+    unknown = len(re.findall("dog|likes", text))
+    assert f", 8 words: {unknown} of 1,600 tokens ({unknown / 16:.1f}%) are unknown, read" in out
+    assert re.search("as <unk>: ('dog', 'likes'|'likes', 'dog')\n", out)
+    params = build_params(before)
+    [record] = lines(path.with_name(f"new.pt{records}").read_text())
+    assert record["valid_loss"] == pytest.approx(train.evaluate(params, ids["valid"], 10, 70))
+    ppl = float(re.search(r"test ppl +([\d.]+)", out)[1])
+    assert ppl == pytest.approx(math.exp(train.evaluate(params, ids["test"], 1, 70)), abs=0.006)
+    assert read_checkpoint(path)["vocabulary"] == before["vocabulary"]
+
+
+@COMMANDS
+def test_a_run_on_other_text_resumes(command, records, weights, corpus_dir, tmp_path):
+    whole, parts = tmp_path / "whole.pt", tmp_path / "parts.pt"
+    flags = ["--resume", weights, "--data", corpus_dir, "--epochs", 3, "--batch_size", 4,
+             "--bptt", 10, "--save"]
+    succeed(*flags, whole, command=command.main)
+    stop([60], *flags, parts, command=command.main)
+    out = succeed("--resume", parts, command=command.main)
+    assert IDENTICAL in out and "Text read with the vocabulary of" in out
+    assert same(outcome(parts), outcome(whole))
+    assert lines(Path(f"{parts}{records}").read_text()) == outcome(whole)[-1]
+    (corpus_dir / "valid.txt").write_text("ann sees the cat\n" * 9)  # with words it knows
+    assert f"--data {corpus_dir}: its text is not that" in refuse(
+        "--resume", parts, "--epochs", 9, command=command.main
+    )
+
+
+def test_text_of_another_kind_is_warned_of(weights, tmp_path):
+    folder = tmp_path / "capitals"
+    folder.mkdir()
+    for split in SPLITS:
+        (folder / f"{split}.txt").write_text("ANN SEES THE CAT\n" * 30)
+    status, out, err = invoke(finetune.main, "--save", weights, "--data", folder, "--epochs", 1)
+    assert (status, err.count("\n")) == (0, 1)
+    assert "360 of 450 tokens (80.0%) are unknown" in out
+    assert f"Warning: most of {folder} is unknown to {weights}" in err

@@ -7,7 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data import SPLITS, Corpus, InputError, batchify, exact_windows, get_batch, unigram_loss
+from data import (
+    SPLITS, Corpus, Dictionary, InputError, batchify, exact_windows, get_batch, unigram_loss,
+)
 from properties import repeated
 
 
@@ -68,6 +70,20 @@ def test_any_bytes_are_read_as_defined_or_refused_by_name(tmp_path, content):
         expected.pop()  # what follows the last line's end is no line
     corpus = Corpus(tmp_path)
     assert [corpus.dictionary.idx2word[i] for i in corpus.valid] == expected
+
+
+def test_another_vocabulary(tmp_path):
+    corpus = Corpus(write(tmp_path))  # a b <eos> b c <eos>, c d <eos>, a e <eos>
+    words = Dictionary(["<eos>", "c", "UNK", "a"])
+    assert corpus.use_vocabulary(words) == {"b": 2, "d": 1, "e": 1}
+    found = [getattr(corpus, split).tolist() for split in SPLITS]
+    assert found == [[3, 2, 0, 2, 1, 0], [1, 2, 0], [3, 2, 0]]
+    assert corpus.dictionary is words
+    corpus = Corpus(tmp_path)
+    assert corpus.use_vocabulary(Dictionary(["e", "d", "c", "<eos>", "b", "a"])) == {}
+    assert corpus.valid.tolist() == [2, 1, 3]
+    with pytest.raises(InputError, match=f"{tmp_path}: holds words .* has no <unk>: 'c', 'd'; "):
+        Corpus(tmp_path).use_vocabulary(Dictionary(["<eos>", "a", "b", "e"]))
 
 
 def test_unigram_loss_is_the_add_one_smoothed_frequency_model():
