@@ -21,7 +21,8 @@ from data import Dictionary, InputError
 from model import DROPOUTS, NOTES, training_settings
 from splitcross import SplitCrossEntropyLoss
 from utils import (
-    FINETUNE_RECORDS, RECORDS, Preemption, is_device_error, log, plain, read_with_vocabulary, warn,
+    FINETUNE_RECORDS, RECORDS, Preemption, append_rest, is_device_error, log, plain,
+    read_with_vocabulary, warn,
 )
 
 try:
@@ -152,7 +153,7 @@ def saved_params(path, corpus, args, content=None):
     Raises InputError when the checkpoint is unusable or has no token for unknown words.
     """
     checkpoint = read_checkpoint(path, args.device, content)
-    read_with_vocabulary(corpus, checkpoint["vocabulary"], path)
+    read_with_vocabulary(corpus, Dictionary(checkpoint["vocabulary"]), path)
     return build_params(checkpoint, **training_settings(args))
 
 
@@ -261,7 +262,7 @@ def is_of_kind(file, kind):
     if kind == "lock":
         return os.path.getsize(file) == 0
     if kind == "JSON lines":
-        return Path(file).read_bytes()[:9] in (b"", b'{"epoch":')
+        return b'{"epoch":'.startswith(Path(file).read_bytes()[:9])
     try:
         unpack(file, kind)
     except InputError:
@@ -305,7 +306,8 @@ class Run:
         """Tries to write the pending files. Returns whether no file is left pending."""
         for path, content in list(self.pending.items()):
             try:
-                write_atomically(path, content)
+                if not (path.endswith(RECORDS) and append_rest(path, content)):
+                    write_atomically(path, content)
             except InputError as error:
                 warn(f"Warning: {error}; will try again at the next save")
             else:

@@ -99,9 +99,10 @@ class Corpus:
                 f"{self.name}: holds words outside the model's vocabulary, which has no {UNK}: "
                 f"{list_most_common(unknown)}; replace them by words that it has"
             )
-        ids = torch.tensor([known.get(word, known.get(dictionary.unk)) for word in words])
+        ids = [known.get(word, known.get(dictionary.unk)) for word in words]
+        ids = torch.tensor(ids, dtype=self.train.dtype)
         for split in SPLITS:
-            setattr(self, split, ids[getattr(self, split)])
+            setattr(self, split, ids.index_select(0, getattr(self, split)))
         self.dictionary = dictionary
         return unknown
 

@@ -13,7 +13,7 @@ from argparse import Namespace
 from checkpoint import (
     back_up, copy_model, how_to_resume, open_run, read_checkpoint, read_state, saved_params,
 )
-from data import InputError
+from data import Dictionary, InputError
 from distributed import broadcast, is_first
 from flags import (
     ARCHITECTURE, check_unchanged, differences, flags_of_run, format_flag, make_parser, model_flags,
@@ -113,7 +113,7 @@ def reread_state(args, corpus, command):
             f"--data {args.data}: its text is not that of the run of {args.resume}; use that, or "
             f"copy {args.resume} elsewhere to start from its weights only"
         )
-    read_with_vocabulary(corpus, state["vocabulary"], args.resume)
+    read_with_vocabulary(corpus, Dictionary(state["vocabulary"]), args.resume)
     return state
 
 

@@ -128,6 +128,7 @@ def make_trainer(corpus, args, run, state):
         best, _ = score(params, corpus.valid, args, run.check)
         if os.path.exists(f"{args.save}{RECORDS}"):
             records = Path(f"{args.save}{RECORDS}").read_text("utf-8", errors="replace")
+            records = records[: records.rfind("\n") + 1]  # without a part of a line
     elif not state and os.path.exists(args.save):
         log(f"Note: {args.save} exists; the first epoch's model will replace it")
     trainer = Trainer(params, corpus, args, run, best=best, records=records)

@@ -244,7 +244,7 @@ def main(argv=None):
     args = parse_args(argv)
     params, dictionary = load_for_use(args.save, args)
     corpus = Corpus(args.data)
-    read_with_vocabulary(corpus, dictionary.idx2word, args.save)
+    read_with_vocabulary(corpus, dictionary, args.save)
     reader = Reader(params, corpus, args)
     if args.tune:
         tune(reader, corpus.valid, args)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 import distributed
 from cpu_kernels import use_expandable_segments
-from data import SPLITS, Corpus, Dictionary, InputError, batchify, get_batch, list_most_common
+from data import SPLITS, Corpus, InputError, batchify, get_batch, list_most_common
 
 __all__ = ["batchify", "get_batch", "repackage_hidden"]  # as in the reference
 
@@ -57,6 +57,21 @@ def write_utf8():
     """Writes standard output as UTF-8 whatever the locale, unless to a terminal: text is data."""
     if hasattr(sys.stdout, "reconfigure") and not sys.stdout.isatty():
         sys.stdout.reconfigure(encoding="utf-8")
+
+
+def append_rest(path, content):
+    """Appends to the file at `path` what it lacks of the bytes `content`; returns whether it could.
+
+    It cannot if the file does not begin like `content`: then it is of another run, ahead of this
+    resumed one, or damaged.
+    """
+    with contextlib.suppress(OSError), open(path, "r+b") as file:
+        if content.startswith(before := file.read()):
+            file.write(content[len(before) :])
+            file.flush()
+            os.fsync(file.fileno())
+            return True
+    return False
 
 
 def perplexity(loss):
@@ -250,20 +265,20 @@ def prepare(args):
     return corpus
 
 
-def read_with_vocabulary(corpus, words, path):
-    """Encodes the corpus with the `words` of the model at `path` and, if it has others, logs that.
+def read_with_vocabulary(corpus, dictionary, path):
+    """Encodes the corpus with the vocabulary of the model at `path`; logs that if it is another.
 
-    Raises InputError if the model has no token for unknown words, and meets some.
+    Raises InputError if it lacks words of the corpus, and has no token for unknown words.
     """
-    if corpus.dictionary.idx2word == words:
+    if corpus.dictionary.idx2word == dictionary.idx2word:
         return
-    dictionary = Dictionary(words)
     unknown = corpus.use_vocabulary(dictionary)
     tokens = sum(len(getattr(corpus, split)) for split in SPLITS)
     named = f", read as {dictionary.unk}: {list_most_common(unknown)}" if unknown else ""
     log(
-        f"Text read with the vocabulary of {path}, {len(words):,} words: {unknown.total():,} of "
-        f"{tokens:,} tokens ({unknown.total() / tokens:.1%}) are unknown{named}"
+        f"Text read with the vocabulary of {path}, {len(dictionary):,} words: "
+        f"{unknown.total():,} of {tokens:,} tokens ({unknown.total() / tokens:.1%}) are unknown"
+        f"{named}"
     )
     if unknown.total() > tokens / 2:
         warn(

@@ -453,6 +453,68 @@ def test_a_model_that_is_never_written_is_tested_and_reported(
     assert read_state(path)["best"] == math.inf
 
 
+# ---------------------------------------------------------------- the JSON lines
+
+
+def test_the_lines_of_a_run_are_appended_to_the_file(new_trainer, tmp_path):
+    """Whoever has opened it, such as tail -f, reads each line once."""
+    path = tmp_path / "m.pt.jsonl"
+    path.write_text('{"epoch": 1}\n' * 9)  # of an earlier run
+    trainer = new_trainer(epochs=4)
+    end_epoch, read = trainer.end_epoch, []
+
+    def follow():
+        end_epoch()
+        if trainer.epoch == 2:
+            follow.file = open(path)  # noqa: SIM115 - stays open
+        read.append(follow.file.read())
+
+    trainer.end_epoch = follow
+    trainer.fit()
+    follow.file.close()
+    assert [line["epoch"] for part in read for line in lines(part)] == [1, 2, 3, 4]
+    assert [part.count("\n") for part in read] == [1] * 4
+    assert "".join(read) == path.read_text()
+
+
+@pytest.mark.parametrize("tail", ['{"epoch": 3, "sec', '{"epoch": 3, "seconds": 1}\n', None])
+def test_a_resumed_run_repairs_the_lines(tail, unfinished, tmp_path):
+    """A file that ends in a part of a line, is ahead of the state, or has lost its end."""
+    path = tmp_path / "run.pt.jsonl"
+    before = path.read_text()
+    path.write_text(before + tail if tail else before[:-9])
+    records = read_state(tmp_path / "run.pt")["records"]
+    stop([1], "--resume", tmp_path / "run.pt")
+    assert path.read_text() == records
+    succeed("--resume", tmp_path / "run.pt")
+    assert path.read_text() == read_state(tmp_path / "run.pt")["records"]
+    assert [line["epoch"] for line in lines(path.read_text())] == [1, 2, 3]
+
+
+def test_a_warm_start_goes_on_after_the_last_whole_line(trained, corpus_dir):
+    trained.with_name("trained.pt.state").unlink()
+    path = trained.with_name("trained.pt.jsonl")
+    before = path.read_text()
+    path.write_text(before + '{"epoch": 2, "sec')
+    succeed("--resume", trained, "--save", trained, "--epochs", 1, "--batch_size", 4)
+    assert path.read_text().startswith(before)
+    assert [line["epoch"] for line in lines(path.read_text())] == [1, 1]
+
+
+def test_a_disk_that_fills_up_within_a_line(tmp_path, capsys):
+    run, path = Run(arguments(save=str(tmp_path / "m.pt")), "main.py"), tmp_path / "m.pt.jsonl"
+    first, second, third = (f'{{"epoch": {n}, "lr": {"1" * 50}}}\n' for n in (1, 2, 3))
+    run.save_records(first, False)
+    inode = path.stat().st_ino
+    with full_disk(100):
+        run.save_records(first + second, False)
+        assert "m.pt.jsonl: cannot be written (File too large); will" in capsys.readouterr().err
+        assert path.read_text() == (first + second)[:100]
+    run.save_records(first + second + third, False)
+    assert (path.read_text(), run.pending) == (first + second + third, {})
+    assert path.stat().st_ino == inode
+
+
 # ---------------------------------------------------------------- flags of a resumed run
 
 
