@@ -117,6 +117,11 @@ def unpack(path, kind, device="cpu", content=None):
         found = None
     if found != (f"awd-lstm {kind}", VERSION):
         raise InputError(f"{path}: is not a {kind} of this version of main.py; train again")
+    if not torch.equal(contents["model"]["encoder.weight"], contents["model"]["decoder.weight"]):
+        raise InputError(
+            f"{path}: its encoder.weight and decoder.weight differ, but are tied; change both, or "
+            "start from given vectors with main.py --embeddings"
+        )
     return contents
 
 

@@ -1,9 +1,11 @@
 """Text files to token ids, and the [time, batch] layouts of training and evaluation."""
 
 import codecs
+import gzip
 import hashlib
 import platform
 import re
+import zlib
 from array import array
 from collections import Counter
 from itertools import islice
@@ -142,6 +144,46 @@ def encode(words, dictionary):
             "them out, or name the token for unknown words (--unk)"
         )
     return [ids[dictionary.unk if word in unknown else word] for word in words], unknown
+
+
+def read_vectors(path, words, size):
+    """{word: its vector [size]} of those `words` that a file of word vectors holds.
+
+    The file is in word2vec's text format (the first line is the number of vectors and their width,
+    each other line a word and its numbers) or in GloVe's, without a first line; .gz too. Of a
+    word's vectors the first counts. Raises InputError, naming the file and the line.
+    """
+    wanted, found = {word.encode(): word for word in words}, {}
+    count, number = None, 0
+    try:
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                word, *values = line.split() or [b""]  # bytes: GloVe has words with other spaces
+                is_header = number == 1 and len(values) == 1
+                width = int(values[0]) if is_header else len(values)
+                if number == 1 and width != size:
+                    raise InputError(
+                        f"--emsize {size}: the vectors in {path} have {width} numbers; give "
+                        f"--emsize {width}, or other vectors"
+                    )
+                if is_header:
+                    count = int(word)
+                elif width != size:
+                    raise ValueError
+                elif word in wanted:
+                    vector = torch.tensor([float(value) for value in values])
+                    if not vector.isfinite().all():
+                        raise ValueError
+                    found[wanted.pop(word)] = vector
+    except InputError:
+        raise
+    except ValueError:
+        raise InputError(f"{path}: line {number} is not a word and {size} numbers") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(f"{path}: {error}") from None
+    if count not in (None, number - 1):
+        raise InputError(f"{path}: line 1 says {count:,} vectors, but {number - 1:,} lines follow")
+    return found
 
 
 def list_most_common(words):

@@ -48,7 +48,8 @@ RECIPES["short-gru"] = {**RECIPES["short"], "alpha": 0.5, "beta": 0.25}
 # Flags that cannot change within a run: the position in the text, the optimizer's state or the
 # random numbers would become invalid.
 FIXED_FLAGS = (
-    "recipe", "batch_size", "optimizer", "seed", "decoder_bias", "objective", *ARCHITECTURE
+    "recipe", "batch_size", "optimizer", "seed", "decoder_bias", "embeddings", "objective",
+    *ARCHITECTURE,
 )
 # Flags that do not affect the result; `data` is compared by its content.
 FREE_FLAGS = (

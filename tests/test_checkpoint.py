@@ -233,6 +233,25 @@ def test_unusable_files_are_refused_by_name_and_left_alone(edits, message, suffi
     assert files_at(trained) == before
 
 
+@pytest.mark.parametrize("suffix", ["", ".state"])
+def test_tied_weights_that_differ_are_refused(suffix, trained):
+    """As of someone who has changed one of them, and renewed the seal."""
+    path = trained.with_name(trained.name + suffix)
+    model = torch.load(path, weights_only=True)["model"]
+    edit(path, model={**model, "encoder.weight": model["encoder.weight"] + 1})
+    message = f"{path}: its encoder.weight and decoder.weight differ"
+    if suffix:
+        assert message in refuse("--resume", trained)
+    else:
+        assert message in refuse("--save", trained, command=finetune.main)
+        with pytest.raises(InputError, match=message):
+            load(trained)
+    # Both changed alike, it is a model like any other.
+    changed = model["encoder.weight"] + 1
+    edit(path, model={**model, "encoder.weight": changed, "decoder.weight": changed})
+    succeed("--resume", trained, "--epochs", 2)
+
+
 @pytest.mark.parametrize(
     ("kind", "message", "told"),
     [
