@@ -44,7 +44,8 @@ class Corpus:
     `path` is a folder with train.txt, valid.txt and test.txt (UTF-8, tokens separated by white
     space, each line ends in an implied <eos>), or "sample" for a corpus built from Python's own
     documentation. `dictionary` covers all three splits, as in published results; `train`, `valid`,
-    `test` are int64 id vectors; `digest` is the SHA-256 of the text.
+    `test` are int64 id vectors; `digest` is the SHA-256 of the text; `explicit_eos` is the number
+    of lines that end in an explicit <eos>.
 
     Raises InputError, naming the file, if a split is missing, empty, binary or not UTF-8.
     """
@@ -52,6 +53,7 @@ class Corpus:
     def __init__(self, path):
         self.dictionary = Dictionary()
         self.name = str(path)
+        self.explicit_eos = 0
         self._hash = hashlib.sha256()
         if self.name == "sample":
             self.name = f"sample (documentation of Python {platform.python_version()})"
@@ -82,6 +84,7 @@ class Corpus:
             ids.extend([id_of(word, len(word2idx)) for word in words])
             ids.append(id_of(EOS, len(word2idx)))
             blank = blank and not words
+            self.explicit_eos += words[-1:] == [EOS]
         self.dictionary.idx2word.extend(islice(word2idx, len(self.dictionary), None))
         if blank:
             raise InputError(f"{name}: holds no words")

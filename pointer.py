@@ -26,7 +26,7 @@ from evaluate import load_for_use
 from flags import (
     Parser, add_device_flags, coefficient, count, number, rate, run_command, steps,
 )
-from utils import log, loss_columns, read_with_vocabulary
+from utils import log, loss_columns, note_explicit_eos, read_with_vocabulary
 
 CHUNK = 256  # words per computation of the attention over the cache
 # The values that --tune tries. Rates and decays are for segments of 5 words, and scale with them.
@@ -244,6 +244,7 @@ def main(argv=None):
     args = parse_args(argv)
     params, dictionary = load_for_use(args.save, args)
     corpus = Corpus(args.data)
+    note_explicit_eos(corpus)
     read_with_vocabulary(corpus, dictionary, args.save)
     reader = Reader(params, corpus, args)
     if args.tune:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 import distributed
 from cpu_kernels import use_expandable_segments
-from data import SPLITS, Corpus, InputError, batchify, get_batch, list_most_common
+from data import EOS, SPLITS, Corpus, InputError, batchify, get_batch, list_most_common
 
 __all__ = ["batchify", "get_batch", "repackage_hidden"]  # as in the reference
 
@@ -256,6 +256,7 @@ def prepare(args):
     sizes = ", ".join(f"{split} {len(getattr(corpus, split)):,}" for split in SPLITS)
     log(f"Corpus {corpus.name}: tokens {sizes}; {len(corpus.dictionary):,} words")
     log(f"Corpus sha256: {corpus.digest}")
+    note_explicit_eos(corpus)
     ranks = f", {distributed.size()} processes" if distributed.is_distributed() else ""
     log(
         f"PyTorch {torch.__version__}, device {describe_device(args.device)}, "
@@ -263,6 +264,15 @@ def prepare(args):
     )
     log(f"Args: {plain(args)}")
     return corpus
+
+
+def note_explicit_eos(corpus):
+    """Logs how many lines of the corpus end in an explicit <eos>, if any do."""
+    if corpus.explicit_eos:
+        log(
+            f"Note: {corpus.explicit_eos:,} lines end in an explicit {EOS}, which doubles the "
+            "implied one and lowers the perplexity; remove it from the text"
+        )
 
 
 def read_with_vocabulary(corpus, dictionary, path):

@@ -12,6 +12,7 @@ import torch
 
 import finetune
 import main
+import pointer
 import train
 from bidirectional import OBJECTIVES
 from checkpoint import pack, read_checkpoint, read_state
@@ -107,6 +108,18 @@ def test_train_finetune_test(cli, corpus_dir, small):
     ]
 
 
+def test_only_an_eos_at_the_end_of_a_line_is_noted(corpus_dir, small, tmp_path):
+    with open(corpus_dir / "valid.txt", "a") as file:
+        file.write("ann sees the cat <eos>\nann <eos> sees\n\nbob <eos>\t\n")
+    out = succeed("--data", corpus_dir, *small, "--epochs", 1, "--save", tmp_path / "m.pt")
+    read = succeed("--data", corpus_dir, "--save", tmp_path / "m.pt", command=pointer.main)
+    for log in (out, read):
+        assert log.count("Note: 2 lines end in an explicit <eos>") == 1
+    (corpus_dir / "valid.txt").write_text("ann <eos> sees\n\n\n")
+    out = succeed("--data", corpus_dir, *small, "--epochs", 1, "--save", tmp_path / "m.pt")
+    assert "explicit" not in out
+
+
 def test_another_seed_is_another_run(corpus_dir, small, tmp_path):
     models = []
     for seed in (3, 4):
@@ -157,6 +170,7 @@ def test_a_vocabulary_of_one_word_is_trained_and_cannot_be_wrong(tmp_path, small
     out = succeed("--data", tmp_path, *small, "--epochs", 1, "--finetune", 1,
                   "--save", tmp_path / "m.pt")
     assert "test ppl     1.00" in out
+    assert out.count("Note: 90 lines end in an explicit <eos>, which doubles the implied one") == 1
 
 
 def test_importing_has_no_side_effects(tmp_path):
