@@ -77,16 +77,7 @@ def parse_args(argv=None):
     path = getattr(given, "resume", "") or getattr(given, "save", "")
     if not path:
         raise InputError("--save: name the checkpoint that main.py wrote")
-    state = None
-    if hasattr(given, "resume"):
-        state = read_state(path, COMMAND)
-        finished = None if state else read_state(path)
-        if finished and finished["finetuning"]:
-            resume = how_to_resume(finished["command"], path)
-            raise InputError(
-                f"--resume {path}: its fine-tuning by {finished['command']} is finished; {resume} "
-                f"--finetune N, with a higher N, extends it; --save {path} fine-tunes it again"
-            )
+    state = state_to_resume(path, COMMAND) if hasattr(given, "resume") else None
     if state:
         saved = flags_of_run(state, path)
     else:
@@ -100,6 +91,26 @@ def parse_args(argv=None):
         saved |= model_flags(checkpoint)
     check_unchanged(given, saved if state else model_flags(checkpoint), path)
     return resolve_flags(given, parser.defaults, saved), state
+
+
+def state_to_resume(path, command):
+    """The training state at `path`, from which `command` resumes; None if only weights are there.
+
+    A finished run of main.py is the start of finetune.py. Raises InputError if the run belongs to
+    the other command and is unfinished or has been fine-tuned.
+    """
+    state = read_state(path, command)
+    finished = None if state else read_state(path)
+    if finished and finished["finetuning"]:
+        tuned_by, more = finished["command"], ""
+        if not finished["done"]:
+            flag = "--finetune" if tuned_by == "main.py" else "--epochs"
+            more = f"{how_to_resume(tuned_by, path)} {flag} N, with a higher N, extends it; "
+        raise InputError(
+            f"--resume {path}: its fine-tuning by {tuned_by} is finished; {more}"
+            f"finetune.py --save {path} fine-tunes it again"
+        )
+    return state
 
 
 def reread_state(args, corpus, command):

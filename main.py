@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import copy_model, open_run, read_checkpoint, read_state, saved_params
+from checkpoint import copy_model, open_run, read_checkpoint, saved_params
 from data import InputError, read_vectors, unigram
-from finetune import finetune, reread_state
+from finetune import finetune, reread_state, state_to_resume
 from flags import (
     RECIPES, check_unchanged, describe_recipe, differences, flags_of_run, format_flag, make_parser,
     model_flags, number, resolve_flags, run_command,
@@ -70,7 +70,7 @@ def parse_args(argv=None):
     )
     given = parser.parse_args(argv)
     path = getattr(given, "resume", "")
-    state, saved = read_state(path, COMMAND), {}
+    state, saved = state_to_resume(path, COMMAND), {}
     if state:
         saved = flags_of_run(state, path)
         check_unchanged(given, saved, path)

@@ -794,7 +794,10 @@ def test_main_resumes_in_its_fine_tuning(corpus_dir, small, tmp_path):
     bases = [read_checkpoint(f"{path}.base")["model"] for path in (whole, parts)]
     assert same(*bases)
     err = refuse("--resume", parts, command=finetune.main)
-    assert "its fine-tuning by main.py is finished" in err and "--finetune" in err
+    assert "its fine-tuning by main.py is finished" in err and "--finetune N" in err
+    out = succeed("--resume", parts)
+    assert "The run is finished; a higher --finetune extends it" in out
+    assert "end of epoch" not in out and "| End of training | test loss" in out
 
 
 def test_finetune_resumes_itself_and_names_the_command_for_the_others(unfinished, tmp_path):
@@ -803,15 +806,23 @@ def test_finetune_resumes_itself_and_names_the_command_for_the_others(unfinished
     assert "belongs to an unfinished run of main.py; " in err
     assert f"python main.py --resume {path} continues" in err
     # Fine-tuning what was cut short keeps the run, so that it can still go on.
-    out = stop([40], "--save", path, "--epochs", 3, command=finetune.main)
+    more = ["--epochs", 3, "--nonmono", 9]
+    out = stop([40], "--save", path, *more, command=finetune.main)
     assert f"python finetune.py --resume {path} resumes from here" in out
     assert f"python finetune.py --resume {path} continues it" in refuse("--resume", path)
     base, whole = path.with_name("run.pt.base"), tmp_path / "whole.pt"
     shutil.copy(base, whole)
     out = succeed("--resume", path, command=finetune.main)
     assert "of fine-tuning, batch" in out and IDENTICAL in out
-    succeed("--save", whole, "--epochs", 3, command=finetune.main)
+    succeed("--save", whole, *more, command=finetune.main)
     assert same(outcome(path), outcome(whole))
+    out = succeed("--resume", path, command=finetune.main)
+    assert "The run is finished; a higher --epochs extends it" in out and "end of epoch" not in out
+    err = refuse("--resume", path)
+    assert f"its fine-tuning by finetune.py is finished; python finetune.py --resume {path} " in err
+    assert "--epochs N, with a higher N, extends it" in err
+    edit(path.with_name("run.pt.state"), done=True)  # by the trigger
+    assert f"is finished; finetune.py --save {path} fine-tunes" in refuse("--resume", path)
     assert f"Resuming the run of {base} at epoch 2" in succeed("--resume", base)
 
 
