@@ -421,7 +421,7 @@ def explain(error):
     if isinstance(error, OSError):
         if error.errno in FULL_DISK and error.filename is None:
             return f"cannot write the output ({error.strerror}); free disk space and run it again"
-        return str(error)
+        return f"{error.filename}: {error.strerror}" if error.filename else str(error)
     if isinstance(error, dist.DistError):
         return f"the processes cannot communicate: {' '.join(str(error).split())}"
     if not is_device_error(error):

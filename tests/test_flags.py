@@ -42,6 +42,8 @@ BAD_FLAGS = [
     ("--on-divergence pray", "--on-divergence: invalid choice: 'pray'"),
     ("--no-such-flag", "unrecognized arguments: --no-such-flag"),
     ("--data absent", "train.txt: no such file; --data takes a folder"),
+    ("--embeddings absent", "error: absent: No such file or directory"),
+    ("--embeddings .", "error: .: Is a directory"),
     ("--resume absent.pt", "absent.pt: no such checkpoint"),
     ("--resume notes.txt", "notes.txt: is damaged, or not a checkpoint of main.py"),
     ("--save absent/m.pt", "--save absent/m.pt: cannot be written (No such file"),
