@@ -162,18 +162,20 @@ def read_vectors(path, words, size):
         with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as lines:
             for number, line in enumerate(lines, 1):
                 word, *values = line.split() or [b""]  # bytes: GloVe has words with other spaces
-                is_header = number == 1 and len(values) == 1
-                width = int(values[0]) if is_header else len(values)
-                if number == 1 and width != size:
-                    raise InputError(
-                        f"--emsize {size}: the vectors in {path} have {width} numbers; give "
-                        f"--emsize {width}, or other vectors"
-                    )
-                if is_header:
-                    count = int(word)
-                elif width != size:
+                if number == 1:
+                    is_header = len(values) == 1
+                    width = int(values[0]) if is_header else len(list(map(float, values)))
+                    if width not in (0, size):
+                        raise InputError(
+                            f"--emsize {size}: the vectors in {path} have {width} numbers; give "
+                            f"--emsize {width}, or other vectors"
+                        )
+                    if is_header:
+                        count = int(word)
+                        continue
+                if len(values) != size:
                     raise ValueError
-                elif word in wanted:
+                if word in wanted:
                     vector = torch.tensor([float(value) for value in values])
                     if not vector.isfinite().all():
                         raise ValueError

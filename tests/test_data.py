@@ -177,6 +177,8 @@ def test_the_vectors_of_known_words_are_read(name, header, tmp_path):
     (b"a 1 2 1e39\n", "/v: line 1 is not"),  # beyond float32
     (b"a 1 2 3\n\n", "/v: line 2 is not"),
     (b"many 3\na 1 2 3\n", "/v: line 1 is not"),
+    (b"no vectors at all\n", "/v: line 1 is not"),
+    (b"a,1,2,3\n", "/v: line 1 is not"),
     (b"1 3\n\x80\x00\x80?\n", "/v: line 2 is not"),  # word2vec's binary format
     (b"5 3\na 1 2 3\n", "/v: line 1 says 5 vectors, but 1 lines follow"),
 ])
