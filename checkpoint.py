@@ -20,7 +20,10 @@ from bidirectional import make_model
 from data import Dictionary, InputError
 from model import DROPOUTS, NOTES, LanguageModel, training_settings
 from splitcross import SplitCrossEntropyLoss
-from utils import FINETUNE_RECORDS, RECORDS, Preemption, is_device_error, log, plain, warn
+from utils import (
+    FINETUNE_RECORDS, RECORDS, Preemption, append_rest, is_device_error, log, plain,
+    read_with_vocabulary, warn,
+)
 
 try:
     import fcntl
@@ -114,6 +117,11 @@ def unpack(path, kind, device="cpu", content=None):
         found = None
     if found != (f"awd-lstm {kind}", VERSION):
         raise InputError(f"{path}: is not a {kind} of this version of main.py; train again")
+    if not torch.equal(contents["model"]["encoder.weight"], contents["model"]["decoder.weight"]):
+        raise InputError(
+            f"{path}: its encoder.weight and decoder.weight differ, but are tied; change both, or "
+            "start from given vectors with main.py --embeddings"
+        )
     return contents
 
 
@@ -146,25 +154,17 @@ def build_params(checkpoint, **settings):
 def saved_params(path, corpus, args, content=None):
     """nn.ModuleList([model, criterion]) of the checkpoint at `path`, with the dropouts of `args`.
 
-    If the bytes `content` are given, `path` is not read. Raises InputError when the checkpoint is
-    unusable or its vocabulary is not the corpus's.
+    The corpus is encoded with its vocabulary. If the bytes `content` are given, `path` is not read.
+    Raises InputError when the checkpoint is unusable or has no token for unknown words.
     """
     checkpoint = read_checkpoint(path, args.device, content)
-    check_corpus(checkpoint["vocabulary"], corpus, args, path)
+    read_with_vocabulary(corpus, vocabulary_of(checkpoint), path)
     return build_params(checkpoint, **training_settings(args))
 
 
-def check_corpus(words, corpus, args, path, digest=None):
-    """Raises InputError unless the corpus from --data has the `words` of the model at `path`.
-
-    With `digest`, the SHA-256 of a corpus, the text must be the same too.
-    """
-    same_words = words == corpus.dictionary.idx2word
-    if not same_words or digest not in (None, corpus.digest):
-        raise InputError(
-            f"--data {args.data}: its {'text' if same_words else 'vocabulary'} is not that of "
-            f"{path}; use the corpus that it was trained on"
-        )
+def vocabulary_of(contents):
+    """The data.Dictionary of a checkpoint or a training state."""
+    return Dictionary(contents["vocabulary"], contents["flags"].get("level", "word"))
 
 
 def load(path, device="cpu"):
@@ -175,7 +175,7 @@ def load(path, device="cpu"):
     """
     checkpoint = read_checkpoint(path, device)
     rates = {name: rate for name, rate in checkpoint["flags"].items() if name in DROPOUTS}
-    return LanguageModel(build_params(checkpoint, **rates), Dictionary(checkpoint["vocabulary"]))
+    return LanguageModel(build_params(checkpoint, **rates), vocabulary_of(checkpoint))
 
 
 # ------------------------------------------------------------ training states
@@ -271,7 +271,7 @@ def is_of_kind(file, kind):
     if kind == "lock":
         return os.path.getsize(file) == 0
     if kind == "JSON lines":
-        return Path(file).read_bytes()[:9] in (b"", b'{"epoch":')
+        return b'{"epoch":'.startswith(Path(file).read_bytes()[:9])
     try:
         unpack(file, kind)
     except InputError:
@@ -315,7 +315,8 @@ class Run:
         """Tries to write the pending files. Returns whether no file is left pending."""
         for path, content in list(self.pending.items()):
             try:
-                write_atomically(path, content)
+                if not (path.endswith(RECORDS) and append_rest(path, content)):
+                    write_atomically(path, content)
             except InputError as error:
                 warn(f"Warning: {error}; will try again at the next save")
             else:

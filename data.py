@@ -1,9 +1,11 @@
 """Text files to token ids, and the [time, batch] layouts of training and evaluation."""
 
+import gzip
 import hashlib
 import os
 import platform
 import re
+import zlib
 from array import array
 from collections import Counter
 from contextlib import suppress
@@ -57,8 +59,9 @@ class Corpus:
     `path` is a folder with train.txt, valid.txt and test.txt (UTF-8, tokens separated by white
     space, each line ends in an implied <eos>), or "sample" for a corpus built from Python's own
     documentation. `dictionary` covers all three splits, as in published results; `train`, `valid`,
-    `test` are int32 id vectors; `digest` is the SHA-256 of the text. With the level "char" the
-    tokens are the characters of a line, including spaces.
+    `test` are int32 id vectors; `digest` is the SHA-256 of the text; `explicit_eos` is the number
+    of lines that end in an explicit <eos>. With the level "char" the tokens are the characters of a
+    line, including spaces.
 
     With `cache`, the ids of a text of more than CACHE_ABOVE bytes are written to ids.LEVEL.npz in
     the folder, if possible, and read from there for as long as the text has the same digest.
@@ -69,6 +72,7 @@ class Corpus:
     def __init__(self, path, level="word", cache=True):
         self.dictionary = Dictionary(level=level)
         self.name = str(path)
+        self.explicit_eos = 0
         self._hash = hashlib.sha256()
         cached = None
         if self.name == "sample":
@@ -99,21 +103,24 @@ class Corpus:
                     return False
                 words = file["words"].tobytes().decode().split("\n")
                 ids = [torch.from_numpy(file[split]) for split in SPLITS]
+                explicit_eos = int(file["explicit_eos"])
         except Exception:  # numpy raises many types of error for a damaged file
             return False
         self.dictionary, self.digest = Dictionary(words, self.dictionary.level), digest
         self.train, self.valid, self.test = ids
+        self.explicit_eos = explicit_eos
         return True
 
     def _write_cache(self, path):
         """Writes the ids and the words to `path`, completely or, in a read-only folder, not."""
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         words = np.frombuffer("\n".join(self.dictionary.idx2word).encode(), np.uint8)
-        ids = {split: getattr(self, split).numpy() for split in SPLITS}
+        arrays = {split: getattr(self, split).numpy() for split in SPLITS}
+        arrays |= {"words": words, "explicit_eos": self.explicit_eos}
         with suppress(OSError):  # a full disk, too, is no reason not to train
             try:
                 with open(temporary, "wb") as file:
-                    np.savez(file, key=f"{CACHE_FORMAT} {self.digest}", words=words, **ids)
+                    np.savez(file, key=f"{CACHE_FORMAT} {self.digest}", **arrays)
                 os.replace(temporary, path)
             finally:
                 temporary.unlink(missing_ok=True)
@@ -138,10 +145,32 @@ class Corpus:
             ids.extend([id_of(word, len(word2idx)) for word in words])
             ids.append(id_of(EOS, len(word2idx)))
             blank = blank and not words
+            self.explicit_eos += words[-1:] == [EOS]
         self.dictionary.idx2word.extend(islice(word2idx, len(self.dictionary), None))
         if blank:
             raise InputError(f"{name}: holds no words")
         return torch.frombuffer(ids, dtype=torch.int32)
+
+    def use_vocabulary(self, dictionary):
+        """Encodes the text with another vocabulary; unknown words become its `unk`.
+
+        Returns a Counter of the unknown words in the three splits. Raises InputError, naming some,
+        if the vocabulary has no token for them.
+        """
+        words, known = self.dictionary.idx2word, dictionary.word2idx
+        counts = sum(torch.bincount(getattr(self, s), minlength=len(words)) for s in SPLITS)
+        unknown = Counter({w: n for w, n in zip(words, counts.tolist()) if w not in known})
+        if unknown and dictionary.unk is None:
+            raise InputError(
+                f"{self.name}: holds words outside the model's vocabulary, which has no {UNK}: "
+                f"{list_most_common(unknown)}; replace them by words that it has"
+            )
+        ids = [known.get(word, known.get(dictionary.unk)) for word in words]
+        ids = torch.tensor(ids, dtype=self.train.dtype)
+        for split in SPLITS:
+            setattr(self, split, ids.index_select(0, getattr(self, split)))
+        self.dictionary = dictionary
+        return unknown
 
     def _hashed(self, lines):
         for line in lines:
@@ -213,6 +242,48 @@ def count_words(ids, dictionary):
     is_letter = ~(is_space | is_end)
     starts = is_letter & ~torch.cat([torch.tensor([False]), is_letter[:-1]])
     return (starts.sum() + is_end.sum()).item()
+
+
+def read_vectors(path, words, size):
+    """{word: its vector [size]} of those `words` that a file of word vectors holds.
+
+    The file is in word2vec's text format (the first line is the number of vectors and their width,
+    each other line a word and its numbers) or in GloVe's, without a first line; .gz too. Of a
+    word's vectors the first counts. Raises InputError, naming the file and the line.
+    """
+    wanted, found = {word.encode(): word for word in words}, {}
+    count, number = None, 0
+    try:
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                word, *values = line.split() or [b""]  # bytes: GloVe has words with other spaces
+                if number == 1:
+                    is_header = len(values) == 1
+                    width = int(values[0]) if is_header else len(list(map(float, values)))
+                    if width not in (0, size):
+                        raise InputError(
+                            f"--emsize {size}: the vectors in {path} have {width} numbers; give "
+                            f"--emsize {width}, or other vectors"
+                        )
+                    if is_header:
+                        count = int(word)
+                        continue
+                if len(values) != size:
+                    raise ValueError
+                if word in wanted:
+                    vector = torch.tensor([float(value) for value in values])
+                    if not vector.isfinite().all():
+                        raise ValueError
+                    found[wanted.pop(word)] = vector
+    except InputError:
+        raise
+    except ValueError:
+        raise InputError(f"{path}: line {number} is not a word and {size} numbers") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(f"{path}: {error}") from None
+    if count not in (None, number - 1):
+        raise InputError(f"{path}: line 1 says {count:,} vectors, but {number - 1:,} lines follow")
+    return found
 
 
 def list_most_common(words):

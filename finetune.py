@@ -11,8 +11,8 @@ validation loss meets the trigger, see train.is_nonmonotone. Exit codes are thos
 from argparse import Namespace
 
 from checkpoint import (
-    back_up, check_corpus, copy_model, how_to_resume, open_run, read_checkpoint, read_state,
-    saved_params,
+    back_up, copy_model, how_to_resume, open_run, read_checkpoint, read_state, saved_params,
+    vocabulary_of,
 )
 from data import InputError
 from distributed import broadcast, is_first
@@ -23,7 +23,7 @@ from flags import (
 from train import (
     OPTIMIZER_FLAGS, REGULARIZERS, Trainer, new_params, regularizers_at, score, train_and_test,
 )
-from utils import log, log_parts, loss_columns, prepare
+from utils import log, log_parts, loss_columns, prepare, read_with_vocabulary
 
 COMMAND = "finetune.py"
 INHERITED = (
@@ -78,16 +78,7 @@ def parse_args(argv=None):
     path = getattr(given, "resume", "") or getattr(given, "save", "")
     if not path:
         raise InputError("--save: name the checkpoint that main.py wrote")
-    state = None
-    if hasattr(given, "resume"):
-        state = read_state(path, COMMAND)
-        finished = None if state else read_state(path)
-        if finished and finished["finetuning"]:
-            resume = how_to_resume(finished["command"], path)
-            raise InputError(
-                f"--resume {path}: its fine-tuning by {finished['command']} is finished; {resume} "
-                f"--finetune N, with a higher N, extends it; --save {path} fine-tunes it again"
-            )
+    state = state_to_resume(path, COMMAND) if hasattr(given, "resume") else None
     if state:
         saved = flags_of_run(state, path)
     else:
@@ -103,14 +94,38 @@ def parse_args(argv=None):
     return resolve_flags(given, parser.defaults, saved), state
 
 
+def state_to_resume(path, command):
+    """The training state at `path`, from which `command` resumes; None if only weights are there.
+
+    A finished run of main.py is the start of finetune.py. Raises InputError if the run belongs to
+    the other command and is unfinished or has been fine-tuned.
+    """
+    state = read_state(path, command)
+    finished = None if state else read_state(path)
+    if finished and finished["finetuning"]:
+        tuned_by, more = finished["command"], ""
+        if not finished["done"]:
+            flag = "--finetune" if tuned_by == "main.py" else "--epochs"
+            more = f"{how_to_resume(tuned_by, path)} {flag} N, with a higher N, extends it; "
+        raise InputError(
+            f"--resume {path}: its fine-tuning by {tuned_by} is finished; {more}"
+            f"finetune.py --save {path} fine-tunes it again"
+        )
+    return state
+
+
 def reread_state(args, corpus, command):
     """The training state of `args.resume` again, now that the run is locked.
 
-    Raises InputError unless the run is trained on `corpus`.
+    Raises InputError unless the run is trained on the text of `corpus`.
     """
     state = read_state(args.resume, command)
-    words, digest = state["vocabulary"], state["corpus"]["sha256"]
-    check_corpus(words, corpus, args, args.resume, digest)
+    if state["corpus"]["sha256"] != corpus.digest:
+        raise InputError(
+            f"--data {args.data}: its text is not that of the run of {args.resume}; use that, or "
+            f"copy {args.resume} elsewhere to start from its weights only"
+        )
+    read_with_vocabulary(corpus, vocabulary_of(state), args.resume)
     return state
 
 

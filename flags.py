@@ -48,7 +48,7 @@ RECIPES["short-gru"] = {**RECIPES["short"], "alpha": 0.5, "beta": 0.25}
 # Flags that cannot change within a run: the position in the text, the optimizer's state or the
 # random numbers would become invalid.
 FIXED_FLAGS = (
-    "recipe", "batch_size", "optimizer", "seed", "decoder_bias", "objective", "level",
+    "recipe", "batch_size", "optimizer", "seed", "decoder_bias", "embeddings", "objective", "level",
     *ARCHITECTURE,
 )
 # Flags that do not affect the result; `data` is compared by its content.
@@ -433,7 +433,7 @@ def explain(error):
     if isinstance(error, OSError):
         if error.errno in FULL_DISK and error.filename is None:
             return f"cannot write the output ({error.strerror}); free disk space and run it again"
-        return str(error)
+        return f"{error.filename}: {error.strerror}" if error.filename else str(error)
     if isinstance(error, dist.DistError):
         return f"the processes cannot communicate: {' '.join(str(error).split())}"
     if not is_device_error(error):

@@ -11,12 +11,14 @@ import math
 import os
 from pathlib import Path
 
-from checkpoint import copy_model, open_run, read_checkpoint, read_state, saved_params
-from data import InputError, unigram
-from finetune import finetune, reread_state
+import torch
+
+from checkpoint import copy_model, open_run, read_checkpoint, saved_params
+from data import InputError, read_vectors, unigram
+from finetune import finetune, reread_state, state_to_resume
 from flags import (
-    RECIPES, check_unchanged, describe_recipe, differences, flags_of_run, make_parser, model_flags,
-    number, resolve_flags, run_command,
+    RECIPES, check_unchanged, describe_recipe, differences, flags_of_run, format_flag, make_parser,
+    model_flags, number, resolve_flags, run_command,
 )
 from train import OPTIMIZERS, WARMUP, Trainer, new_params, score, train_and_test
 from utils import RECORDS, log, prepare
@@ -62,9 +64,13 @@ def parse_args(argv=None):
         "--decoder-bias", "zeros", "initial decoder bias: zeros or unigram (the log frequencies of "
         "the words)", choices=["zeros", "unigram"],
     )
+    parser.add(
+        "--embeddings", None, "start the embedding, and with it the tied decoder, from the vectors "
+        "in FILE where words match: word2vec's or GloVe's text format, .gz too", metavar="FILE",
+    )
     given = parser.parse_args(argv)
     path = getattr(given, "resume", "")
-    state, saved = read_state(path, COMMAND), {}
+    state, saved = state_to_resume(path, COMMAND), {}
     if state:
         saved = flags_of_run(state, path)
         check_unchanged(given, saved, path)
@@ -76,8 +82,11 @@ def parse_args(argv=None):
         saved = model_flags(checkpoint)
         check_unchanged(given, saved, path)
         saved |= {flag: checkpoint["flags"][flag] for flag in ("data", "objective")}
-        if hasattr(given, "decoder_bias"):
-            raise InputError(f"--decoder-bias: {path} already has a decoder bias; leave it out")
+        for flag in ("decoder_bias", "embeddings"):
+            if hasattr(given, flag):
+                raise InputError(
+                    f"{format_flag(flag, getattr(given, flag))}: {path} has its own; leave it out"
+                )
     args = resolve_flags(given, parser.defaults, saved)
     has_no_length = "epochs" not in given and args.epochs == parser.defaults["epochs"]
     if has_no_length and args.schedule not in ("constant", saved.get("schedule")):
@@ -116,6 +125,8 @@ def make_trainer(corpus, args, run, state):
         model, criterion = params
         if args.decoder_bias == "unigram":
             criterion.init_bias(unigram(corpus.train, len(corpus.dictionary)), model.decoder.bias)
+        if args.embeddings and not state:
+            embed_given_vectors(model.encoder.weight, corpus.dictionary, args)
     else:
         params = saved_params(args.resume, corpus, args)
         log(
@@ -128,12 +139,26 @@ def make_trainer(corpus, args, run, state):
         best, _ = score(params, corpus.valid, args, run.check)
         if os.path.exists(f"{args.save}{RECORDS}"):
             records = Path(f"{args.save}{RECORDS}").read_text("utf-8", errors="replace")
+            records = records[: records.rfind("\n") + 1]  # without a part of a line
     elif not state and os.path.exists(args.save):
         log(f"Note: {args.save} exists; the first epoch's model will replace it")
     trainer = Trainer(params, corpus, args, run, best=best, records=records)
     if state:
         trainer.resume(state, differences(state, run.flags, args.device))
     return trainer
+
+
+@torch.no_grad()
+def embed_given_vectors(weight, dictionary, args):
+    """Copies the vectors of --embeddings to the rows of the embedding `weight`; logs how many."""
+    vectors = read_vectors(args.embeddings, dictionary.word2idx, args.emsize)
+    if not vectors:
+        raise InputError(f"--embeddings {args.embeddings}: has no word of {args.data}")
+    for word, vector in vectors.items():
+        weight[dictionary.word2idx[word]] = vector
+    log(
+        f"{len(vectors):,} of {len(dictionary):,} words start from the vectors in {args.embeddings}"
+    )
 
 
 if __name__ == "__main__":

@@ -22,14 +22,13 @@ from torch import nn
 from tqdm import tqdm
 
 from bidirectional import is_bilm
-from checkpoint import check_corpus
 from data import Corpus
 from dynamic_evaluation import Rule, read, root_mean_square
 from evaluate import load_for_use
 from flags import (
     Parser, add_model_flags, coefficient, count, number, rate, run_command, steps,
 )
-from utils import log, loss_columns
+from utils import log, loss_columns, note_explicit_eos, read_with_vocabulary
 
 CHUNK = 256  # words per computation of the attention over the cache
 # The values that --tune tries. Rates and decays are for segments of 5 words, and scale with them.
@@ -208,7 +207,7 @@ def report(reader, ids, split, args):
 def parse_args(argv=None):
     parser = Parser(description=__doc__.splitlines()[0])
     add = parser.add
-    add("--data", "data/penn", "the corpus that the model was trained on")
+    add("--data", "data/penn", "folder with train.txt, valid.txt and test.txt, or 'sample'")
     add("--save", None, "the trained model", required=True, metavar="CHECKPOINT")
     add("--window", 500, "pairs in the cache", type=count)
     add("--theta", 1.0, "how strongly the cache favours similar states: low values flatten the "
@@ -249,8 +248,9 @@ def main(argv=None):
     params = lm.params
     if is_bilm(params):
         params = nn.ModuleList([params[0].forward_half(), params[1]])
-    corpus = Corpus(args.data)
-    check_corpus(lm.vocabulary.idx2word, corpus, args, args.save)
+    corpus = Corpus(args.data, lm.vocabulary.level)
+    note_explicit_eos(corpus)
+    read_with_vocabulary(corpus, lm.vocabulary, args.save)
     reader = Reader(params, corpus, args)
     if args.tune:
         tune(reader, corpus.valid, args)

@@ -568,6 +568,8 @@ class Trainer:
         log(f"Resuming the run of {self.args.resume} at {self.position()}")
         if self.best < math.inf:
             changed = changed + self.compare_best_model(state)
+        if self.records:  # the file may be ahead of the state, or end in a part of a line
+            self.run.save_records(self.records, self.finetuning)
         if changed:
             log(f"Note: no longer bit-identical to an uninterrupted run: {'; '.join(changed)}")
         else:

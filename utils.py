@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 import distributed
 from cpu_kernels import use_expandable_segments
-from data import LEVELS, SPLITS, Corpus, InputError, batchify, get_batch, list_most_common
+from data import EOS, LEVELS, SPLITS, Corpus, InputError, batchify, get_batch, list_most_common
 
 __all__ = ["batchify", "get_batch", "repackage_hidden"]  # as in the reference
 
@@ -57,6 +57,21 @@ def write_utf8():
     """Writes standard output as UTF-8 whatever the locale, unless to a terminal: text is data."""
     if hasattr(sys.stdout, "reconfigure") and not sys.stdout.isatty():
         sys.stdout.reconfigure(encoding="utf-8")
+
+
+def append_rest(path, content):
+    """Appends to the file at `path` what it lacks of the bytes `content`; returns whether it could.
+
+    It cannot if the file does not begin like `content`: then it is of another run, ahead of this
+    resumed one, or damaged.
+    """
+    with contextlib.suppress(OSError), open(path, "r+b") as file:
+        if content.startswith(before := file.read()):
+            file.write(content[len(before) :])
+            file.flush()
+            os.fsync(file.fileno())
+            return True
+    return False
 
 
 def perplexity(loss):
@@ -241,6 +256,7 @@ def prepare(args):
     sizes = ", ".join(f"{split} {len(getattr(corpus, split)):,}" for split in SPLITS)
     log(f"Corpus {corpus.name}: tokens {sizes}; {len(corpus.dictionary):,} {LEVELS[args.level]}s")
     log(f"Corpus sha256: {corpus.digest}")
+    note_explicit_eos(corpus)
     ranks = f", {distributed.size()} processes" if distributed.is_distributed() else ""
     log(
         f"PyTorch {torch.__version__}, device {describe_device(args.device)}, "
@@ -248,6 +264,37 @@ def prepare(args):
     )
     log(f"Args: {plain(args)}")
     return corpus
+
+
+def note_explicit_eos(corpus):
+    """Logs how many lines of the corpus end in an explicit <eos>, if any do."""
+    if corpus.explicit_eos:
+        log(
+            f"Note: {corpus.explicit_eos:,} lines end in an explicit {EOS}, which doubles the "
+            "implied one and lowers the perplexity; remove it from the text"
+        )
+
+
+def read_with_vocabulary(corpus, dictionary, path):
+    """Encodes the corpus with the vocabulary of the model at `path`; logs that if it is another.
+
+    Raises InputError if it lacks words of the corpus, and has no token for unknown words.
+    """
+    if corpus.dictionary.idx2word == dictionary.idx2word:
+        return
+    unknown = corpus.use_vocabulary(dictionary)
+    tokens = sum(len(getattr(corpus, split)) for split in SPLITS)
+    named = f", read as {dictionary.unk}: {list_most_common(unknown)}" if unknown else ""
+    log(
+        f"Text read with the vocabulary of {path}, {len(dictionary):,} words: "
+        f"{unknown.total():,} of {tokens:,} tokens ({unknown.total() / tokens:.1%}) are unknown"
+        f"{named}"
+    )
+    if unknown.total() > tokens / 2:
+        warn(
+            f"Warning: most of {corpus.name} is unknown to {path}; is it in the language, the case "
+            "and the tokens of the model's text?"
+        )
 
 
 def environment(device):

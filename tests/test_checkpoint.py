@@ -25,13 +25,13 @@ import finetune
 import main
 import train
 from checkpoint import (
-    DIGEST, VERSION, Run, back_up, how_to_resume, is_sealed, load, pack, read_checkpoint,
-    read_state, run_lock, unpack, write_atomically,
+    DIGEST, VERSION, Run, back_up, build_params, how_to_resume, is_sealed, load, pack,
+    read_checkpoint, read_state, run_lock, unpack, write_atomically,
 )
 from conftest import (
     ROOT, Interrupting, arguments, invoke, make_params, make_trainer, succeed,
 )
-from data import Corpus, InputError
+from data import SPLITS, Corpus, InputError
 from flags import differences
 from kill_loop import lines, same
 from properties import TRIES, repeated
@@ -231,6 +231,25 @@ def test_unusable_files_are_refused_by_name_and_left_alone(edits, message, suffi
             load(trained)
     assert f"{path}: " in err and message in err
     assert files_at(trained) == before
+
+
+@pytest.mark.parametrize("suffix", ["", ".state"])
+def test_tied_weights_that_differ_are_refused(suffix, trained):
+    """As of someone who has changed one of them, and renewed the seal."""
+    path = trained.with_name(trained.name + suffix)
+    model = torch.load(path, weights_only=True)["model"]
+    edit(path, model={**model, "encoder.weight": model["encoder.weight"] + 1})
+    message = f"{path}: its encoder.weight and decoder.weight differ"
+    if suffix:
+        assert message in refuse("--resume", trained)
+    else:
+        assert message in refuse("--save", trained, command=finetune.main)
+        with pytest.raises(InputError, match=message):
+            load(trained)
+    # Both changed alike, it is a model like any other.
+    changed = model["encoder.weight"] + 1
+    edit(path, model={**model, "encoder.weight": changed, "decoder.weight": changed})
+    succeed("--resume", trained, "--epochs", 2)
 
 
 @pytest.mark.parametrize(
@@ -453,6 +472,68 @@ def test_a_model_that_is_never_written_is_tested_and_reported(
     assert read_state(path)["best"] == math.inf
 
 
+# ---------------------------------------------------------------- the JSON lines
+
+
+def test_the_lines_of_a_run_are_appended_to_the_file(new_trainer, tmp_path):
+    """Whoever has opened it, such as tail -f, reads each line once."""
+    path = tmp_path / "m.pt.jsonl"
+    path.write_text('{"epoch": 1}\n' * 9)  # of an earlier run
+    trainer = new_trainer(epochs=4)
+    end_epoch, read = trainer.end_epoch, []
+
+    def follow():
+        end_epoch()
+        if trainer.epoch == 2:
+            follow.file = open(path)  # noqa: SIM115 - stays open
+        read.append(follow.file.read())
+
+    trainer.end_epoch = follow
+    trainer.fit()
+    follow.file.close()
+    assert [line["epoch"] for part in read for line in lines(part)] == [1, 2, 3, 4]
+    assert [part.count("\n") for part in read] == [1] * 4
+    assert "".join(read) == path.read_text()
+
+
+@pytest.mark.parametrize("tail", ['{"epoch": 3, "sec', '{"epoch": 3, "seconds": 1}\n', None])
+def test_a_resumed_run_repairs_the_lines(tail, unfinished, tmp_path):
+    """A file that ends in a part of a line, is ahead of the state, or has lost its end."""
+    path = tmp_path / "run.pt.jsonl"
+    before = path.read_text()
+    path.write_text(before + tail if tail else before[:-9])
+    records = read_state(tmp_path / "run.pt")["records"]
+    stop([1], "--resume", tmp_path / "run.pt")
+    assert path.read_text() == records
+    succeed("--resume", tmp_path / "run.pt")
+    assert path.read_text() == read_state(tmp_path / "run.pt")["records"]
+    assert [line["epoch"] for line in lines(path.read_text())] == [1, 2, 3]
+
+
+def test_a_warm_start_goes_on_after_the_last_whole_line(trained, corpus_dir):
+    trained.with_name("trained.pt.state").unlink()
+    path = trained.with_name("trained.pt.jsonl")
+    before = path.read_text()
+    path.write_text(before + '{"epoch": 2, "sec')
+    succeed("--resume", trained, "--save", trained, "--epochs", 1, "--batch_size", 4)
+    assert path.read_text().startswith(before)
+    assert [line["epoch"] for line in lines(path.read_text())] == [1, 1]
+
+
+def test_a_disk_that_fills_up_within_a_line(tmp_path, capsys):
+    run, path = Run(arguments(save=str(tmp_path / "m.pt")), "main.py"), tmp_path / "m.pt.jsonl"
+    first, second, third = (f'{{"epoch": {n}, "lr": {"1" * 50}}}\n' for n in (1, 2, 3))
+    run.save_records(first, False)
+    inode = path.stat().st_ino
+    with full_disk(100):
+        run.save_records(first + second, False)
+        assert "m.pt.jsonl: cannot be written (File too large); will" in capsys.readouterr().err
+        assert path.read_text() == (first + second)[:100]
+    run.save_records(first + second + third, False)
+    assert (path.read_text(), run.pending) == (first + second + third, {})
+    assert path.stat().st_ino == inode
+
+
 # ---------------------------------------------------------------- flags of a resumed run
 
 
@@ -558,15 +639,15 @@ def test_what_cannot_change_is_refused_by_name(flag, value, unfinished):
     assert files_at(path) == before
 
 
-@pytest.mark.parametrize(("sentence", "what"), [("the bob", "text"), ("a zebra", "vocabulary")])
-def test_other_data_is_refused_by_name(sentence, what, unfinished, corpus_dir, tmp_path):
+@pytest.mark.parametrize("sentence", ["the bob", "a zebra"])
+def test_other_data_is_refused_by_name(sentence, unfinished, corpus_dir, tmp_path):
     path, _ = unfinished
     other = tmp_path / "other"
     shutil.copytree(corpus_dir, other)
     with open(other / "train.txt", "a") as file:
         file.write(f"ann sees {sentence}\n")
     err = refuse("--resume", path, "--data", other)
-    assert f"--data {other}: its {what} is not that of {path}" in err
+    assert f"--data {other}: its text is not that of the run of {path}" in err
     shutil.copy(corpus_dir / "train.txt", other)  # the same text by another name is the same data
     assert IDENTICAL in succeed("--resume", path, "--data", other)
 
@@ -713,7 +794,10 @@ def test_main_resumes_in_its_fine_tuning(corpus_dir, small, tmp_path):
     bases = [read_checkpoint(f"{path}.base")["model"] for path in (whole, parts)]
     assert same(*bases)
     err = refuse("--resume", parts, command=finetune.main)
-    assert "its fine-tuning by main.py is finished" in err and "--finetune" in err
+    assert "its fine-tuning by main.py is finished" in err and "--finetune N" in err
+    out = succeed("--resume", parts)
+    assert "The run is finished; a higher --finetune extends it" in out
+    assert "end of epoch" not in out and "| End of training | test loss" in out
 
 
 def test_finetune_resumes_itself_and_names_the_command_for_the_others(unfinished, tmp_path):
@@ -722,15 +806,23 @@ def test_finetune_resumes_itself_and_names_the_command_for_the_others(unfinished
     assert "belongs to an unfinished run of main.py; " in err
     assert f"python main.py --resume {path} continues" in err
     # Fine-tuning what was cut short keeps the run, so that it can still go on.
-    out = stop([40], "--save", path, "--epochs", 3, command=finetune.main)
+    more = ["--epochs", 3, "--nonmono", 9]
+    out = stop([40], "--save", path, *more, command=finetune.main)
     assert f"python finetune.py --resume {path} resumes from here" in out
     assert f"python finetune.py --resume {path} continues it" in refuse("--resume", path)
     base, whole = path.with_name("run.pt.base"), tmp_path / "whole.pt"
     shutil.copy(base, whole)
     out = succeed("--resume", path, command=finetune.main)
     assert "of fine-tuning, batch" in out and IDENTICAL in out
-    succeed("--save", whole, "--epochs", 3, command=finetune.main)
+    succeed("--save", whole, *more, command=finetune.main)
     assert same(outcome(path), outcome(whole))
+    out = succeed("--resume", path, command=finetune.main)
+    assert "The run is finished; a higher --epochs extends it" in out and "end of epoch" not in out
+    err = refuse("--resume", path)
+    assert f"its fine-tuning by finetune.py is finished; python finetune.py --resume {path} " in err
+    assert "--epochs N, with a higher N, extends it" in err
+    edit(path.with_name("run.pt.state"), done=True)  # by the trigger
+    assert f"is finished; finetune.py --save {path} fine-tunes" in refuse("--resume", path)
     assert f"Resuming the run of {base} at epoch 2" in succeed("--resume", base)
 
 
@@ -740,3 +832,76 @@ def test_finetune_from_another_name(trained, tmp_path):
     out = succeed("--resume", trained, "--save", save, "--epochs", 1, command=finetune.main)
     assert f"Warm start from the weights of {trained}" in out
     assert trained.read_bytes() == save.with_name("tuned.pt.base").read_bytes() == content
+
+
+# ---------------------------------------------------------------- other text
+
+COMMANDS = pytest.mark.parametrize(
+    ("command", "records"), [(main, ".jsonl"), (finetune, ".finetune.jsonl")]
+)
+
+
+@pytest.fixture
+def weights(trained_with_unk):
+    """A checkpoint without a state; its vocabulary lacks "dog" and "likes" of `corpus_dir`."""
+    trained_with_unk.with_name("unk.pt.state").unlink()
+    return trained_with_unk
+
+
+def encoded(folder, words):
+    """{split: its ids [N], words outside of `words` as <unk>}."""
+    return {
+        split: torch.tensor([
+            words.index(word if word in words else "<unk>")
+            for word in (folder / f"{split}.txt").read_text().replace("\n", " <eos> ").split()
+        ])
+        for split in SPLITS
+    }
+
+
+@COMMANDS
+def test_other_text_is_trained_on_with_the_models_words(
+    command, records, weights, corpus_dir, tmp_path
+):
+    before, path = read_checkpoint(weights), tmp_path / "new.pt"
+    ids = encoded(corpus_dir, before["vocabulary"])
+    out = succeed("--resume", weights, "--save", path, "--data", corpus_dir, "--epochs", 1,
+                  "--batch_size", 4, "--lr", 1e-9, "--wdecay", 0, command=command.main)
+    text = "".join((corpus_dir / f"{split}.txt").read_text() for split in SPLITS)
+    unknown = len(re.findall("dog|likes", text))
+    assert f", 8 words: {unknown} of 1,600 tokens ({unknown / 16:.1f}%) are unknown, read" in out
+    assert re.search("as <unk>: ('dog', 'likes'|'likes', 'dog')\n", out)
+    params = build_params(before)
+    [record] = lines(path.with_name(f"new.pt{records}").read_text())
+    assert record["valid_loss"] == pytest.approx(train.evaluate(params, ids["valid"], 10, 70))
+    ppl = float(re.search(r"test ppl +([\d.]+)", out)[1])
+    assert ppl == pytest.approx(math.exp(train.evaluate(params, ids["test"], 1, 70)), abs=0.006)
+    assert read_checkpoint(path)["vocabulary"] == before["vocabulary"]
+
+
+@COMMANDS
+def test_a_run_on_other_text_resumes(command, records, weights, corpus_dir, tmp_path):
+    whole, parts = tmp_path / "whole.pt", tmp_path / "parts.pt"
+    flags = ["--resume", weights, "--data", corpus_dir, "--epochs", 3, "--batch_size", 4,
+             "--bptt", 10, "--save"]
+    succeed(*flags, whole, command=command.main)
+    stop([60], *flags, parts, command=command.main)
+    out = succeed("--resume", parts, command=command.main)
+    assert IDENTICAL in out and "Text read with the vocabulary of" in out
+    assert same(outcome(parts), outcome(whole))
+    assert lines(Path(f"{parts}{records}").read_text()) == outcome(whole)[-1]
+    (corpus_dir / "valid.txt").write_text("ann sees the cat\n" * 9)  # with words it knows
+    assert f"--data {corpus_dir}: its text is not that" in refuse(
+        "--resume", parts, "--epochs", 9, command=command.main
+    )
+
+
+def test_text_of_another_kind_is_warned_of(weights, tmp_path):
+    folder = tmp_path / "capitals"
+    folder.mkdir()
+    for split in SPLITS:
+        (folder / f"{split}.txt").write_text("ANN SEES THE CAT\n" * 30)
+    status, out, err = invoke(finetune.main, "--save", weights, "--data", folder, "--epochs", 1)
+    assert (status, err.count("\n")) == (0, 1)
+    assert "360 of 450 tokens (80.0%) are unknown" in out
+    assert f"Warning: most of {folder} is unknown to {weights}" in err

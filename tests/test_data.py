@@ -1,6 +1,7 @@
 """Corpora, vocabularies and layouts."""
 
 import errno
+import gzip
 import hashlib
 import math
 import os
@@ -16,6 +17,7 @@ import data
 from conftest import succeed
 from data import (
     SPLITS, Corpus, Dictionary, InputError, batchify, count_words, exact_windows, get_batch,
+    read_vectors,
     unigram_loss,
 )
 from properties import repeated
@@ -90,7 +92,8 @@ def contents(corpus):
     """All that a corpus holds."""
     ids = [getattr(corpus, split) for split in SPLITS]
     types = [split.dtype for split in ids]
-    return vars(corpus.dictionary), corpus.digest, types, [split.tolist() for split in ids]
+    rest = corpus.explicit_eos, corpus.digest, types
+    return vars(corpus.dictionary), *rest, [split.tolist() for split in ids]
 
 
 @pytest.fixture
@@ -207,6 +210,20 @@ def test_no_cache_is_a_flag(corpus_dir, small, tmp_path, monkeypatch):
     assert all(end in output for output in outputs)
 
 
+def test_another_vocabulary(tmp_path):
+    corpus = Corpus(write(tmp_path))  # a b <eos> b c <eos>, c d <eos>, a e <eos>
+    words = Dictionary(["<eos>", "c", "UNK", "a"])
+    assert corpus.use_vocabulary(words) == {"b": 2, "d": 1, "e": 1}
+    found = [getattr(corpus, split).tolist() for split in SPLITS]
+    assert found == [[3, 2, 0, 2, 1, 0], [1, 2, 0], [3, 2, 0]]
+    assert corpus.dictionary is words
+    corpus = Corpus(tmp_path)
+    assert corpus.use_vocabulary(Dictionary(["e", "d", "c", "<eos>", "b", "a"])) == {}
+    assert corpus.valid.tolist() == [2, 1, 3]
+    with pytest.raises(InputError, match=f"{tmp_path}: holds words .* has no <unk>: 'c', 'd'; "):
+        Corpus(tmp_path).use_vocabulary(Dictionary(["<eos>", "a", "b", "e"]))
+
+
 def test_unigram_loss_is_the_add_one_smoothed_frequency_model():
     train, test = torch.tensor([0, 0, 1]).int(), torch.tensor([2, 0, 1, 2]).int()
     # Counts + 1 are 3, 2, 1 of 6; the first token of the test split is not predicted. The last is
@@ -310,3 +327,52 @@ def test_both_levels_are_cached(cached):
     assert [contents(Corpus(cached, "char")) for _ in range(2)] == [expected] * 2
     assert (cached / "ids.char.npz").exists()
     assert contents(Corpus(cached)) != expected
+
+
+# ------------------------------------------------------------ given vectors
+
+WORDS = {"a": 0, "caf\u00e9": 1, "b": 2, "zebra": 3}
+LINES = "a 1 2 3\ncaf\u00e9 -4e-1 .5 6 \nother 0 0 0\na 7 8 9\n. . 0 0 0\n"
+FOUND = {"a": [1, 2, 3], "caf\u00e9": [-0.4, 0.5, 6]}
+
+
+@pytest.mark.parametrize("header", ["5 3\n", ""])
+@pytest.mark.parametrize("name", ["vectors.txt", "vectors.vec.gz"])
+def test_the_vectors_of_known_words_are_read(name, header, tmp_path):
+    """As word2vec and GloVe write them; the first vector of a word counts."""
+    opener = gzip.open if name.endswith("gz") else open
+    with opener(tmp_path / name, "wt", encoding="utf-8") as file:
+        file.write(header + LINES.replace(". .", ".\u00a0."))
+    found = read_vectors(tmp_path / name, WORDS, 3)
+    assert {word: vector.tolist() for word, vector in found.items()} == {
+        word: pytest.approx(vector) for word, vector in FOUND.items()
+    }
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (b"2 4\na 1 2 3 4\n", "--emsize 3: the vectors in .*v have 4 numbers; give --emsize 4,"),
+    (b"a 1 2\nb 1 2\n", "--emsize 3: the vectors in .*v have 2 numbers; give --emsize 2,"),
+    (b"a 1 2 3\nb 1 2\n", "/v: line 2 is not a word and 3 numbers"),
+    (b"a 1 2 3\nother 1 2\n", "/v: line 2 is not a word and 3 numbers"),
+    (b"a 1 2 3\nb 1 2 3 4\n", "/v: line 2 is not a word and 3 numbers"),
+    (b"1 3\na 1 2 x\n", "/v: line 2 is not"),
+    (b"1 3\na 1 nan 3\n", "/v: line 2 is not"),
+    (b"a 1 2 1e39\n", "/v: line 1 is not"),  # beyond float32
+    (b"a 1 2 3\n\n", "/v: line 2 is not"),
+    (b"many 3\na 1 2 3\n", "/v: line 1 is not"),
+    (b"no vectors at all\n", "/v: line 1 is not"),
+    (b"a,1,2,3\n", "/v: line 1 is not"),
+    (b"1 3\n\x80\x00\x80?\n", "/v: line 2 is not"),  # word2vec's binary format
+    (b"5 3\na 1 2 3\n", "/v: line 1 says 5 vectors, but 1 lines follow"),
+])
+def test_unusable_vectors_are_refused_by_line(content, message, tmp_path):
+    (tmp_path / "v").write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read_vectors(tmp_path / "v", WORDS, 3)
+
+
+@pytest.mark.parametrize("content", [b"a 1 2 3\n", gzip.compress(b"a 1 2 3\n" * 99)[:-20]])
+def test_vectors_that_gzip_cannot_unpack_are_refused(content, tmp_path):
+    (tmp_path / "v.gz").write_bytes(content)
+    with pytest.raises(InputError, match=r"/v\.gz: "):
+        read_vectors(tmp_path / "v.gz", WORDS, 3)

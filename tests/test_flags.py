@@ -42,6 +42,8 @@ BAD_FLAGS = [
     ("--on-divergence pray", "--on-divergence: invalid choice: 'pray'"),
     ("--no-such-flag", "unrecognized arguments: --no-such-flag"),
     ("--data absent", "train.txt: no such file; --data takes a folder"),
+    ("--embeddings absent", "error: absent: No such file or directory"),
+    ("--embeddings .", "error: .: Is a directory"),
     ("--resume absent.pt", "absent.pt: no such checkpoint"),
     ("--resume notes.txt", "notes.txt: is damaged, or not a checkpoint of main.py"),
     ("--save absent/m.pt", "--save absent/m.pt: cannot be written (No such file"),
@@ -92,7 +94,7 @@ def test_finetune_names_what_does_not_fit(trained, tmp_path):
         (tmp_path / f"{split}.txt").write_text("quite another text\n" * 40)
     for flags, message in [
         (["--save", trained, "--nhid", 20], "--nhid 20: .* has --nhid 12"),
-        (["--save", trained, "--data", tmp_path], "its vocabulary is not that of"),
+        (["--save", trained, "--data", tmp_path], f"{tmp_path}: holds words .*, 'another'"),
         ([], "--save: name the checkpoint"),
     ]:
         status, _, err = invoke(finetune.main, *flags)

@@ -12,6 +12,7 @@ import torch
 
 import finetune
 import main
+import pointer
 import train
 from bidirectional import OBJECTIVES
 from checkpoint import pack, read_checkpoint, read_state
@@ -131,6 +132,18 @@ def test_a_text_is_read_as_characters(corpus_dir, small, tmp_path):
     assert err.endswith("m.pt has --level char; leave the flag out\n")
 
 
+def test_only_an_eos_at_the_end_of_a_line_is_noted(corpus_dir, small, tmp_path):
+    with open(corpus_dir / "valid.txt", "a") as file:
+        file.write("ann sees the cat <eos>\nann <eos> sees\n\nbob <eos>\t\n")
+    out = succeed("--data", corpus_dir, *small, "--epochs", 1, "--save", tmp_path / "m.pt")
+    read = succeed("--data", corpus_dir, "--save", tmp_path / "m.pt", command=pointer.main)
+    for log in (out, read):
+        assert log.count("Note: 2 lines end in an explicit <eos>") == 1
+    (corpus_dir / "valid.txt").write_text("ann <eos> sees\n\n\n")
+    out = succeed("--data", corpus_dir, *small, "--epochs", 1, "--save", tmp_path / "m.pt")
+    assert "explicit" not in out
+
+
 def test_another_seed_is_another_run(corpus_dir, small, tmp_path):
     models = []
     for seed in (3, 4):
@@ -181,6 +194,7 @@ def test_a_vocabulary_of_one_word_is_trained_and_cannot_be_wrong(tmp_path, small
     out = succeed("--data", tmp_path, *small, "--epochs", 1, "--finetune", 1,
                   "--save", tmp_path / "m.pt")
     assert "test ppl     1.00" in out
+    assert out.count("Note: 90 lines end in an explicit <eos>, which doubles the implied one") == 1
 
 
 def test_importing_has_no_side_effects(tmp_path):
@@ -200,6 +214,51 @@ def test_the_decoders_bias_begins_at_the_words_frequencies(corpus_dir, small, tm
     bias = read_checkpoint(save)["model"]["decoder.bias"]
     frequencies = torch.bincount(Corpus(corpus_dir).train, minlength=len(bias)) + 1.0
     torch.testing.assert_close(bias, (frequencies / frequencies.sum()).log())
+
+
+VECTORS = "5 8\nann 1 2 3 4 5 6 7 8\nANN 9 9 9 9 9 9 9 9\nthe -1 0 0 0 0 0 0 .5\n"
+
+
+@pytest.mark.parametrize("model", ["LSTM", "biLM"])
+def test_the_embedding_starts_from_given_vectors(model, corpus_dir, small, tmp_path):
+    path, save = tmp_path / "v.txt", tmp_path / "m.pt"
+    path.write_text(VECTORS.replace("5 8", "3 8"))
+    flags = ["--data", corpus_dir, *small, "--model", model, "--epochs", 1, "--save", save]
+    frozen = ["--lr", 1e-30, "--wdecay", 0]
+    succeed(*flags, *frozen)
+    without = read_checkpoint(save)
+    out = succeed(*flags, *frozen, "--embeddings", path)
+    found = read_checkpoint(save)
+    words = found["vocabulary"]
+    assert f"2 of {len(words)} words start from the vectors in {path}\n" in out
+    expected = without["model"]["encoder.weight"].clone()
+    expected[words.index("ann")] = torch.arange(1.0, 9)
+    expected[words.index("the")] = torch.tensor([-1, 0, 0, 0, 0, 0, 0, 0.5])
+    for name, weight in found["model"].items():
+        is_tied = name in ("encoder.weight", "decoder.weight")
+        torch.testing.assert_close(weight, expected if is_tied else without["model"][name])
+
+
+def test_vectors_are_for_a_new_run(corpus_dir, small, tmp_path):
+    path, other, save = tmp_path / "v.txt", tmp_path / "none.txt", tmp_path / "m.pt"
+    path.write_text(VECTORS.replace("5 8", "3 8"))
+    other.write_text("zebra 0 0 0 0 0 0 0 0\n")
+    flags = ["--data", corpus_dir, *small, "--epochs", 1, "--embeddings"]
+    for given, message in [
+        ([tmp_path / "absent"], "absent"), ([other], f"{other}: has no word of {corpus_dir}"),
+        ([path, "--emsize", 9], f"--emsize 9: the vectors in {path} have 8 numbers"),
+    ]:
+        status, _, err = invoke(main.main, *flags, *given, "--save", save)
+        assert (status, err.count("\n"), save.exists()) == (2, 1, False)
+        assert message in err
+    succeed(*flags, path, "--save", save)
+    assert "bit-identical" in succeed("--resume", save, "--epochs", 2, "--embeddings", path)
+    weights = tmp_path / "weights.pt"
+    weights.write_bytes(save.read_bytes())
+    for resumed in (save, weights):
+        status, _, err = invoke(main.main, "--resume", resumed, "--embeddings", other)
+        assert (status, err.count("\n")) == (2, 1)
+        assert f"--embeddings {other}: {resumed} has " in err
 
 
 # ------------------------------------------------------------ recipes and schedules

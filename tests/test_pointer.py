@@ -101,6 +101,19 @@ def test_the_published_command(run, trained, corpus_dir):
     assert before == {path: path.stat().st_mtime_ns for path in trained.parent.rglob("*")}
 
 
+def test_other_text_is_read_with_the_models_words(trained_with_unk, corpus_dir, run):
+    status, out, err = run("--save", str(trained_with_unk), "--dynamic", "sgd", "--lr", "0.1")
+    assert (status, err) == (0, "")
+    checkpoint = read_checkpoint(trained_with_unk)
+    words = checkpoint["vocabulary"]
+    text = (corpus_dir / "test.txt").read_text().replace("\n", " <eos> ").split()
+    ids = torch.tensor([words.index(word if word in words else "<unk>") for word in text])
+    loss = evaluate(build_params(checkpoint), ids, 1, 70)
+    assert ppls(out, "model alone")[1] == pytest.approx(math.exp(loss), abs=0.006)
+    assert re.match(f"Text read with the vocabulary of {trained_with_unk}, 8 words: .* as <unk>: ",
+                    out)
+
+
 @pytest.mark.parametrize(("rule", "lr"), [("rms", "0.001"), ("sgd", "1")])
 def test_dynamic_evaluation_with_the_cache(rule, lr, run):
     status, out, err = run("--dynamic", rule, "--lr", lr)
@@ -145,7 +158,7 @@ def test_a_reading_that_is_cut_short_reports_what_was_read(dynamic, run, trained
     [
         (["--save", "absent.pt"], "absent.pt"),
         (["--data", "absent"], "absent/train.txt"),
-        (["--data", "sample"], "--data sample"),
+        (["--data", "sample"], "sample (documentation of Python"),  # the model has no <unk>
         (["--lambdasm", "1.5"], "--lambdasm"),
         (["--decay", "0.1"], "--decay: has no effect without --dynamic"),
         (["--tune-words", "9"], "--tune-words"),

@@ -7,10 +7,14 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 
 import pytest
 
+import finetune
 import main
+import pointer
 import train
 from checkpoint import read_checkpoint, read_state
 from conftest import ROOT, invoke
@@ -135,15 +139,23 @@ def test_a_second_signal_ends_the_process_at_once(number):
     assert (done.stdout, done.stderr, done.returncode) == ("waits\n", "", 128 + number)
 
 
-def test_a_run_in_another_thread_leaves_signals_alone(flags):
-    statuses = []
-    before = signal.getsignal(signal.SIGTERM)
-    thread = threading.Thread(
-        target=lambda: statuses.append(main.main([str(flag) for flag in flags]))
-    )
-    thread.start()
-    thread.join()
-    assert (statuses, signal.getsignal(signal.SIGTERM)) == ([0], before)
+def test_the_commands_run_in_another_thread_and_leave_signals_alone(flags):
+    """And print to streams that are not files, as a notebook's."""
+    *flags, save = map(str, flags)
+    before, calls = signal.getsignal(signal.SIGTERM), [
+        (main, [*flags, save]), (main, ["--resume", save, "--epochs", "3"]),
+        (finetune, ["--save", save, "--epochs", "1"]),
+        (pointer, ["--save", save, "--data", flags[1], "--dynamic"]),
+    ]
+    for command, argv in calls:
+        statuses = []
+        thread = threading.Thread(target=lambda: statuses.append(command.main(argv)))  # noqa: B023
+        with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
+            thread.start()
+            thread.join()
+        assert (statuses, err.getvalue()) == ([0], "")
+        assert "| End of training | test loss" in out.getvalue()
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 # ---------------------------------------------------------------- logs
