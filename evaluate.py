@@ -27,7 +27,8 @@ from flags import Parser, add_model_flags, count, resolve_device, run_command
 from model import NOTES, WINDOW
 from train import log_word_perplexity
 from utils import (
-    log, log_parts, loss_columns, perplexity, set_up_device, warn, warn_about_unknown, write_utf8,
+    log, log_parts, loss_columns, note_explicit_eos, perplexity, set_up_device, warn,
+    warn_about_unknown, write_utf8,
 )
 
 # The columns of a row for a file, a line and a token. log_prob is a natural logarithm, loss is its
@@ -88,6 +89,7 @@ class Scorer:
         self.lm, self.args = lm, args
         self.failed = False  # whether a file or a line could not be scored
         self.unknown = Counter()
+        self.explicit_eos = 0  # lines that end in one
         self.totals = []  # (tokens, unknown tokens, log-probability) of each file
         self.kind = "token" if args.per_token else "line" if args.per_line else "file"
         self.columns = COLUMNS[self.kind]
@@ -138,6 +140,7 @@ class Scorer:
                     row["text"] = self.lm.vocabulary.join(words)
                     self.lm.ids(words)
                     row["words"] = [*words, EOS]
+                    self.explicit_eos += words[-1:] == [EOS]
                 except InputError as error:
                     if not self.args.per_line:
                         raise InputError(f"{path}: line {number}: {error}") from None
@@ -151,7 +154,7 @@ class Scorer:
     def log_more(self, score, words):
         """Logs the perplexity per word of a model of characters, and the other losses of a biLM."""
         ids = self.lm.ids([EOS, *words])
-        log_word_perplexity(-score.log_prob / len(words), ids, self.lm.vocabulary)
+        log_word_perplexity(-score.log_prob / len(words), ids[1:].cpu(), self.lm.vocabulary)
         if is_bilm(self.lm.params):
             columns = min(self.args.batch_size, len(words))
             log_parts(evaluate_directions(self.lm.params, ids, columns, max(1, WINDOW // columns)))
@@ -239,6 +242,7 @@ def main(argv=None):
         except (InputError, OSError, EOFError, zlib.error) as error:
             scorer.fail(error if isinstance(error, InputError) else f"{path}: {error}")
     scorer.write_total()
+    note_explicit_eos(scorer.explicit_eos, warn)
     if args.format != "text" or args.per_line or args.per_token:
         warn_about_unknown(scorer.unknown, lm.vocabulary.unk)
     return 2 if scorer.failed or log.failed else 0

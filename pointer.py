@@ -249,7 +249,7 @@ def main(argv=None):
     if is_bilm(params):
         params = nn.ModuleList([params[0].forward_half(), params[1]])
     corpus = Corpus(args.data, lm.vocabulary.level)
-    note_explicit_eos(corpus)
+    note_explicit_eos(corpus.explicit_eos)
     read_with_vocabulary(corpus, lm.vocabulary, args.save)
     reader = Reader(params, corpus, args)
     if args.tune:

@@ -432,7 +432,7 @@ class Trainer:
             f"{'-' * 89}\n| end of epoch {self.epoch:3d} | time: {self.seconds():5.2f}s "
             f"| {loss_columns(loss, 'valid ')}"
         )
-        log_word_perplexity(loss, self.corpus.valid, self.corpus.dictionary, "valid ")
+        log_word_perplexity(loss, self.corpus.valid[1:], self.corpus.dictionary, "valid ")
         log_parts(parts)
         log("-" * 89)
         if not math.isfinite(loss):
@@ -712,7 +712,7 @@ def report_test(trainer, check):
     loss, parts = score(params, corpus.test, args, check, TEST_BATCH_SIZE)
     rule = "=" * 89
     log(f"{rule}\n| End of training | {loss_columns(loss, 'test ')}")
-    log_word_perplexity(loss, corpus.test, corpus.dictionary, "test ")
+    log_word_perplexity(loss, corpus.test[1:], corpus.dictionary, "test ")
     log_parts(parts)
     log(rule)
     if args.model in NOTES:
@@ -723,10 +723,10 @@ def report_test(trainer, check):
 
 
 def log_word_perplexity(loss, ids, dictionary, kind=""):
-    """Logs the perplexity per word that a loss per character of `ids` [N] implies."""
+    """Logs the perplexity per word that the mean loss of the characters `ids` [N] implies."""
     if dictionary.level == "char":
         words = count_words(ids, dictionary)
-        implied = perplexity(loss * (len(ids) - 1) / words)
+        implied = perplexity(loss * len(ids) / words)
         log(f"| per word | {kind}ppl {implied:8.2f} | {words:,} words, with <eos>")
 
 

@@ -256,7 +256,7 @@ def prepare(args):
     sizes = ", ".join(f"{split} {len(getattr(corpus, split)):,}" for split in SPLITS)
     log(f"Corpus {corpus.name}: tokens {sizes}; {len(corpus.dictionary):,} {LEVELS[args.level]}s")
     log(f"Corpus sha256: {corpus.digest}")
-    note_explicit_eos(corpus)
+    note_explicit_eos(corpus.explicit_eos)
     ranks = f", {distributed.size()} processes" if distributed.is_distributed() else ""
     log(
         f"PyTorch {torch.__version__}, device {describe_device(args.device)}, "
@@ -266,12 +266,12 @@ def prepare(args):
     return corpus
 
 
-def note_explicit_eos(corpus):
-    """Logs how many lines of the corpus end in an explicit <eos>, if any do."""
-    if corpus.explicit_eos:
-        log(
-            f"Note: {corpus.explicit_eos:,} lines end in an explicit {EOS}, which doubles the "
-            "implied one and lowers the perplexity; remove it from the text"
+def note_explicit_eos(lines, report=log):
+    """Reports that so many lines of a text end in an explicit <eos>, if any do."""
+    if lines:
+        report(
+            f"Note: {lines:,} lines end in an explicit {EOS}, which doubles the implied one and "
+            "lowers the perplexity; remove it from the text"
         )
 
 

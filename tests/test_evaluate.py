@@ -167,6 +167,13 @@ def test_quotes_and_identifiers_survive_in_csv_and_json(trained_with_unk, tmp_pa
     assert [row["id"] for row in rows(run(*flags, "--ids")[1])] == ["utt-1", "utt-2", "", "utt-4"]
 
 
+def test_an_explicit_eos_is_noted(trained, text):
+    text.write_text("ann <eos>\nann <eos> sees\nbob\n")
+    status, _, err = run("--checkpoint", trained, text)
+    assert (status, err.count("\n")) == (0, 1)
+    assert "1 lines end in an explicit <eos>" in err
+
+
 def test_a_line_is_answered_before_the_next_is_written(trained):
     flags = [sys.executable, ROOT / "evaluate.py", "--checkpoint", trained, "--per-line"]
     with subprocess.Popen(flags, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:

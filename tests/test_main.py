@@ -10,12 +10,14 @@ import sys
 import pytest
 import torch
 
+import evaluate
 import finetune
+import generate
 import main
 import pointer
 import train
 from bidirectional import OBJECTIVES
-from checkpoint import pack, read_checkpoint, read_state
+from checkpoint import load, pack, read_checkpoint, read_state
 from conftest import NO_DROPOUT, ROOT, invoke, succeed
 from data import SPLITS, Corpus
 from kill_loop import same
@@ -125,11 +127,35 @@ def test_a_text_is_read_as_characters(corpus_dir, small, tmp_path):
     # The level stays with the model.
     again = succeed("--resume", path, "--epochs", 2)
     assert again.count("| per word | valid ppl") == 1
-    out = succeed(*flags, command=finetune.main)
-    assert f"; {letters} characters" in out
     status, _, err = invoke(main.main, "--resume", path, "--level", "word")
     assert (status, err.count("\n")) == (2, 1)
     assert err.endswith("m.pt has --level char; leave the flag out\n")
+    out = succeed(*flags, command=finetune.main)
+    assert f"; {letters} characters" in out
+    assert "| model alone | test loss" in succeed("--data", corpus_dir, *flags[:2],
+                                                  command=pointer.main)
+
+
+def test_a_model_of_characters_speaks_plain_text(corpus_dir, small, tmp_path):
+    path, text = tmp_path / "m.pt", tmp_path / "text.txt"
+    succeed("--data", corpus_dir, "--level", "char", *small, "--epochs", 1, "--save", path)
+    lm = load(path)
+    assert lm.split("ann  sees\nb") == [*"ann  sees", "<eos>", "b"]
+    expected = lm.score("ann  sees\nthe cat\n").log_prob
+    text.write_text("ann  sees\nthe cat\n")
+    out = succeed("--checkpoint", path, text, command=evaluate.main)
+    [(tokens, ppl, words)] = re.findall(r"([\d]+) tokens.*\n.* ppl +([\d.]+) \| (\d+) words", out)
+    assert (tokens, words) == ("18", "6")
+    assert float(ppl) == pytest.approx(math.exp(-expected / 6), rel=1e-3)
+    out = succeed("--checkpoint", path, text, "--per-line", command=evaluate.main)
+    assert [line.split("\t")[-1] for line in out.splitlines()[1:]] == ["ann  sees", "the cat"]
+    prompt = ["--prompt", "ann sees the ", "--words", 20, "--seed", 2]
+    out = succeed("--checkpoint", path, *prompt, command=generate.main)
+    assert out.startswith("ann sees the ")
+    drawn = list(lm.generate("ann sees the ", 20, seed=2))
+    assert out.removesuffix("\n") == ("ann sees the " + "".join(drawn)).replace(
+        "<eos>", "\n"
+    ).removesuffix("\n")
 
 
 def test_only_an_eos_at_the_end_of_a_line_is_noted(corpus_dir, small, tmp_path):
