@@ -162,8 +162,8 @@ class Corpus:
         unknown = Counter({w: n for w, n in zip(words, counts.tolist()) if w not in known})
         if unknown and dictionary.unk is None:
             raise InputError(
-                f"{self.name}: holds words outside the model's vocabulary, which has no {UNK}: "
-                f"{list_most_common(unknown)}; replace them by words that it has"
+                f"{self.name}: holds tokens outside the model's vocabulary, which has no {UNK}: "
+                f"{list_most_common(unknown)}; replace them by tokens that it has"
             )
         ids = [known.get(word, known.get(dictionary.unk)) for word in words]
         ids = torch.tensor(ids, dtype=self.train.dtype)

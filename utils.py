@@ -286,9 +286,9 @@ def read_with_vocabulary(corpus, dictionary, path):
     tokens = sum(len(getattr(corpus, split)) for split in SPLITS)
     named = f", read as {dictionary.unk}: {list_most_common(unknown)}" if unknown else ""
     log(
-        f"Text read with the vocabulary of {path}, {len(dictionary):,} words: "
-        f"{unknown.total():,} of {tokens:,} tokens ({unknown.total() / tokens:.1%}) are unknown"
-        f"{named}"
+        f"Text read with the vocabulary of {path}, {len(dictionary):,} "
+        f"{LEVELS[dictionary.level]}s: {unknown.total():,} of {tokens:,} tokens "
+        f"({unknown.total() / tokens:.1%}) are unknown{named}"
     )
     if unknown.total() > tokens / 2:
         warn(

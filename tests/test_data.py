@@ -220,7 +220,7 @@ def test_another_vocabulary(tmp_path):
     corpus = Corpus(tmp_path)
     assert corpus.use_vocabulary(Dictionary(["e", "d", "c", "<eos>", "b", "a"])) == {}
     assert corpus.valid.tolist() == [2, 1, 3]
-    with pytest.raises(InputError, match=f"{tmp_path}: holds words .* has no <unk>: 'c', 'd'; "):
+    with pytest.raises(InputError, match=f"{tmp_path}: holds tokens .* has no <unk>: 'c', 'd'; "):
         Corpus(tmp_path).use_vocabulary(Dictionary(["<eos>", "a", "b", "e"]))
 
 

@@ -94,7 +94,7 @@ def test_finetune_names_what_does_not_fit(trained, tmp_path):
         (tmp_path / f"{split}.txt").write_text("quite another text\n" * 40)
     for flags, message in [
         (["--save", trained, "--nhid", 20], "--nhid 20: .* has --nhid 12"),
-        (["--save", trained, "--data", tmp_path], f"{tmp_path}: holds words .*, 'another'"),
+        (["--save", trained, "--data", tmp_path], f"{tmp_path}: holds tokens .*, 'another'"),
         ([], "--save: name the checkpoint"),
     ]:
         status, _, err = invoke(finetune.main, *flags)
