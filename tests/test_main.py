@@ -61,6 +61,48 @@ def test_published_commands_mean_the_published_run(command, epochs, corpus_dir, 
     assert re.search(END_OF_TRAINING, out)
 
 
+# As they stand in the README of salesforce/awd-lstm-lm, after "python -u main.py".
+CHARACTERS_AND_WIKITEXT_103 = """
+--epochs 50 --nlayers 3 --emsize 400 --nhid 1840 --alpha 0 --beta 0 --dropoute 0 --dropouth 0.1 --dropouti 0.1 --dropout 0.4 --wdrop 0.2 --wdecay 1.2e-6 --bptt 200 --batch_size 128 --optimizer adam --lr 1e-3 --data data/enwik8 --save ENWIK8.pt --when 25 35
+--epochs 500 --nlayers 3 --emsize 200 --nhid 1000 --alpha 0 --beta 0 --dropoute 0 --dropouth 0.25 --dropouti 0.1 --dropout 0.1 --wdrop 0.5 --wdecay 1.2e-6 --bptt 150 --batch_size 128 --optimizer adam --lr 2e-3 --data data/pennchar --save PTBC.pt --when 300 400
+--epochs 14 --nlayers 4 --emsize 400 --nhid 2500 --alpha 0 --beta 0 --dropoute 0 --dropouth 0.1 --dropouti 0.1 --dropout 0.1 --wdrop 0 --wdecay 0 --bptt 140 --batch_size 60 --optimizer adam --lr 1e-3 --data data/wikitext-103 --save WT103.12hr.QRNN.pt --when 12 --model QRNN
+"""  # noqa: E501
+
+
+def text_of(corpus, text):
+    """`text` as ./getdata.sh writes that corpus."""
+    if corpus == "enwik8":
+        return " ".join("\n" if byte == 10 else str(byte) for byte in text.encode())
+    if corpus == "pennchar":
+        return "".join(f"{character} " for character in text.replace(" ", "_"))
+    return text
+
+
+def test_character_and_wikitext_103_commands_run_from_their_own_text(
+    corpus_dir, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "default_splits", lambda ntoken: [4, 8] if ntoken == 9 else [])
+    for command in CHARACTERS_AND_WIKITEXT_103.strip().splitlines():
+        args, _ = main.parse_args(command.split())
+        folder = tmp_path / args.data
+        folder.mkdir(parents=True)
+        for split in SPLITS:
+            text = (corpus_dir / f"{split}.txt").read_text()
+            (folder / f"{split}.txt").write_text(text_of(folder.name, text))
+        out = succeed(*command.split(), *"--emsize 8 --nhid 12 --epochs 2 --when 1".split())
+        assert "Dividing the learning rate by 10" in out
+        assert re.search(END_OF_TRAINING, out)
+        checkpoint = read_checkpoint(args.save)
+        letters = set((corpus_dir / "train.txt").read_text()) - {" ", "\n"}
+        if folder.name == "wikitext-103":  # a split softmax, as for its 267,735 words
+            assert checkpoint["splits"] == [4, 8]
+        elif folder.name == "pennchar":
+            assert set(checkpoint["vocabulary"]) == {*letters, "_", "<eos>"}
+        else:
+            assert set(checkpoint["vocabulary"]) == {*map(str, map(ord, letters)), "32", "<eos>"}
+
+
 @pytest.mark.parametrize("flags", [
     "--model biLSTM", "--model GRU --attention single", "--model QRNN --attention single",
     "--attention combined --attention-window 13",
