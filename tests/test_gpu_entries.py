@@ -14,7 +14,8 @@ from conftest import ROOT
 
 GPU = ROOT / "records" / "gpu"
 ENTRIES = (
-    "check", "ptb-fast", "wt2-fast", "gru-fast", "ptb", "ptb-80", "qrnn", "wt2-short", "models"
+    "check", "ptb-fast", "wt2-fast", "gru-fast", "ptb", "ptb-80", "qrnn", "char", "wt2-short",
+    "models",
 )
 
 pytestmark = pytest.mark.skipif(not shutil.which("timeout"), reason="run.sh needs GNU timeout")

@@ -22,6 +22,7 @@ gru-fast  penn       the same with GRU on Penn Treebank
 ptb       penn       the published command for Penn Treebank
 ptb-80    penn       the same with batches of 80
 qrnn      penn       the published QRNN command for Penn Treebank
+char      penn       the published command for the characters of Penn Treebank
 wt2-short wikitext-2 the short recipe on WikiText-2, for as many epochs as there is time for
 models    penn       LSTM, GRU, biLM and attention, for equal seconds"
 
@@ -38,6 +39,12 @@ run_entry() {
             train_and_evaluate qrnn penn --model QRNN --batch_size 20 --clip 0.2 --wdrop 0.1 \
                 --nhid 1550 --nlayers 4 --emsize 400 --dropouth 0.3 --seed 9001 --dropouti 0.4 \
                 --epochs 550 ;;
+        char)
+            [ ! -e "$root/data/penn" ] || make_pennchar
+            train_and_evaluate char pennchar --epochs 500 --nlayers 3 --emsize 200 --nhid 1000 \
+                --alpha 0 --beta 0 --dropoute 0 --dropouth 0.25 --dropouti 0.1 --dropout 0.1 \
+                --wdrop 0.5 --wdecay 1.2e-6 --bptt 150 --batch_size 128 --optimizer adam --lr 2e-3 \
+                --when 300 400 ;;
         wt2-short) budget short wt2-short wikitext-2 --batch_size 100 --dropouth 0.2 --seed 1882 ;;
         models)
             shares 4
@@ -64,6 +71,11 @@ fi
 export PYTHONUNBUFFERED=1 # each line is in the log at once
 
 # ------------------------------------------------------------ parts of an entry
+
+make_pennchar() { # data/pennchar, in the temporary folder, from the words of data/penn
+    rm data && mkdir data && ln -s "$root/data/penn" data/penn && cp "$root/getdata.sh" .
+    ./getdata.sh pennchar >>"$log" 2>&1 || note "failed: data/pennchar could not be made"
+}
 
 train() { # NAME CORPUS FLAGS...: until $stop; main.py then tests the best model
     local name=$1 corpus=$2 grace=$(((end - stop) * 2 / 3)) # for the test
