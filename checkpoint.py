@@ -1,8 +1,7 @@
 """The files of a run: written atomically, sealed, data only, one run at a time per path.
 
-`load("PTB.pt")` loads a trained model. Beside the checkpoint PTB.pt are the
-training state PTB.pt.state, from which the run can be resumed, and PTB.pt.jsonl, with one JSON line
-per epoch.
+`load("PTB.pt")` loads a trained model. Beside the checkpoint PTB.pt are the training state
+PTB.pt.state, from which the run can be resumed, and PTB.pt.jsonl, with one JSON line per epoch.
 """
 
 import contextlib
@@ -31,7 +30,7 @@ except ImportError:  # not POSIX: runs are not locked
     fcntl = None
 
 STATE = ".state"  # after the path of the checkpoint
-VERSION = 5
+VERSION = 6
 SEAL = b"sha256:"
 DIGEST = 64  # characters of a SHA-256 in hexadecimal
 
@@ -117,10 +116,11 @@ def unpack(path, kind, device="cpu", content=None):
         found = None
     if found != (f"awd-lstm {kind}", VERSION):
         raise InputError(f"{path}: is not a {kind} of this version of main.py; train again")
-    if not torch.equal(contents["model"]["encoder.weight"], contents["model"]["decoder.weight"]):
+    model, is_tied = contents["model"], contents["architecture"]["tie_weights"]
+    if is_tied and not torch.equal(model["encoder.weight"], model["decoder.weight"]):
         raise InputError(
             f"{path}: its encoder.weight and decoder.weight differ, but are tied; change both, or "
-            "start from given vectors with main.py --embeddings"
+            "start from pretrained vectors with main.py --embeddings"
         )
     return contents
 
@@ -164,7 +164,7 @@ def saved_params(path, corpus, args, content=None):
 
 def vocabulary_of(contents):
     """The data.Dictionary of a checkpoint or a training state."""
-    return Dictionary(contents["vocabulary"], contents["flags"].get("level", "word"))
+    return Dictionary(contents["vocabulary"], contents["flags"]["level"])
 
 
 def load(path, device="cpu"):
@@ -315,7 +315,7 @@ class Run:
         """Tries to write the pending files. Returns whether no file is left pending."""
         for path, content in list(self.pending.items()):
             try:
-                if not (path.endswith(RECORDS) and append_rest(path, content)):
+                if path == self.path or not (path.endswith(RECORDS) and append_rest(path, content)):
                     write_atomically(path, content)
             except InputError as error:
                 warn(f"Warning: {error}; will try again at the next save")

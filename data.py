@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 EOS, UNK = "<eos>", "<unk>"
-UNKNOWN_TOKENS = (UNK, "<UNK>", "unk", "UNK")  # what stands for unknown words in people's texts
+UNKNOWN_TOKENS = (UNK, "<UNK>", "unk", "UNK")  # the first found is used
 SPLITS = ("train", "valid", "test")
 LEVELS = {"word": "word", "char": "character"}  # what a token is called
 CACHE_ABOVE = 20_000_000  # bytes of text, which take about two seconds to read
@@ -141,7 +141,12 @@ class Corpus:
         id_of = word2idx.setdefault  # one look-up per token: a new word gets the next id
         self._hash.update(b"\0split\0")  # moving text between splits must change the digest
         ids, blank = array("i"), True
-        for words in words_of_lines(self._hashed(lines), name, self.dictionary.level):
+        for number, line in enumerate(lines, 1):
+            self._hash.update(line)
+            try:
+                words = self.dictionary.split(decode_line(line, number))
+            except InputError as error:
+                raise InputError(f"{name}: line {number}: {error}") from None
             ids.extend([id_of(word, len(word2idx)) for word in words])
             ids.append(id_of(EOS, len(word2idx)))
             blank = blank and not words
@@ -172,11 +177,6 @@ class Corpus:
         self.dictionary = dictionary
         return unknown
 
-    def _hashed(self, lines):
-        for line in lines:
-            self._hash.update(line)
-            yield line
-
 
 def is_large(files):
     """Whether the files are there, and too long to read their text at each start."""
@@ -192,19 +192,6 @@ def digest_of(files):
         with open(path, "rb") as file:
             hashlib.file_digest(file, lambda: sha256)
     return sha256.hexdigest()
-
-
-def words_of_lines(lines, name, level="word"):
-    """Yields the list of words of each of `lines`, UTF-8 bytes; with "char" that of characters.
-
-    Raises InputError, naming `name` and the line number, for bytes that are not text.
-    """
-    split = Dictionary(level=level).split
-    for number, line in enumerate(lines, 1):
-        try:
-            yield split(decode_line(line, number))
-        except InputError as error:
-            raise InputError(f"{name}: line {number}: {error}") from None
 
 
 def decode_line(line, number):
@@ -236,7 +223,7 @@ def encode(words, dictionary):
 
 
 def count_words(ids, dictionary):
-    """The number of tokens at word level of the text that `ids` [N] are the characters of."""
+    """The number of words, including <eos>, in the text whose characters are `ids` [N]."""
     is_space = torch.tensor([token.isspace() for token in dictionary.idx2word])[ids.long()]
     is_end = ids == dictionary.word2idx[EOS]
     is_letter = ~(is_space | is_end)
@@ -282,7 +269,7 @@ def read_vectors(path, words, size):
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(f"{path}: {error}") from None
     if count not in (None, number - 1):
-        raise InputError(f"{path}: line 1 says {count:,} vectors, but {number - 1:,} lines follow")
+        raise InputError(f"{path}: line 1 announces {count:,} vectors; there are {number - 1:,}")
     return found
 
 

@@ -22,7 +22,7 @@ from itertools import islice
 
 from bidirectional import evaluate_directions, is_bilm
 from checkpoint import load
-from data import EOS, InputError, decode_line, list_most_common
+from data import EOS, InputError, decode_line, encode, list_most_common
 from flags import Parser, add_model_flags, count, resolve_device, run_command
 from model import NOTES, WINDOW
 from train import log_word_perplexity
@@ -47,8 +47,8 @@ TEXT_COLUMNS = {
 def load_for_use(path, args):
     """The model.LanguageModel at `path` on `args.device`, by default CUDA if available.
 
-    Notes on stderr that a biLM reads forwards. Raises InputError for an unsatisfiable flag, and for
-    biLSTM, which sees the word it predicts.
+    Says on stderr that a biLM is used forwards. Raises InputError for an unsatisfiable flag, and
+    for biLSTM, which sees the word it predicts.
     """
     resolve_device(args)
     args.precision = "fp32"
@@ -67,8 +67,8 @@ def load_for_use(path, args):
         vocabulary.unk = args.unk
     if is_bilm(lm.params):
         warn(
-            f"Note: only the forward language model of the biLM {path} is used; --objective cloze "
-            "does not train it"
+            f"Note: {path} is a biLM: results are those of its forward language model, which "
+            "--objective cloze does not train"
         )
     return lm
 
@@ -101,14 +101,16 @@ class Scorer:
             self.csv.writerow(self.columns)
 
     def score(self, path):
-        """Scores a file. Raises InputError or OSError for a file that cannot be scored."""
+        """Scores a file. Raises InputError for a file that cannot be scored."""
         lines = self.lines(path)
         if self.args.per_line:  # a batch is scored as soon as it has been read
             while batch := list(islice(lines, self.args.batch_size)):
-                good = [row["words"] for row in batch if row["words"]]
-                scores = iter(self.lm.score_each(good) if good else [])
+                scores = iter(self.lm.score_each([row["words"] for row in batch if row["words"]]))
                 for row in batch:
-                    self.write(row, next(scores) if row["words"] else None)
+                    if row["words"]:
+                        self.write(row, next(scores))
+                    else:
+                        self.write_row(row)
             return
         rows = list(lines)
         words = [word for row in rows for word in row["words"]]
@@ -129,23 +131,32 @@ class Scorer:
 
         Without --per-line raises InputError for a bad line.
         """
-        with open_lines(path) as lines:
-            for number, line in enumerate(lines, 1):
-                row = {"file": path, "line": number, "id": "", "text": "", "words": []}
-                try:
-                    text = decode_line(line, number)
-                    if self.args.ids:
-                        row["id"], text = (*text.split(maxsplit=1), "", "")[:2]
-                    words = self.lm.vocabulary.split(text)
-                    row["text"] = self.lm.vocabulary.join(words)
-                    self.lm.ids(words)
-                    row["words"] = [*words, EOS]
-                    self.explicit_eos += words[-1:] == [EOS]
-                except InputError as error:
-                    if not self.args.per_line:
-                        raise InputError(f"{path}: line {number}: {error}") from None
-                    self.fail(f"{path}: line {number}: {error}")
-                yield row
+        try:
+            with open_lines(path) as lines:
+                for number, line in enumerate(lines, 1):
+                    yield self.read_line(path, number, line)
+        except (OSError, EOFError, zlib.error) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"{path}: {reason}") from None
+
+    def read_line(self, path, number, line):
+        row = {"file": path, "line": number, "id": "", "text": "", "words": []}
+        try:
+            text = decode_line(line, number)
+            if self.args.ids:
+                row["id"], text = (*text.split(maxsplit=1), "", "")[:2]
+            words = self.lm.vocabulary.split(text)
+            row["text"] = self.lm.vocabulary.join(words)
+            _, unknown = encode(words, self.lm.vocabulary)
+            row["words"] = [*words, EOS]
+            self.unknown.update(unknown)
+            self.explicit_eos += words[-1:] == [EOS]
+        except InputError as error:
+            message = f"{path}: line {number}: {error}"
+            if not self.args.per_line:
+                raise InputError(message) from None
+            self.fail(message)
+        return row
 
     def fail(self, message):
         warn(f"Warning: {message}")
@@ -160,11 +171,7 @@ class Scorer:
             log_parts(evaluate_directions(self.lm.params, ids, columns, max(1, WINDOW // columns)))
 
     def write(self, row, score):
-        """Writes the row of a file or a line, or one for each token; None: a bad line."""
-        if score is None:
-            self.write_row(row)
-            return
-        self.unknown += score.unknown
+        """Writes the row of a file or a line, or one for each token."""
         if self.kind == "token":
             for token, log_prob in score.tokens:
                 self.write_row({
@@ -222,9 +229,9 @@ def parse_args(argv=None):
     add("--ids", action="store_true",
         help="the first word of each line is an identifier: it is written, and not scored")
     add("--batch_size", type=count, default=1, metavar="N",
-        help="number of parts of a text, or with --per-line of lines, that are read in parallel, "
-             "which is faster, but all parts of a text except the first start without context, and "
-             "N lines must have been read before the first is answered (default: 1)")
+        help="read N parts of a text, or with --per-line N lines, in parallel. This is faster, but "
+             "all parts except the first start without context, and no line is answered before N "
+             "have been read (default: 1)")
     add_model_flags(parser)
     return parser.parse_args(argv)
 
@@ -237,10 +244,8 @@ def main(argv=None):
     for path in args.text:
         try:
             scorer.score(path)
-        except BrokenPipeError:
-            raise
-        except (InputError, OSError, EOFError, zlib.error) as error:
-            scorer.fail(error if isinstance(error, InputError) else f"{path}: {error}")
+        except InputError as error:
+            scorer.fail(error)
     scorer.write_total()
     note_explicit_eos(scorer.explicit_eos, warn)
     if args.format != "text" or args.per_line or args.per_token:

@@ -109,7 +109,8 @@ def state_to_resume(path, command):
             more = f"{how_to_resume(tuned_by, path)} {flag} N, with a higher N, extends it; "
         raise InputError(
             f"--resume {path}: its fine-tuning by {tuned_by} is finished; {more}"
-            f"finetune.py --save {path} fine-tunes it again"
+            f"finetune.py --save {path} fine-tunes it again; a copy of {path} under another name "
+            "starts a new run of main.py from its weights"
         )
     return state
 

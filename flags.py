@@ -140,9 +140,9 @@ def make_parser(description, inherited=()):
     add("--data", "data/penn", "folder with train.txt, valid.txt and test.txt, or 'sample'")
     add("--level", "word", "the text's tokens: word (separated by white space) or char (each "
         "character of a line, including spaces)", choices=list(LEVELS))
-    add("--no-cache", False, "read the text again at each start; without this flag the ids of a "
-        "text above 20 MB are kept in the --data folder (ids.word.npz, ids.char.npz) until the "
-        "text changes", action="store_true")
+    add("--no-cache", False, "do not cache token ids; by default those of a text above 20 MB are "
+        "cached in the --data folder (ids.word.npz, ids.char.npz) until the text changes",
+        action="store_true")
     add("--model", "LSTM", "recurrent layers: LSTM, GRU, QRNN, biLSTM (the report's model, which "
         "sees the word it predicts) or biLM (two language models and cloze prediction)",
         type=rnn_type)
@@ -196,8 +196,8 @@ def make_parser(description, inherited=()):
         "bfloat16, on CUDA the complete recurrent layers, everything else in float32; a CPU needs "
         "AVX-512 BF16). Evaluation is always in float32 (default: tf32 on CUDA, else fp32)",
         choices=["fp32", "tf32", "bf16"])
-    add("--pad-to", 1, "round the sizes of LSTM and GRU layers up to multiples of N by units that "
-        "stay 0, only inside the kernel (8 suits a GPU's tensor cores)",
+    add("--pad-to", 1, "pad LSTM and GRU layers to multiples of N, inside the kernel only, with "
+        "units that stay 0 (8 suits a GPU's tensor cores)",
         type=count, metavar="N")
     add("--tied", True, "accepted for compatibility: the weights are always tied",
         action="store_true")
@@ -265,7 +265,7 @@ def model_flags(checkpoint):
     """The flags of a checkpoint that its weights require: the architecture, the level of tokens."""
     found = checkpoint["architecture"]
     flags = {flag: found[key] for flag, key in ARCHITECTURE.items() if key in found}
-    return {**flags, "level": checkpoint["flags"].get("level", "word")}
+    return {**flags, "level": checkpoint["flags"]["level"]}
 
 
 def describe_recipe(args, given):

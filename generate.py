@@ -1,4 +1,4 @@
-"""Generates text with a trained model, word by word.
+"""Generates text with a trained model, token by token.
 
     python generate.py --checkpoint PTB.pt --words 100 --prompt "the company said"
     python generate.py --checkpoint PTB.pt --interactive
@@ -38,7 +38,7 @@ def write_text(lm, prompt, out, args):
         out.flush()
         in_sentence = word != EOS
         if generated > 0 and out is not sys.stdout and generated % args.log_interval == 0:
-            warn(f"| Generated {generated}/{args.words} words")
+            warn(f"| Generated {generated}/{args.words} tokens")
         if generated > 0 and args.interactive and not in_sentence:
             break
     if in_sentence:
@@ -91,7 +91,7 @@ def parse_args(argv=None):
     add("--outf", default="-", metavar="FILE",
         help="file to write, which must not exist (default: -, standard output)")
     add("--log-interval", type=count, default=100, metavar="N",
-        help="words between progress reports when writing to a file (default: 100)")
+        help="tokens between progress reports when writing to a file (default: 100)")
     add("--interactive", action="store_true",
         help="read prompts from standard input, and complete one sentence for each")
     add("--data", help="accepted for compatibility; the checkpoint holds the vocabulary")
@@ -109,7 +109,6 @@ def main(argv=None):
     if args.no_unk and lm.vocabulary.unk is None:
         warn(f"Note: --no-unk has no effect: the vocabulary of {args.checkpoint} has no {UNK}; "
              "--unk names another token")
-        args.no_unk = False
     succeeded, to_file = True, args.outf != "-"
     with open(args.outf, "x", encoding="utf-8") if to_file else nullcontext(sys.stdout) as out:
         if args.interactive:

@@ -8,7 +8,8 @@
 #     pennchar      its characters, made from the words: byte for byte Mikolov's ptb.char.*.txt
 #     wikitext-2, wikitext-103
 #     enwik8        100 million bytes of Wikipedia as numbers, as the original's prep_enwik8.py
-#                   writes them: lines stay lines; the last two 5 million are valid and test
+#                   writes them: lines stay lines; the last two blocks of 5 million
+#                   are valid and test
 #
 # Every file, or the archive that it comes from, is checked against its SHA-256 before it gets its
 # name. Mirrors are tried in turn; a download that fails or differs leaves nothing behind; a second
@@ -75,9 +76,9 @@ fetch() { # FILE DIGEST NAME VARIABLE
     eval "mirrors=\$$4"
     for mirror in $mirrors; do
         if ! download "$mirror/$3" "$part"; then
-            echo "$1: $mirror does not answer with it, trying the next mirror" >&2
+            echo "$1: cannot be fetched from $mirror; trying the next mirror" >&2
         elif [ "$(sha256 "$part")" != "$2" ]; then
-            echo "$1: what $mirror sent has the wrong SHA-256, trying the next mirror" >&2
+            echo "$1: the file from $mirror has the wrong SHA-256; trying the next mirror" >&2
         else
             finish "$1" "fetched and verified"
             return
@@ -88,7 +89,7 @@ fetch() { # FILE DIGEST NAME VARIABLE
     die "$1: no mirror had it; name others in $4 (see this script)"
 }
 
-spell() { # FILE DIGEST WORDS: each character and a space after it, _ for a space
+write_characters() { # FILE DIGEST WORDS: each character and a space after it, _ for a space
     ! is_here "$1" "$2" || return 0
     mkdir -p "$(dirname "$1")" || die "cannot create $(dirname "$1")"
     part=$1.part
@@ -138,7 +139,7 @@ get() { # CORPUS
         file=data/$corpus/${name#ptb.}
         case $1:$corpus in
             penn:penn | pennchar:penn) fetch "$file" "$digest" "$name" PTB_MIRRORS ;;
-            pennchar:pennchar) spell "$file" "$digest" "data/penn/$name" ;;
+            pennchar:pennchar) write_characters "$file" "$digest" "data/penn/$name" ;;
             wikitext-2:wikitext-2) fetch "$file" "$digest" "$name" WIKITEXT2_MIRRORS ;;
             wikitext-103:wikitext-103) unpack "$corpus" "$digest" "$name" WIKITEXT103_MIRRORS ;;
             enwik8:enwik8) unpack "$corpus" "$digest" "$name" ENWIK8_MIRRORS ;;

@@ -65,8 +65,9 @@ def parse_args(argv=None):
         "the words)", choices=["zeros", "unigram"],
     )
     parser.add(
-        "--embeddings", None, "start the embedding, and with it the tied decoder, from the vectors "
-        "in FILE where words match: word2vec's or GloVe's text format, .gz too", metavar="FILE",
+        "--embeddings", None, "initialize the embedding, and with it the tied decoder, of every "
+        "word that has a vector in FILE (word2vec's or GloVe's text format, also gzipped)",
+        metavar="FILE",
     )
     given = parser.parse_args(argv)
     path = getattr(given, "resume", "")
@@ -126,7 +127,7 @@ def make_trainer(corpus, args, run, state):
         if args.decoder_bias == "unigram":
             criterion.init_bias(unigram(corpus.train, len(corpus.dictionary)), model.decoder.bias)
         if args.embeddings and not state:
-            embed_given_vectors(model.encoder.weight, corpus.dictionary, args)
+            load_pretrained_vectors(model.encoder.weight, corpus.dictionary, args)
     else:
         params = saved_params(args.resume, corpus, args)
         log(
@@ -149,7 +150,7 @@ def make_trainer(corpus, args, run, state):
 
 
 @torch.no_grad()
-def embed_given_vectors(weight, dictionary, args):
+def load_pretrained_vectors(weight, dictionary, args):
     """Copies the vectors of --embeddings to the rows of the embedding `weight`; logs how many."""
     vectors = read_vectors(args.embeddings, dictionary.word2idx, args.emsize)
     if not vectors:

@@ -1,4 +1,4 @@
-"""The model: embedding -> regularized recurrent layers -> decoder; what a trained one is asked."""
+"""The model, embedding -> regularized recurrent layers -> decoder, and the use of a trained one."""
 
 import math
 from collections import Counter
@@ -222,7 +222,7 @@ def activation_regularization(raw_output, output, alpha, beta):
     return penalty
 
 
-# ------------------------------------------------------------ a trained model and its texts
+# ------------------------------------------------------------ using a trained model
 
 WINDOW = 2000  # tokens read at once
 
@@ -237,7 +237,9 @@ class Score(NamedTuple):
 
 @dataclass
 class Context:
-    """A place in B texts. Methods that get one read on from there; `copy.copy` keeps a place.
+    """A position in B texts. A method that is given one continues from it and moves it.
+
+    `copy.copy` saves it.
 
     last [B]: the ids of the last tokens; hidden: the model's state before it reads them.
     """
@@ -264,7 +266,7 @@ class LanguageModel:
     def __iter__(self):
         return iter((self.params[0], self.vocabulary))
 
-    # -------------------------------------------------------- what the model is asked
+    # -------------------------------------------------------- queries
 
     def log_probs(self, words, context=None):
         """The log-probability of every word of the vocabulary after each of `words`: [T, V].
@@ -286,7 +288,8 @@ class LanguageModel:
         `columns`: parts of the text that are read in parallel. More are faster, but all parts
         except the first begin without context. Has no effect with a `context`.
         """
-        tokens, ids = self.split(text), self.ids(text)
+        tokens = self.split(text)
+        ids = self.ids(tokens)
         if context:
             parts = [ids]
         else:
@@ -305,8 +308,9 @@ class LanguageModel:
         """The `k` likeliest words after a text: [(word, probability), ...], likeliest first."""
         context = context or self.context()
         self._read_on(self.ids(text).unsqueeze(1), context)
-        found, words = self._log_probs(self._output(context))[0].exp().topk(k)
-        return [(self.vocabulary.idx2word[i], p) for i, p in zip(words.tolist(), found.tolist())]
+        log_probs = self._log_probs(self._output(context))[0]
+        found, ids = log_probs.exp().topk(min(k, len(log_probs)))
+        return [(self.vocabulary.idx2word[i], p) for i, p in zip(ids.tolist(), found.tolist())]
 
     def generate(
         self, text="", words=None, seed=None, temperature=1.0, top_k=0, top_p=1.0, no_unk=False,
@@ -320,7 +324,8 @@ class LanguageModel:
         model, _ = self.params
         device = model.encoder.weight.device
         random = None if seed is None else torch.Generator(device).manual_seed(seed)
-        banned = [self.vocabulary.word2idx[self.vocabulary.unk]] if no_unk else []
+        unk = self.vocabulary.unk
+        banned = [self.vocabulary.word2idx[unk]] if no_unk and unk is not None else []
         context = context or self.context()
         self._read_on(self.ids(text).unsqueeze(1), context)
         layers = model.rnns
@@ -346,7 +351,7 @@ class LanguageModel:
             _, _, states, _ = model.read(model.rnns, stream, context.hidden, return_h=True)
             return [model.encoder(stream), *states][layer][1:, 0]
 
-    # -------------------------------------------------------- how it reads
+    # -------------------------------------------------------- reading
 
     def context(self, batch=1):
         """The beginning of `batch` texts, where only an <eos> has been read."""
@@ -391,7 +396,7 @@ class LanguageModel:
     @torch.no_grad()
     @float32_products()
     def _log_probs(self, output, targets=None):
-        """After each of `output` [N, E]: of all words [N, V], or only of `targets` [N]."""
+        """Log-probabilities at `output` [N, E]: of all words [N, V], or of `targets` [N] only."""
         model, criterion = self.params
         weights = model.decoder.weight, model.decoder.bias
         if targets is None:
@@ -399,7 +404,12 @@ class LanguageModel:
         return criterion.target_logprob(*weights, output, targets)
 
     def _score(self, parts, context):
-        """The log-probabilities of the ids in `parts`, the columns that `context` continues."""
+        """For each of `parts`, vectors of ids, the list of their log-probabilities.
+
+        Part i continues column i of `context`.
+        """
+        if not parts:
+            return []
         ids = pad_sequence(parts)  # [T, B]
         found = [
             self._log_probs(self._read_on(window, context), window.flatten()).view(window.shape)

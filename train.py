@@ -727,7 +727,7 @@ def log_word_perplexity(loss, ids, dictionary, kind=""):
     if dictionary.level == "char":
         words = count_words(ids, dictionary)
         implied = perplexity(loss * len(ids) / words)
-        log(f"| per word | {kind}ppl {implied:8.2f} | {words:,} words, with <eos>")
+        log(f"| per word | {kind}ppl {implied:8.2f} | {words:,} words, including <eos>")
 
 
 class EpochLog:

@@ -59,21 +59,6 @@ def write_utf8():
         sys.stdout.reconfigure(encoding="utf-8")
 
 
-def append_rest(path, content):
-    """Appends to the file at `path` what it lacks of the bytes `content`; returns whether it could.
-
-    It cannot if the file does not begin like `content`: then it is of another run, ahead of this
-    resumed one, or damaged.
-    """
-    with contextlib.suppress(OSError), open(path, "r+b") as file:
-        if content.startswith(before := file.read()):
-            file.write(content[len(before) :])
-            file.flush()
-            os.fsync(file.fileno())
-            return True
-    return False
-
-
 def perplexity(loss):
     """exp of a loss in nats; inf on overflow."""
     try:
@@ -100,6 +85,24 @@ def warn_about_unknown(unknown, unk):
     """Lists the words that are not in the vocabulary, on stderr."""
     if unknown:
         warn(f"Warning: not in the vocabulary, read as {unk}: {list_most_common(unknown)}")
+
+
+# ------------------------------------------------------------ files
+
+
+def append_rest(path, content):
+    """Appends the rest of `content` to the file at `path`, which holds its beginning.
+
+    Returns whether it did. It does not if the file holds anything else: lines of another run, lines
+    beyond a resumed state, or damage.
+    """
+    with contextlib.suppress(OSError), open(path, "r+b") as file:
+        if content.startswith(before := file.read()):
+            file.write(content[len(before) :])
+            file.flush()
+            os.fsync(file.fileno())
+            return True
+    return False
 
 
 # ------------------------------------------------------------ losses
@@ -270,7 +273,7 @@ def note_explicit_eos(lines, report=log):
     """Reports that so many lines of a text end in an explicit <eos>, if any do."""
     if lines:
         report(
-            f"Note: {lines:,} lines end in an explicit {EOS}, which doubles the implied one and "
+            f"Note: lines that end in an explicit {EOS}: {lines:,}; it doubles the implied one and "
             "lowers the perplexity; remove it from the text"
         )
 
@@ -292,8 +295,8 @@ def read_with_vocabulary(corpus, dictionary, path):
     )
     if unknown.total() > tokens / 2:
         warn(
-            f"Warning: most of {corpus.name} is unknown to {path}; is it in the language, the case "
-            "and the tokens of the model's text?"
+            f"Warning: most of {corpus.name} is unknown to {path}; use text in the language, case "
+            "and tokenization of the text that it was trained on"
         )
 
 

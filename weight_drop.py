@@ -53,7 +53,10 @@ class WeightDrop(nn.Module):
         self.pad_to = pad_to
 
     def extra_repr(self):
-        return f"weights={self.weights}, dropout={self.dropout}, variational={self.variational}"
+        return (
+            f"weights={self.weights}, dropout={self.dropout}, variational={self.variational}, "
+            f"pad_to={self.pad_to}"
+        )
 
     def forward(self, *args, bf16=False):
         weights = dict(self.module.named_parameters())
@@ -73,8 +76,9 @@ def call_recurrent(module, weights, x, state=None, bf16=False, pad_to=1):
     would make nn.RNNBase copy its own parameters to new memory at each call. With `bf16` a CPU
     computes matrix products in bfloat16; other devices compute the complete layer in bfloat16.
 
-    Tensor cores prefer sizes that are multiples of 8. The kernel of a layer in one direction sees
-    its sizes rounded up to multiples of `pad_to`: units whose weights are 0 keep the state 0.
+    Tensor cores prefer sizes that are multiples of 8. With `pad_to`, layers in one direction are
+    padded to multiples of it for the kernel only. A unit whose weights and biases are 0 keeps the
+    state 0, so results do not change.
     """
     is_lstm = isinstance(module, nn.LSTM)
     if state is None:
@@ -86,8 +90,8 @@ def call_recurrent(module, weights, x, state=None, bf16=False, pad_to=1):
         return recurrent_layer(x, state, list(weights.values()), dtype)
     if pad_to > 1 and not module.bidirectional:
         weights = {name: pad_weight(w, 4 if is_lstm else 3, pad_to) for name, w in weights.items()}
-        x, *state = (pad_last(tensor, pad_to) for tensor in (x, *(state if is_lstm else [state])))
-        state = tuple(state) if is_lstm else state[0]
+        x = pad_last(x, pad_to)
+        state = tuple(pad_last(h, pad_to) for h in state) if is_lstm else pad_last(state, pad_to)
     replaced = any(weights[name] is not own for name, own in module.named_parameters())
     if x.is_cuda and (replaced or any(w.dtype != dtype for w in weights.values())):
         weights = in_one_piece(weights, dtype)

@@ -17,8 +17,7 @@ import data
 from conftest import succeed
 from data import (
     SPLITS, Corpus, Dictionary, InputError, batchify, count_words, exact_windows, get_batch,
-    read_vectors,
-    unigram_loss,
+    read_vectors, unigram_loss,
 )
 from properties import repeated
 
@@ -143,7 +142,9 @@ def test_a_damaged_or_foreign_cache_is_replaced(cached, damage):
 
 def test_a_cache_of_an_older_format_is_ignored(cached):
     key = f"0 {Corpus(cached).digest}"
-    np.savez(cached / "ids.word.npz", key=key, words=[97], train=[1], valid=[1], test=[1])
+    words = np.frombuffer(b"a", np.uint8)
+    ids = dict.fromkeys(SPLITS, np.array([0], np.int32))
+    np.savez(cached / "ids.word.npz", key=key, words=words, explicit_eos=0, **ids)
     assert contents(Corpus(cached)) == contents(Corpus(cached, cache=False))
 
 
@@ -363,7 +364,7 @@ def test_the_vectors_of_known_words_are_read(name, header, tmp_path):
     (b"no vectors at all\n", "/v: line 1 is not"),
     (b"a,1,2,3\n", "/v: line 1 is not"),
     (b"1 3\n\x80\x00\x80?\n", "/v: line 2 is not"),  # word2vec's binary format
-    (b"5 3\na 1 2 3\n", "/v: line 1 says 5 vectors, but 1 lines follow"),
+    (b"5 3\na 1 2 3\n", "/v: line 1 announces 5 vectors; there are 1"),
 ])
 def test_unusable_vectors_are_refused_by_line(content, message, tmp_path):
     (tmp_path / "v").write_bytes(content)

@@ -171,7 +171,7 @@ def test_an_explicit_eos_is_noted(trained, text):
     text.write_text("ann <eos>\nann <eos> sees\nbob\n")
     status, _, err = run("--checkpoint", trained, text)
     assert (status, err.count("\n")) == (0, 1)
-    assert "1 lines end in an explicit <eos>" in err
+    assert "end in an explicit <eos>: 1;" in err
 
 
 def test_a_line_is_answered_before_the_next_is_written(trained):
@@ -290,7 +290,7 @@ def test_the_unknown_token_is_recognised_or_named(token, small, tmp_path, monkey
         (b"ann\n\xff\xfe", "", "line 2: not UTF-8"),
         (b"ann sees zoe", "", "'zoe'"),
         (b"ann", "--batch_size 0", "--batch_size"),
-        (b"ann", "absent.txt", "absent.txt"),
+        (b"ann", "absent.txt", "Warning: absent.txt: No such file or directory\n"),
     ],
 )
 def test_bad_input_is_one_line(content, flags, named, trained, text):

@@ -44,19 +44,13 @@ def test_so_many_words_are_written_a_sentence_a_line(prompt, begin, run, trained
     assert not re.search("  | \n", out)
 
 
-def test_unk_can_be_left_out(run, trained_with_unk):
-    flags = ["--checkpoint", trained_with_unk, "--words", 300, "--temperature", 5]
-    assert "<unk>" in run(*flags)[1]
-    assert "<unk>" not in run(*flags, "--no-unk")[1]
-
-
 def test_the_references_flags_write_a_new_file(run, tmp_path):
     path = tmp_path / "out.txt"
     flags = [
         "--data", "no/such", "--model", "LSTM", "--outf", path, "--words", 250, "--seed", 1111,
         "--temperature", 1.0, "--log-interval", 100,
     ]
-    reports = "| Generated 100/250 words\n| Generated 200/250 words\n"
+    reports = "| Generated 100/250 tokens\n| Generated 200/250 tokens\n"
     assert run(*flags) == (0, "", reports)
     text = path.read_text()
     assert text == run("--words", 250)[1]

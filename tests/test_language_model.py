@@ -115,10 +115,7 @@ def test_columns_after_the_first_begin_without_context():
     expected = []
     for start, end in ((0, 4), (4, 8), (8, 11)):  # the first columns are the longer ones
         before = words[start - 1] if start else EOS
-        column = lm.score([before, *words[start:end]], lm.context())
-        fresh = expected_log_probs_from(lm, [before, *words[start:end]])
-        expected += fresh
-        assert len(column.tokens) == end - start + 1
+        expected += expected_log_probs_from(lm, [before, *words[start:end]])
     found = [log_prob for _, log_prob in lm.score(words, columns=3).tokens]
     assert found == pytest.approx(expected)
     assert len(lm.score(words, columns=99).tokens) == 11
@@ -168,6 +165,16 @@ def test_unknown_words_are_read_as_the_unknown_token_and_counted():
     lm.vocabulary.unk = None
     with pytest.raises(InputError, match="'zebra'"):
         lm.score("3 zebra")
+
+
+def test_small_inputs():
+    lm = make_lm()
+    assert lm.score_each([]) == []
+    assert lm.score("") == (0.0, [], {})
+    assert lm.score(word for word in ["3", "7"]) == lm.score("3 7")
+    assert len(lm.next_words("3", 1000)) == len(WORDS)
+    lm.vocabulary.unk = None
+    assert len(list(lm.generate("3", 5, no_unk=True))) == 5
 
 
 def test_answers_are_those_of_evaluation_whatever_the_mode():

@@ -206,10 +206,17 @@ def test_only_an_eos_at_the_end_of_a_line_is_noted(corpus_dir, small, tmp_path):
     out = succeed("--data", corpus_dir, *small, "--epochs", 1, "--save", tmp_path / "m.pt")
     read = succeed("--data", corpus_dir, "--save", tmp_path / "m.pt", command=pointer.main)
     for log in (out, read):
-        assert log.count("Note: 2 lines end in an explicit <eos>") == 1
+        assert log.count("Note: lines that end in an explicit <eos>: 2;") == 1
     (corpus_dir / "valid.txt").write_text("ann <eos> sees\n\n\n")
     out = succeed("--data", corpus_dir, *small, "--epochs", 1, "--save", tmp_path / "m.pt")
     assert "explicit" not in out
+
+
+def test_a_model_can_have_any_name(corpus_dir, small, tmp_path):
+    path = tmp_path / "m.jsonl"
+    succeed("--data", corpus_dir, *small, "--epochs", 3, "--save", path)
+    assert load(path).score("ann").tokens
+    assert len((tmp_path / "m.jsonl.jsonl").read_text().splitlines()) == 3
 
 
 def test_another_seed_is_another_run(corpus_dir, small, tmp_path):
@@ -262,7 +269,7 @@ def test_a_vocabulary_of_one_word_is_trained_and_cannot_be_wrong(tmp_path, small
     out = succeed("--data", tmp_path, *small, "--epochs", 1, "--finetune", 1,
                   "--save", tmp_path / "m.pt")
     assert "test ppl     1.00" in out
-    assert out.count("Note: 90 lines end in an explicit <eos>, which doubles the implied one") == 1
+    assert out.count("Note: lines that end in an explicit <eos>: 90;") == 1
 
 
 def test_importing_has_no_side_effects(tmp_path):
