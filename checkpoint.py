@@ -158,24 +158,24 @@ def saved_params(path, corpus, args, content=None):
     Raises InputError when the checkpoint is unusable or has no token for unknown words.
     """
     checkpoint = read_checkpoint(path, args.device, content)
-    read_with_vocabulary(corpus, vocabulary_of(checkpoint), path)
+    read_with_vocabulary(corpus, vocabulary_of(checkpoint, args.unk), path)
     return build_params(checkpoint, **training_settings(args))
 
 
-def vocabulary_of(contents):
-    """The data.Dictionary of a checkpoint or a training state."""
-    return Dictionary(contents["vocabulary"], contents["flags"]["level"])
+def vocabulary_of(contents, unk=None):
+    """The data.Dictionary of a checkpoint or a training state. Raises InputError, see there."""
+    return Dictionary(contents["vocabulary"], contents["flags"]["level"], unk)
 
 
-def load(path, device="cpu"):
+def load(path, device="cpu", unk=None):
     """Loads a trained model: `lm = load("PTB.pt")`, or `model, vocabulary = load("PTB.pt")`.
 
     Returns a model.LanguageModel on `device`, in evaluation mode, with its training dropout rates.
-    Needs no other file. Raises InputError.
+    `unk`: its token for unknown words, see data.Dictionary. Raises InputError.
     """
     checkpoint = read_checkpoint(path, device)
     rates = {name: rate for name, rate in checkpoint["flags"].items() if name in DROPOUTS}
-    return LanguageModel(build_params(checkpoint, **rates), vocabulary_of(checkpoint))
+    return LanguageModel(build_params(checkpoint, **rates), vocabulary_of(checkpoint, unk))
 
 
 # ------------------------------------------------------------ training states

@@ -1,14 +1,16 @@
 """Text files to token ids, and the [time, batch] layouts of training and evaluation."""
 
+import codecs
 import gzip
 import hashlib
 import os
 import platform
 import re
+import sys
 import zlib
 from array import array
 from collections import Counter
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import islice
 from pathlib import Path
 
@@ -31,15 +33,18 @@ class Dictionary:
     """A vocabulary: `word2idx` (dict) and `idx2word` (list), ids in order of first occurrence.
 
     `level` is "word", or "char" if the tokens are single characters (and <eos>). `unk` is the token
-    that stands for unknown words: the first of UNKNOWN_TOKENS in the vocabulary, None if it has
-    none of them; it can be set.
+    that stands for unknown words, by default the first of UNKNOWN_TOKENS in the vocabulary, None if
+    it has none of them. Raises InputError for an `unk` that is not in the vocabulary.
     """
 
-    def __init__(self, words=(), level="word"):
+    def __init__(self, words=(), level="word", unk=None):
         self.level = level
         self.idx2word = list(words)
         self.word2idx = {word: idx for idx, word in enumerate(self.idx2word)}
-        self.unk = next((token for token in UNKNOWN_TOKENS if token in self.word2idx), None)
+        if unk is not None and unk not in self.word2idx:
+            raise InputError(f"--unk {unk}: not in the model's vocabulary; name one of its tokens")
+        known = (token for token in UNKNOWN_TOKENS if token in self.word2idx)
+        self.unk = next(known, None) if unk is None else unk
 
     def __len__(self):
         return len(self.idx2word)
@@ -130,7 +135,7 @@ class Corpus:
         try:
             with open(path, "rb") as lines:
                 return self._encode(lines, path)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise InputError(
                 f"{path}: no such file; --data takes a folder with train.txt, valid.txt and "
                 "test.txt (./getdata.sh downloads some), or 'sample'"
@@ -168,7 +173,8 @@ class Corpus:
         if unknown and dictionary.unk is None:
             raise InputError(
                 f"{self.name}: holds tokens outside the model's vocabulary, which has no {UNK}: "
-                f"{list_most_common(unknown)}; replace them by tokens that it has"
+                f"{list_most_common(unknown)}; replace them, or name its token for unknown words "
+                "(--unk)"
             )
         ids = [known.get(word, known.get(dictionary.unk)) for word in words]
         ids = torch.tensor(ids, dtype=self.train.dtype)
@@ -194,6 +200,15 @@ def digest_of(files):
     return sha256.hexdigest()
 
 
+@contextmanager
+def open_lines(path):
+    """Opens a file, which gzip may have compressed, for reading as bytes; "-" is standard input."""
+    with nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as file:
+        compressed = file.peek(2)[:2] == b"\x1f\x8b"
+        with gzip.open(file) if compressed else nullcontext(file) as lines:
+            yield lines
+
+
 def decode_line(line, number):
     """The text of a line of UTF-8 bytes; the first has no byte order mark. Raises InputError."""
     if line.startswith(b"\x1f\x8b"):
@@ -214,7 +229,7 @@ def encode(words, dictionary):
     """
     ids = dictionary.word2idx
     unknown = Counter(word for word in words if word not in ids)
-    if unknown and dictionary.unk is None:
+    if unknown and dictionary.unk not in ids:
         raise InputError(
             f"the model's vocabulary has no {UNK}, and lacks {list_most_common(unknown)}; leave "
             "them out, or name the token for unknown words (--unk)"
@@ -235,26 +250,28 @@ def read_vectors(path, words, size):
     """{word: its vector [size]} of those `words` that a file of word vectors holds.
 
     The file is in word2vec's text format (the first line is the number of vectors and their width,
-    each other line a word and its numbers) or in GloVe's, without a first line; .gz too. Of a
+    each other line a word and its numbers) or in GloVe's, without a first line; gzip too. Of a
     word's vectors the first counts. Raises InputError, naming the file and the line.
     """
     wanted, found = {word.encode(): word for word in words}, {}
     count, number = None, 0
     try:
-        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as lines:
+        with open_lines(path) as lines:
             for number, line in enumerate(lines, 1):
-                word, *values = line.split() or [b""]  # bytes: GloVe has words with other spaces
                 if number == 1:
-                    is_header = len(values) == 1
-                    width = int(values[0]) if is_header else len(list(map(float, values)))
+                    line = line.removeprefix(codecs.BOM_UTF8)
+                    first, *numbers = line.split() or [b""]
+                    is_header = len(numbers) == 1
+                    width = int(numbers[0]) if is_header else len(list(map(float, numbers)))
                     if width not in (0, size):
                         raise InputError(
                             f"--emsize {size}: the vectors in {path} have {width} numbers; give "
                             f"--emsize {width}, or other vectors"
                         )
                     if is_header:
-                        count = int(word)
+                        count = int(first)
                         continue
+                word, *values = line.rsplit(maxsplit=size) or [b""]  # GloVe has words with spaces
                 if len(values) != size:
                     raise ValueError
                 if word in wanted:

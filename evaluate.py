@@ -11,18 +11,16 @@ not be scored; the others are.
 """
 
 import csv
-import gzip
 import json
 import math
 import sys
 import zlib
 from collections import Counter
-from contextlib import contextmanager, nullcontext
 from itertools import islice
 
 from bidirectional import evaluate_directions, is_bilm
 from checkpoint import load
-from data import EOS, InputError, decode_line, encode, list_most_common
+from data import EOS, InputError, decode_line, encode, list_most_common, open_lines
 from flags import Parser, add_model_flags, count, resolve_device, run_command
 from model import NOTES, WINDOW
 from train import log_word_perplexity
@@ -53,33 +51,20 @@ def load_for_use(path, args):
     resolve_device(args)
     args.precision = "fp32"
     set_up_device(args)
-    lm = load(path, args.device)
-    model, vocabulary = lm
+    lm = load(path, args.device, args.unk)
+    model, _ = lm
     if args.model not in (None, model.rnn_type):
         raise InputError(
             f"--model {args.model}: {path} is of type {model.rnn_type}; leave the flag out"
         )
     if model.rnn_type == "biLSTM":
         raise InputError(f"{path}: {NOTES['biLSTM']}; use another model")
-    if args.unk is not None:
-        if args.unk not in vocabulary.word2idx:
-            raise InputError(f"--unk {args.unk}: not in the vocabulary of {path}")
-        vocabulary.unk = args.unk
     if is_bilm(lm.params):
         warn(
             f"Note: {path} is a biLM: results are those of its forward language model, which "
             "--objective cloze does not train"
         )
     return lm
-
-
-@contextmanager
-def open_lines(path):
-    """Opens a text, which gzip may have compressed, for reading as bytes; "-" is standard input."""
-    with nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as file:
-        compressed = file.peek(2)[:2] == b"\x1f\x8b"
-        with gzip.open(file) if compressed else nullcontext(file) as lines:
-            yield lines
 
 
 class Scorer:
@@ -97,22 +82,16 @@ class Scorer:
             self.columns = ("id",) * args.ids + TEXT_COLUMNS[self.kind]
             print(*self.columns, sep="\t", flush=True)
         if args.format == "csv":
-            self.csv = csv.writer(sys.stdout, lineterminator="\n")
+            # Readers take an unquoted carriage return, which csv would write, for a line's end.
+            self.csv = csv.writer(sys.stdout, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
             self.csv.writerow(self.columns)
 
     def score(self, path):
         """Scores a file. Raises InputError for a file that cannot be scored."""
-        lines = self.lines(path)
-        if self.args.per_line:  # a batch is scored as soon as it has been read
-            while batch := list(islice(lines, self.args.batch_size)):
-                scores = iter(self.lm.score_each([row["words"] for row in batch if row["words"]]))
-                for row in batch:
-                    if row["words"]:
-                        self.write(row, next(scores))
-                    else:
-                        self.write_row(row)
+        if self.args.per_line:
+            self.score_lines(path)
             return
-        rows = list(lines)
+        rows = list(self.lines(path))
         words = [word for row in rows for word in row["words"]]
         if set(words) <= {EOS}:
             raise InputError(f"{path}: holds no words")
@@ -125,6 +104,27 @@ class Scorer:
         tokens = iter(score.tokens)
         for row in rows:
             self.write(row, score._replace(tokens=list(islice(tokens, len(row["words"])))))
+
+    def score_lines(self, path):
+        """Scores each line by itself, as soon as a batch has been read."""
+        batch = []
+
+        def write_batch():
+            scores = iter(self.lm.score_each([row["words"] for row in batch if row["words"]]))
+            for row in batch:
+                if row["words"]:
+                    self.write(row, next(scores))
+                else:
+                    self.write_row(row)
+            batch.clear()
+
+        try:
+            for row in self.lines(path):
+                batch.append(row)
+                if len(batch) == self.args.batch_size:
+                    write_batch()
+        finally:  # of a damaged file, what could be read
+            write_batch()
 
     def lines(self, path):
         """Yields a row for each line of a file, with its words, which for a bad line are [].
@@ -190,8 +190,10 @@ class Scorer:
     def write_row(self, row, unknown=()):
         values = [row.get(column) for column in self.columns]
         if self.args.format == "json":
-            finite = [None if value == math.inf else value for value in values]
-            print(json.dumps(dict(zip(self.columns, finite)), ensure_ascii=False), flush=True)
+            for i, value in enumerate(values):
+                if isinstance(value, float) and not math.isfinite(value):
+                    values[i] = None  # JSON has neither infinity nor NaN
+            print(json.dumps(dict(zip(self.columns, values)), ensure_ascii=False), flush=True)
         elif self.args.format == "csv":
             self.csv.writerow(values)
             sys.stdout.flush()

@@ -126,7 +126,7 @@ def reread_state(args, corpus, command):
             f"--data {args.data}: its text is not that of the run of {args.resume}; use that, or "
             f"copy {args.resume} elsewhere to start from its weights only"
         )
-    read_with_vocabulary(corpus, vocabulary_of(state), args.resume)
+    read_with_vocabulary(corpus, vocabulary_of(state, args.unk), args.resume)
     return state
 
 

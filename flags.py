@@ -199,6 +199,8 @@ def make_parser(description, inherited=()):
     add("--pad-to", 1, "pad LSTM and GRU layers to multiples of N, inside the kernel only, with "
         "units that stay 0 (8 suits a GPU's tensor cores)",
         type=count, metavar="N")
+    add("--unk", None, "the model's token for unknown words, if a trained model reads other text "
+        f"(default: the first of {', '.join(UNKNOWN_TOKENS)} in its vocabulary)", metavar="TOKEN")
     add("--tied", True, "accepted for compatibility: the weights are always tied",
         action="store_true")
     return parser

@@ -45,6 +45,16 @@ def write_text(lm, prompt, out, args):
         print(file=out, flush=True)
 
 
+def read_prompt(lm, args):
+    """The text of --prompt. Raises InputError if the model cannot read it."""
+    try:
+        prompt = decode_line(os.fsencode(args.prompt), 1)
+        lm.ids(prompt)
+    except InputError as error:
+        raise InputError(f"--prompt: {error}") from None
+    return prompt
+
+
 def complete_prompts(lm, out, args):
     """Completes each line of standard input; returns whether all could be read.
 
@@ -64,7 +74,7 @@ def complete_prompts(lm, out, args):
 def read_prompts():
     """Yields the lines of standard input, as bytes; shows a prompt if it is a terminal."""
     while True:
-        print("> " if sys.stdin.isatty() else "", end="", flush=True)
+        print("> " if sys.stdin.isatty() and sys.stdout.isatty() else "", end="", flush=True)
         line = sys.stdin.buffer.readline()
         if not line:
             return
@@ -109,15 +119,13 @@ def main(argv=None):
     if args.no_unk and lm.vocabulary.unk is None:
         warn(f"Note: --no-unk has no effect: the vocabulary of {args.checkpoint} has no {UNK}; "
              "--unk names another token")
+    prompt = read_prompt(lm, args)
     succeeded, to_file = True, args.outf != "-"
     with open(args.outf, "x", encoding="utf-8") if to_file else nullcontext(sys.stdout) as out:
         if args.interactive:
             succeeded = complete_prompts(lm, out, args)
         else:
-            try:
-                write_text(lm, decode_line(os.fsencode(args.prompt), 1), out, args)
-            except InputError as error:
-                raise InputError(f"--prompt: {error}") from None
+            write_text(lm, prompt, out, args)
     return 0 if succeeded else 2
 
 

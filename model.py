@@ -16,7 +16,7 @@ from data import EOS, InputError, encode
 from embed_regularize import embedded_dropout
 from locked_dropout import LockedDropout
 from qrnn import QRNN
-from utils import float32_products
+from utils import float32_products, map_hidden
 from weight_drop import WeightDrop
 
 RNN_TYPES = ("LSTM", "GRU", "QRNN", "biLSTM", "biLM")
@@ -271,16 +271,15 @@ class LanguageModel:
     def log_probs(self, words, context=None):
         """The log-probability of every word of the vocabulary after each of `words`: [T, V].
 
-        `words` is a text or, for several at once, ids [T, B]; these give [T, B, V].
+        `words` is a text, its ids [T] or, for several at once, ids [T, B]; these give [T, B, V].
         """
-        ids = words
         if not isinstance(words, torch.Tensor):
-            ids = self.ids(words).unsqueeze(1)
+            words = self.ids(words)
+        ids = words if words.dim() == 2 else words.unsqueeze(1)
         context = context or self.context(ids.size(1))
         before = self._read_on(ids, context)
         output = torch.cat([before, self._output(context)])[ids.size(1) :]
-        found = self._log_probs(output)
-        return found.view(*ids.shape, -1) if ids is words else found
+        return self._log_probs(output).view(*words.shape, -1)
 
     def score(self, text, context=None, columns=1):
         """The Score of a text.
@@ -301,8 +300,10 @@ class LanguageModel:
     def score_each(self, texts):
         """A list with the Score of each of `texts`, which are read in parallel."""
         texts = [self.split(text) for text in texts]
-        found = self._score([self.ids(text) for text in texts], self.context(len(texts)))
-        return [self._make_score(*pair) for pair in zip(texts, found)]
+        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+        parts = [self.ids(texts[i]) for i in order]
+        found = dict(zip(order, self._score(parts, self.context(len(texts)))))
+        return [self._make_score(text, found[i]) for i, text in enumerate(texts)]
 
     def next_words(self, text="", k=10, context=None):
         """The `k` likeliest words after a text: [(word, probability), ...], likeliest first."""
@@ -324,8 +325,10 @@ class LanguageModel:
         model, _ = self.params
         device = model.encoder.weight.device
         random = None if seed is None else torch.Generator(device).manual_seed(seed)
-        unk = self.vocabulary.unk
-        banned = [self.vocabulary.word2idx[unk]] if no_unk and unk is not None else []
+        if not (temperature > 0 and top_k >= 0 and 0 < top_p <= 1):
+            raise InputError("temperature must be above 0, top_k 0 or more, and top_p in (0, 1]")
+        word2idx, unk = self.vocabulary.word2idx, self.vocabulary.unk
+        banned = [word2idx[unk]] if no_unk and unk in word2idx else []
         context = context or self.context()
         self._read_on(self.ids(text).unsqueeze(1), context)
         layers = model.rnns
@@ -406,17 +409,22 @@ class LanguageModel:
     def _score(self, parts, context):
         """For each of `parts`, vectors of ids, the list of their log-probabilities.
 
-        Part i continues column i of `context`.
+        Part i continues column i of `context`. Parts must not be longer than those before them:
+        columns that have ended are read no further.
         """
-        if not parts:
-            return []
-        ids = pad_sequence(parts)  # [T, B]
-        found = [
-            self._log_probs(self._read_on(window, context), window.flatten()).view(window.shape)
-            for window in ids.split(max(1, WINDOW // len(parts)))
-        ]
-        columns = torch.cat(found).t().tolist()
-        return [column[: len(part)] for column, part in zip(columns, parts)]
+        found, ids, start = [[] for _ in parts], pad_sequence(parts) if parts else [], 0
+        while start < len(ids):
+            rest = sum(len(part) > start for part in parts)
+            context.last = context.last[:rest]
+            context.hidden = map_hidden(
+                lambda h, rest=rest: h[:, :rest].contiguous(), context.hidden
+            )
+            window = ids[start : start + max(1, WINDOW // rest), :rest]
+            log_probs = self._log_probs(self._read_on(window, context), window.flatten())
+            for column, part in zip(log_probs.view_as(window).t().tolist(), found):
+                part += column
+            start += len(window)
+        return [log_probs[: len(part)] for log_probs, part in zip(found, parts)]
 
     def _make_score(self, tokens, log_probs):
         unknown = Counter(token for token in tokens if token not in self.vocabulary.word2idx)

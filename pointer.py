@@ -5,7 +5,7 @@
     python pointer.py --data data/penn --save PTB.pt --dynamic
 
 The cache (Grave, Joulin and Usunier 2016, 1612.04426) raises the probability of words that followed
-states similar to the current one. The checkpoint is not changed, and no file is written.
+states similar to the current one. The checkpoint is not changed.
 
 `pieces` are the consecutive parts of a text from dynamic_evaluation.read, each (states [L, E], the
 next words [L], their log-probabilities in nats [L]).

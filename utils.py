@@ -56,7 +56,7 @@ def _print(line, file):
 def write_utf8():
     """Writes standard output as UTF-8 whatever the locale, unless to a terminal: text is data."""
     if hasattr(sys.stdout, "reconfigure") and not sys.stdout.isatty():
-        sys.stdout.reconfigure(encoding="utf-8")
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
 def perplexity(loss):

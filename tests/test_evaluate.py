@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -15,11 +16,12 @@ import torch
 from torch.nn import functional as F
 
 import evaluate
+import finetune
 import generate
 import main
 import pointer
 from checkpoint import build_params, load, read_checkpoint
-from conftest import ROOT, invoke, train_to
+from conftest import ROOT, invoke, succeed, train_to
 
 
 def run(*argv):
@@ -211,6 +213,39 @@ def test_a_bad_file_or_line_does_not_end_the_others(trained, tmp_path):
     assert [row["loss"] is None for row in objects(out)] == [False, True, False]
 
 
+def test_what_could_be_read_of_a_damaged_file_is_scored(trained, tmp_path):
+    path = tmp_path / "text.gz"
+    path.write_bytes(gzip.compress(b"ann sees the dog\n" * 5000)[:-20])
+    status, out, err = run("--checkpoint", trained, "--per-line", "--batch_size", 1000, path)
+    assert (status, err.count("\n")) == (2, 1)
+    assert len(rows(out)) > 1000
+    assert {row["text"] for row in rows(out)} == {"ann sees the dog"}
+
+
+def test_any_name_of_a_file_can_be_written(trained, text, cli):
+    names = [b"\xff.txt", "\u00fc.txt".encode()]
+    for name in names:
+        with open(os.path.join(os.fsencode(cli.folder), name), "wb") as file:
+            file.write(TEXT.encode())
+    locale = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for form in ("text", "csv", "json"):
+        flags = ["--checkpoint", trained, "--format", form, *map(os.fsdecode, names), text]
+        done = cli("evaluate.py", *flags, env=locale)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert len(done.stdout.splitlines()) == 4 + (form == "csv")
+
+
+def test_a_carriage_return_does_not_end_a_row(corpus_dir, small, tmp_path):
+    path, text = tmp_path / "m.pt", tmp_path / "text.txt"
+    train = ["--data", corpus_dir, "--level", "char", *small, "--epochs", 1, "--save", path]
+    (corpus_dir / "test.txt").write_bytes(b"ann\rsees\n")
+    succeed(*train)
+    text.write_bytes(b"ann\rsees\nbob\n")
+    _, out, _ = run("--checkpoint", path, "--per-line", "--format", "csv", text)
+    found = list(csv.DictReader(io.StringIO(out, newline="")))
+    assert [row["text"] for row in found] == ["ann\rsees", "bob"]
+
+
 @pytest.mark.parametrize("objective", ["lm", "cloze"])
 def test_bilm_reads_forwards_and_reports_its_other_scores(
     objective, corpus_dir, small, tmp_path, text
@@ -269,8 +304,14 @@ def test_the_unknown_token_is_recognised_or_named(token, small, tmp_path, monkey
     assert (token in out, err) == (False, "")
     status, _, err = run("--checkpoint", path, text, "--unk", "absent")
     assert (status, "--unk absent" in err) == (2, True)
+    (folder / "train.txt").write_text("ann sees zebras\n" * 30)
+    flags = ["--save", path, "--data", folder, "--epochs", 1, *named]
+    out = succeed(*flags, command=finetune.main)
+    assert f"30 of 660 tokens (4.5%) are unknown, read as {token}: 'zebras'" in out
     if not named:
         return
+    status, _, err = invoke(finetune.main, *flags[:-2])
+    assert (status, err.count("\n"), "--unk" in err) == (2, 1, True)
     # Without a name: the lines that can be scored are, and the other is named.
     status, out, err = run("--checkpoint", path, "--per-line", text)
     assert (status, [row["ppl"] != "" for row in rows(out)]) == (2, [True, False, True])

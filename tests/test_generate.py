@@ -72,6 +72,12 @@ def test_bad_input_is_one_line(flags, run):
     assert flags[1].split()[-1] in err
 
 
+def test_a_refused_prompt_leaves_no_file(run, tmp_path):
+    flags = ["--outf", tmp_path / "out.txt", "--words", 5]
+    assert run(*flags, "--prompt", "zebras")[0] == 2
+    assert run(*flags, "--prompt", "ann")[0] == 0
+
+
 def test_interactive_finishes_the_sentence_of_each_prompt(run, trained_with_unk, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"ann sees\n\nbob zoe\n")))
     flags = ["--checkpoint", trained_with_unk, "--interactive", "--words", 9]

@@ -104,6 +104,7 @@ def test_texts_are_read_in_parallel():
     for text, score in zip(texts, lm.score_each(texts), strict=True):
         assert score.log_prob == pytest.approx(lm.score(text).log_prob)
         assert len(score.tokens) == len(lm.split(text))
+    torch.testing.assert_close(lm.log_probs(lm.ids("3 7")), lm.log_probs("3 7"))
     ids = torch.randint(50, (6, 3))
     for column, found in zip(ids.t(), lm.log_probs(ids).unbind(1), strict=True):
         torch.testing.assert_close(found, lm.log_probs([WORDS[i] for i in column]))
@@ -175,6 +176,12 @@ def test_small_inputs():
     assert len(lm.next_words("3", 1000)) == len(WORDS)
     lm.vocabulary.unk = None
     assert len(list(lm.generate("3", 5, no_unk=True))) == 5
+    for settings in ({"temperature": 0}, {"top_p": 0}, {"top_p": 1.1}, {"top_k": -1}):
+        with pytest.raises(InputError, match=next(iter(settings))):
+            list(lm.generate("3", 5, **settings))
+    lm.vocabulary.unk = "absent"
+    with pytest.raises(InputError, match="zebra"):
+        lm.score("zebra")
 
 
 def test_answers_are_those_of_evaluation_whatever_the_mode():
