@@ -211,6 +211,8 @@ def measure(args):
         times["product"].append(seconds(lambda: factor @ factor, args.device))
         for name, process in processes.items():
             times[name, task].append(process.submit(time_task, task, args.device).result())
+    for process in processes.values():  # left to Python's exit, this can fail there
+        process.shutdown()
     times = {what: median(taken) for what, taken in times.items()}
     large = 2 * LARGE**3 / times["product"] / 1e9
     rows = {"run": {
@@ -272,7 +274,8 @@ def read(args, ntoken=267_735):
         with TemporaryDirectory() as folder:
             write_corpus(folder, int(millions * 1e6), ntoken)
             for name in ("corpus", "again"):  # a long text: again from its cache
-                yield {name: new_process().submit(read_corpus, folder).result()}
+                with new_process() as process:
+                    yield {name: process.submit(read_corpus, folder).result()}
 
 
 def write_corpus(folder, tokens, ntoken):
