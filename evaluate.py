@@ -108,23 +108,23 @@ class Scorer:
     def score_lines(self, path):
         """Scores each line by itself, as soon as a batch has been read."""
         batch = []
-
-        def write_batch():
-            scores = iter(self.lm.score_each([row["words"] for row in batch if row["words"]]))
-            for row in batch:
-                if row["words"]:
-                    self.write(row, next(scores))
-                else:
-                    self.write_row(row)
-            batch.clear()
-
         try:
             for row in self.lines(path):
                 batch.append(row)
                 if len(batch) == self.args.batch_size:
-                    write_batch()
+                    rows, batch = batch, []
+                    self.write_lines(rows)
         finally:  # of a damaged file, what could be read
-            write_batch()
+            self.write_lines(batch)
+
+    def write_lines(self, rows):
+        """Writes the rows of lines, with their scores unless they are bad."""
+        scores = iter(self.lm.score_each([row["words"] for row in rows if row["words"]]))
+        for row in rows:
+            if row["words"]:
+                self.write(row, next(scores))
+            else:
+                self.write_row(row)
 
     def lines(self, path):
         """Yields a row for each line of a file, with its words, which for a bad line are [].
@@ -140,6 +140,7 @@ class Scorer:
             raise InputError(f"{path}: {reason}") from None
 
     def read_line(self, path, number, line):
+        """The row of one line. See `lines`."""
         row = {"file": path, "line": number, "id": "", "text": "", "words": []}
         try:
             text = decode_line(line, number)
