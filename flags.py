@@ -41,7 +41,8 @@ RECIPES = {
     },
     "fast": {
         "optimizer": "adamw", "lr": 3e-3, "wdecay": 0.075, "schedule": "trapezoid",
-        "decoder_bias": "unigram", "batch_size": 20, "partial_shuffle": True,
+        "decoder_bias": "unigram", "batch_size": 20, "regularization_ramp": [0.3, 12.0],
+        "partial_shuffle": True,
     },
 }
 RECIPES["short-gru"] = {**RECIPES["short"], "alpha": 0.5, "beta": 0.25}

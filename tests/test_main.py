@@ -343,7 +343,7 @@ def test_the_log_names_what_the_recipe_set_alone(capsys):
     main.parse_args("--recipe fast --epochs 40 --wdecay 0.1".split())
     assert capsys.readouterr().out == (
         "Recipe fast: --optimizer adamw --lr 0.003 --schedule trapezoid --decoder-bias unigram "
-        "--batch_size 20 --partial-shuffle\n"
+        "--batch_size 20 --regularization-ramp 0.3 12 --partial-shuffle\n"
     )
     main.parse_args([])
     assert capsys.readouterr().out == ""
