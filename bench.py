@@ -15,6 +15,7 @@ own, which waits while the other runs. Its peak memory is that of the whole proc
 GPU) after three steps.
 """
 
+import argparse
 import json
 import re
 import signal
@@ -47,8 +48,12 @@ SIZES = {
     "ptb": {"ntoken": 10_000, "batch_size": 20, "dropouti": 0.4, "dropouth": 0.25},
     "wt2": {"ntoken": 33_278, "batch_size": 80, "dropouth": 0.2},
 }
+UNUSED = (  # flags of training that make no difference to a step's time
+    "data", "level", "no_cache", "objective", "lr", "bias_lr", "epochs", "partial_shuffle",
+    "nonmono", "seed", "save", "resume", "checkpoint_minutes", "on_divergence", "log_interval",
+)
 EVALUATED = 6000  # tokens of an evaluation
-LARGE = 2048  # rows and columns of the large product's factors
+LARGE = {"cpu": 2048, "mps": 4096, "cuda": 8192}  # rows and columns of the large product's operands
 
 
 # ------------------------------------------------------------ the sides
@@ -173,9 +178,9 @@ def matrix_flop(params, args):
 
 
 def new_process():
-    """A process that runs what is submitted to it. It leaves Ctrl-C to its parent."""
-    ignore = signal.SIGINT, signal.SIG_IGN
-    return ProcessPoolExecutor(1, get_context("spawn"), signal.signal, ignore)
+    """A process that runs what is submitted to it, and ends quietly at Ctrl-C."""
+    at_once = signal.SIGINT, signal.SIG_DFL
+    return ProcessPoolExecutor(1, get_context("spawn"), signal.signal, at_once)
 
 
 TASKS = {}  # those of a side, in its own process
@@ -205,16 +210,17 @@ def measure(args):
     processes = {name: new_process() for name, *_ in sides}
     costs = {name: processes[name].submit(set_up_side, *side).result() for name, *side in sides}
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-    factor = torch.randn(LARGE, LARGE, device=args.device, dtype=dtype)
+    size = LARGE[args.device.type]
+    operand = torch.randn(size, size, device=args.device, dtype=dtype)
     times = defaultdict(list)
     for task in ["step"] * args.steps + ["evaluation"] * args.steps:
-        times["product"].append(seconds(lambda: factor @ factor, args.device))
+        times["product"].append(seconds(lambda: operand @ operand, args.device))
         for name, process in processes.items():
             times[name, task].append(process.submit(time_task, task, args.device).result())
     for process in processes.values():  # left to Python's exit, this can fail there
         process.shutdown()
     times = {what: median(taken) for what, taken in times.items()}
-    large = 2 * LARGE**3 / times["product"] / 1e9
+    large = 2 * size**3 / times["product"] / 1e9
     rows = {"run": {
         "precision": args.precision, "device": str(args.device), "torch": torch.__version__,
         "threads": torch.get_num_threads(), "gflops_of_large_product": large,
@@ -303,7 +309,9 @@ def read_corpus(folder):
 
 
 def parse_args(argv=None):
-    parser = make_parser(__doc__.splitlines()[0])
+    parser = make_parser(__doc__.splitlines()[0], SIZES["ptb"], "the recipe's")
+    for flag in UNUSED:
+        parser.actions[flag].help = argparse.SUPPRESS
     add = parser.add
     add("--recipe", "ptb", "whose sizes are the defaults", choices=SIZES)
     add("--ntoken", None, "size of the vocabulary (default: the recipe's)", type=count)

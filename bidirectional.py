@@ -123,14 +123,10 @@ class BiObjective(nn.Module):
         margin = min(CONTEXT, len(data) // 2)
         first = min(margin, len(data) - margin - 1) if is_first_window else 0
         scored = slice(first, len(data) - margin)
-        cloze = score_cloze(
+        losses["cloze"] = score_cloze(
             weight, bias, model.combine(before[scored], after[scored]), targets[scored]
         )
-        total = cloze
-        if "cloze" in parts:
-            losses["cloze"] = cloze
-        for name in ("forward", "backward"):
-            total = total + losses.get(name, 0.0)
+        total = sum(losses.values())
         for raw, dropped in passes:
             total = total + activation_regularization(raw[-1], dropped[-1], alpha, beta)
         mean = sum(losses[part] for part in parts) / len(parts)

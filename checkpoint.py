@@ -114,6 +114,8 @@ def unpack(path, kind, device="cpu", content=None):
         if is_device_error(error):
             raise
         found = None
+    if found == ("awd-lstm training state", VERSION) and kind == "checkpoint":
+        raise InputError(f"{path}: is a training state; name its checkpoint, without {STATE}")
     if found != (f"awd-lstm {kind}", VERSION):
         raise InputError(f"{path}: is not a {kind} of this version of main.py; train again")
     model, is_tied = contents["model"], contents["architecture"]["tie_weights"]
@@ -181,24 +183,13 @@ def load(path, device="cpu", unk=None):
 # ------------------------------------------------------------ training states
 
 
-def read_state(path, command=None):
+def read_state(path):
     """The training state beside the checkpoint at `path`, on the CPU; None if there is none.
 
-    With `command` ("main.py" or "finetune.py"), the state of a finished run of the other command is
-    ignored. Raises InputError if the file is unusable, or if the other command's run is unfinished.
+    Raises InputError, see `unpack`.
     """
     file = f"{path}{STATE}"
-    if not path or not os.path.exists(file):
-        return None
-    state = unpack(file, "training state")
-    if command in (None, state["command"]):
-        return state
-    if is_finished(state):
-        return None
-    raise InputError(
-        f"--resume {path}: {file} belongs to an unfinished run of {state['command']}; "
-        f"{how_to_resume(state['command'], path)} continues it"
-    )
+    return unpack(file, "training state") if path and os.path.exists(file) else None
 
 
 def is_finished(state):
@@ -357,7 +348,7 @@ class Run:
 
     def best_model(self, corpus, args):
         """The best model, from its file, or from memory if it could not be written."""
-        content = self.pending.get(str(self.path))
+        content = self.pending.get(self.path)
         content = distributed.broadcast(content and bytes(content))
         return saved_params(self.path, corpus, args, content)
 

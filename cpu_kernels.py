@@ -97,12 +97,12 @@ def recurrent_layer(x, state, weights, dtype):
     """
     is_lstm = isinstance(state, tuple)
     outputs, last = [], []
-    for direction, begin in enumerate(zip(*state) if is_lstm else state.unsqueeze(1)):
+    for direction, initial in enumerate(zip(*(state if is_lstm else (state,)))):
         own = weights[4 * direction : 4 * direction + 4]
         inputs = x.flip(0) if direction else x
-        hs, *end = RecurrentLayer.apply(dtype, inputs, *own, *begin)
+        hs, *final = RecurrentLayer.apply(dtype, inputs, *own, *initial)
         outputs.append(hs.flip(0) if direction else hs)
-        last.append(end)
+        last.append(final)
     output = torch.cat(outputs, 2) if len(outputs) > 1 else outputs[0]
     last = tuple(torch.stack(states) for states in zip(*last))
     return output, last if is_lstm else last[0]

@@ -202,11 +202,17 @@ def digest_of(files):
 
 @contextmanager
 def open_lines(path):
-    """Opens a file, which gzip may have compressed, for reading as bytes; "-" is standard input."""
+    """Opens a file, which gzip may have compressed, for reading as bytes; "-" is standard input.
+
+    Raises InputError if the compressed file is damaged.
+    """
     with nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as file:
         compressed = file.peek(2)[:2] == b"\x1f\x8b"
         with gzip.open(file) if compressed else nullcontext(file) as lines:
-            yield lines
+            try:
+                yield lines
+            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                raise InputError(f"{path}: {error}") from None
 
 
 def decode_line(line, number):
@@ -283,8 +289,6 @@ def read_vectors(path, words, size):
         raise
     except ValueError:
         raise InputError(f"{path}: line {number} is not a word and {size} numbers") from None
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise InputError(f"{path}: {error}") from None
     if count not in (None, number - 1):
         raise InputError(f"{path}: line 1 announces {count:,} vectors; there are {number - 1:,}")
     return found
@@ -374,8 +378,10 @@ NOT_PROSE = re.compile(r"::=|>>>|==|--|\|| = .* = |   ")  # grammar, sessions, t
 
 def sample_paragraphs():
     """The distinct paragraphs of prose in the language reference, in order of topic."""
-    from pydoc_data.topics import topics  # missing from some Python installations
-
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        raise InputError("--data sample: this Python lacks pydoc_data; use another") from None
     seen = {}  # topics share paragraphs, which must not leak from the training split to the others
     for _, text in sorted(topics.items()):
         for block in re.split(r"\n\s*\n", text):

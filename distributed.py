@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 def is_distributed():
     """Whether torchrun started this process, even if it is the only one."""
-    return "RANK" in os.environ
+    return dist.is_torchelastic_launched()
 
 
 def size():
@@ -26,7 +26,7 @@ def size():
 
 def rank():
     """The number of this rank, from 0."""
-    return int(os.environ.get("RANK", 0))
+    return int(os.environ["RANK"]) if is_distributed() else 0
 
 
 def is_first():

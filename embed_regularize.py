@@ -3,9 +3,6 @@
 Gal and Ghahramani 2016 (1512.05287); section 4.3 of Merity et al. 2017 (1708.02182).
 """
 
-from torch.nn import functional as F
-
-
 def embedded_dropout(embed, words, dropout=0.1, scale=None):
     """Looks up `words` in `embed` (an nn.Embedding [V, E]) with rows dropped at rate `dropout`.
 
@@ -13,10 +10,7 @@ def embedded_dropout(embed, words, dropout=0.1, scale=None):
     scaled by 1 / (1 - dropout). `scale` [V, 1], if given, also multiplies each row. In evaluation
     the caller passes `dropout` 0.
     """
-    embedded = F.embedding(
-        words, embed.weight, embed.padding_idx, embed.max_norm, embed.norm_type,
-        embed.scale_grad_by_freq, embed.sparse,
-    )
+    embedded = embed(words)
     # (mask * W)[words] = mask[words] * W[words], which needs no masked copy of W.
     if dropout:
         mask = embed.weight.new_empty(embed.weight.size(0), 1).bernoulli_(1 - dropout)

@@ -14,7 +14,6 @@ import csv
 import json
 import math
 import sys
-import zlib
 from collections import Counter
 from itertools import islice
 
@@ -23,10 +22,9 @@ from checkpoint import load
 from data import EOS, InputError, decode_line, encode, list_most_common, open_lines
 from flags import Parser, add_model_flags, count, resolve_device, run_command
 from model import NOTES, WINDOW
-from train import log_word_perplexity
 from utils import (
-    log, log_parts, loss_columns, note_explicit_eos, perplexity, set_up_device, warn,
-    warn_about_unknown, write_utf8,
+    log, log_parts, log_word_perplexity, loss_columns, note_explicit_eos, perplexity, set_up_device,
+    warn, warn_about_unknown, write_utf8,
 )
 
 # The columns of a row for a file, a line and a token. log_prob is a natural logarithm, loss is its
@@ -135,9 +133,8 @@ class Scorer:
             with open_lines(path) as lines:
                 for number, line in enumerate(lines, 1):
                     yield self.read_line(path, number, line)
-        except (OSError, EOFError, zlib.error) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise InputError(f"{path}: {reason}") from None
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror}") from None
 
     def read_line(self, path, number, line):
         """The row of one line. See `lines`."""

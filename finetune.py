@@ -3,7 +3,7 @@
     python finetune.py --data sample --epochs 10 --save sample.pt
     python finetune.py --resume sample.pt
 
-Takes the flags of main.py. The default of a flag, including the architecture, is its value in
+Takes the flags of main.py. Most flags, including the architecture, default to their values in
 training; after a ramp, dropouts, weight drop, AR and TAR keep their final strength. Stops when the
 validation loss meets the trigger, see train.is_nonmonotone. Exit codes are those of main.py.
 """
@@ -11,24 +11,23 @@ validation loss meets the trigger, see train.is_nonmonotone. Exit codes are thos
 from argparse import Namespace
 
 from checkpoint import (
-    back_up, copy_model, how_to_resume, open_run, read_checkpoint, read_state, saved_params,
-    vocabulary_of,
+    STATE, back_up, build_params, copy_model, how_to_resume, is_finished, open_run, read_checkpoint,
+    read_state, saved_params, vocabulary_of,
 )
 from data import InputError
 from distributed import broadcast, is_first
 from flags import (
-    ARCHITECTURE, check_unchanged, differences, flags_of_run, format_flag, make_parser, model_flags,
-    resolve_flags, run_command, sgd_rates,
+    ARCHITECTURE, OPTIMIZER_FLAGS, check_unchanged, differences, flags_of_run, format_flag,
+    make_parser, model_flags, resolve_flags, run_command, sgd_rates,
 )
-from train import (
-    OPTIMIZER_FLAGS, REGULARIZERS, Trainer, new_params, regularizers_at, score, train_and_test,
-)
+from model import training_settings
+from train import REGULARIZERS, Trainer, regularizers_at, score, train_and_test
 from utils import log, log_parts, loss_columns, prepare, read_with_vocabulary
 
 COMMAND = "finetune.py"
 INHERITED = (
     "data", "level", *OPTIMIZER_FLAGS, "clip", "batch_size", "bptt", *REGULARIZERS, "nonmono",
-    "objective", "partial_shuffle",
+    "objective", "partial_shuffle", "unk",
 )
 
 
@@ -40,9 +39,7 @@ def finetune(corpus, args, run, state=None):
     """
     args = tuning_flags(args, state)
     if state:
-        trainer = Trainer(new_params(corpus, args), corpus, args, run, finetuning=True)
-        trainer.resume(state, differences(state, run.flags, args.device))
-        return train_and_test(trainer)
+        return train_and_test(resume_trainer(corpus, args, run, state))
     # A resumed run compares its flags with the rates of this phase.
     run.flags |= {flag: getattr(args, flag) for flag in OPTIMIZER_FLAGS}
     params = saved_params(args.save, corpus, args)
@@ -56,16 +53,38 @@ def finetune(corpus, args, run, state=None):
     return train_and_test(Trainer(params, corpus, args, run, finetuning=True, best=loss))
 
 
+def resume_trainer(corpus, args, run, state):
+    """The Trainer of a run, of either command, that continues from the training state `state`."""
+    params = build_params(state, **training_settings(args)).to(args.device)
+    trainer = Trainer(params, corpus, args, run, finetuning=state["finetuning"])
+    trainer.resume(state, differences(state, run.flags, args.device))
+    return trainer
+
+
 def tuning_flags(args, state):
-    """The flags of fine-tuning: SGD at a constant rate, the regularizers of the end of a ramp."""
+    """The flags of fine-tuning: those of training, but SGD at a constant learning rate.
+
+    A resumed run of main.py keeps the rates with which it began to fine-tune.
+    """
     flags = vars(args)
     tuning = {"epochs": flags.get("finetune", args.epochs), "optimizer": "sgd", "when": [],
-              "schedule": "constant", "regularization_ramp": None}
-    if flags.get("regularization_ramp"):
-        tuning |= regularizers_at(args.epochs, args)
-    if flags.get("optimizer", "sgd") != "sgd" and not state:
-        tuning |= sgd_rates(args)
+              "schedule": "constant", "regularization_ramp": None, **flags_after(flags)}
+    if state:
+        tuning |= {flag: flags[flag] for flag in OPTIMIZER_FLAGS}
     return Namespace(**{**flags, **tuning})
+
+
+def flags_after(training):
+    """{flag: value} of what changes after training with the flags `training`, a dictionary.
+
+    The regularizers keep the strength of the end of a ramp; after Adam the rates are SGD's.
+    """
+    args, changed = Namespace(**training), {}
+    if training.get("regularization_ramp"):
+        changed |= regularizers_at(args.epochs, args)
+    if training.get("optimizer", "sgd") != "sgd":
+        changed |= sgd_rates(args)
+    return changed
 
 
 def parse_args(argv=None):
@@ -85,11 +104,7 @@ def parse_args(argv=None):
         checkpoint = read_checkpoint(path)
         trained = checkpoint["flags"]
         saved = {"save": path, **{flag: trained[flag] for flag in INHERITED if flag in trained}}
-        if trained.get("regularization_ramp"):
-            saved |= regularizers_at(trained["epochs"], Namespace(**trained))
-        if trained.get("optimizer", "sgd") != "sgd":
-            saved |= sgd_rates(Namespace(**{**trained, **vars(given)}))
-        saved |= model_flags(checkpoint)
+        saved |= flags_after(trained) | model_flags(checkpoint)
     check_unchanged(given, saved if state else model_flags(checkpoint), path)
     return resolve_flags(given, parser.defaults, saved), state
 
@@ -100,19 +115,25 @@ def state_to_resume(path, command):
     A finished run of main.py is the start of finetune.py. Raises InputError if the run belongs to
     the other command and is unfinished or has been fine-tuned.
     """
-    state = read_state(path, command)
-    finished = None if state else read_state(path)
-    if finished and finished["finetuning"]:
-        tuned_by, more = finished["command"], ""
-        if not finished["done"]:
-            flag = "--finetune" if tuned_by == "main.py" else "--epochs"
-            more = f"{how_to_resume(tuned_by, path)} {flag} N, with a higher N, extends it; "
+    state = read_state(path)
+    if state is None or state["command"] == command:
+        return state
+    other, extension = state["command"], ""
+    if not is_finished(state):
         raise InputError(
-            f"--resume {path}: its fine-tuning by {tuned_by} is finished; {more}"
-            f"finetune.py --save {path} fine-tunes it again; a copy of {path} under another name "
-            "starts a new run of main.py from its weights"
+            f"--resume {path}: {path}{STATE} belongs to an unfinished run of {other}; "
+            f"{how_to_resume(other, path)} continues it"
         )
-    return state
+    if not state["finetuning"]:
+        return None
+    if not state["done"]:
+        flag = "--finetune" if other == "main.py" else "--epochs"
+        extension = f"{how_to_resume(other, path)} {flag} N, with a higher N, extends it; "
+    raise InputError(
+        f"--resume {path}: its fine-tuning by {other} is finished; {extension}"
+        f"finetune.py --save {path} fine-tunes it again; to start a new run of main.py from its "
+        f"weights, copy {path} to another name and resume the copy"
+    )
 
 
 def reread_state(args, corpus, command):
@@ -120,7 +141,7 @@ def reread_state(args, corpus, command):
 
     Raises InputError unless the run is trained on the text of `corpus`.
     """
-    state = read_state(args.resume, command)
+    state = state_to_resume(args.resume, command)
     if state["corpus"]["sha256"] != corpus.digest:
         raise InputError(
             f"--data {args.data}: its text is not that of the run of {args.resume}; use that, or "

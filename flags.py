@@ -27,6 +27,7 @@ ARCHITECTURE = {  # flag: RNNModel's argument
 OPTIMIZER_DEFAULTS = {
     "sgd": {}, "adam": {"lr": 1e-3}, "adamw": {"lr": 5e-3, "wdecay": 0.02}
 }
+OPTIMIZER_FLAGS = ("lr", "bias_lr", "wdecay")
 # A recipe sets flags; a flag on the command line overrides only that flag. At a learning rate of 30
 # the GRU's biases diverge, as the report's did, and so do the biases of biLM's combiner and of
 # attention. AR and TAR are mean squares of the states, and a GRU's states, which have no output
@@ -46,10 +47,11 @@ RECIPES = {
     },
 }
 RECIPES["short-gru"] = {**RECIPES["short"], "alpha": 0.5, "beta": 0.25}
+NEW_MODEL_FLAGS = ("decoder_bias", "embeddings")  # they set weights that a saved model already has
 # Flags that cannot change within a run: the position in the text, the optimizer's state or the
 # random numbers would become invalid.
 FIXED_FLAGS = (
-    "recipe", "batch_size", "optimizer", "seed", "decoder_bias", "embeddings", "objective", "level",
+    "recipe", "batch_size", "optimizer", "seed", "objective", "level", *NEW_MODEL_FLAGS,
     *ARCHITECTURE,
 )
 # Flags that do not affect the result; `data` is compared by its content.
@@ -62,10 +64,10 @@ FREE_FLAGS = (
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line on stderr. Prefixes (--epoch 500) work."""
 
-    def __init__(self, inherited=(), **kwargs):
+    def __init__(self, inherited=(), source="", **kwargs):
         super().__init__(**kwargs)
-        self.inherited = inherited
-        self.defaults = {}  # flag's name in the namespace -> default
+        self.inherited, self.source = inherited, source  # flags, and where their defaults are from
+        self.defaults, self.actions = {}, {}  # by the flag's name in the namespace
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -75,11 +77,13 @@ class Parser(argparse.ArgumentParser):
         dest = name.lstrip("-").replace("-", "_")
         self.defaults[dest] = default
         if dest in self.inherited:
-            help = f"{help.partition(' (default:')[0]} (default: as in training)"
+            help = f"{help.partition(' (default:')[0]} (default: {self.source})"
         elif not (default in (None, "", []) or isinstance(default, bool) or "(default:" in help):
             shown = " ".join(map(str, default)) if isinstance(default, list) else default
             help = f"{help} (default: {shown})"
-        self.add_argument(name, default=argparse.SUPPRESS, help=help, **kwargs)
+        self.actions[dest] = self.add_argument(
+            name, default=argparse.SUPPRESS, help=help, **kwargs
+        )
 
 
 def number(kind, low, high=float("inf"), open_low=False):
@@ -131,12 +135,17 @@ def rnn_type(text):
     return text
 
 
-def make_parser(description, inherited=()):
+def follow_link(path):
+    """An argparse type: the path itself, or the target of a symbolic link."""
+    return os.path.realpath(path) if os.path.islink(path) else path
+
+
+def make_parser(description, inherited=(), source="as in training"):
     """A parser for the flags that main.py and finetune.py share, with the reference's defaults.
 
-    The flags in `inherited` default to their values in the checkpoint.
+    `source` says where the defaults of the flags in `inherited` are from.
     """
-    parser = Parser(inherited, description=description)
+    parser = Parser(inherited, source, description=description)
     add = parser.add
     add("--data", "data/penn", "folder with train.txt, valid.txt and test.txt, or 'sample'")
     add("--level", "word", "the text's tokens: word (separated by white space) or char (each "
@@ -161,7 +170,7 @@ def make_parser(description, inherited=()):
     add("--bias-lr", 1.0, "learning rate of the biases below the decoder, as a share of --lr",
         type=number(float, 0, 1000), metavar="SHARE")
     add("--clip", 0.25, "maximum gradient norm; 0 disables clipping", type=coefficient)
-    add("--epochs", 8000, "upper epoch limit", type=count)
+    add("--epochs", 8000, "maximum number of epochs", type=count)
     add("--batch_size", 80, "columns read in parallel", type=count, metavar="N")
     add("--bptt", 70, "typical window length, in tokens", type=steps)
     add("--dropout", 0.4, "dropout of the last layer's output", type=rate)
@@ -177,10 +186,9 @@ def make_parser(description, inherited=()):
     add("--nonmono", 5, "non-monotone interval of the trigger, in epochs", type=number(int, 0))
     add("--seed", 1111, "random seed", type=number(int, 0, 2**32))
     add("--save", None, "path of the best model (default: named after the current time)",
-        type=lambda path: os.path.realpath(path) if os.path.islink(path) else path)
+        type=follow_link)
     add("--resume", "", "resume the run that saves to this checkpoint; without a training state, "
-        "start from the checkpoint's weights", metavar="CHECKPOINT",
-        type=lambda path: os.path.realpath(path) if os.path.islink(path) else path)
+        "start from the checkpoint's weights", metavar="CHECKPOINT", type=follow_link)
     add("--checkpoint-minutes", 10.0, "minutes between saves of the training state",
         type=number(float, 0, open_low=True), metavar="N")
     add("--on-divergence", "stop", "what to do when training diverges: stop, rollback (to the "
@@ -214,12 +222,14 @@ def resolve_flags(given, defaults, saved=None):
     Raises InputError.
     """
     given, saved = vars(given), saved or {}
+    if given.get("cuda"):  # even if the run began on another device
+        saved = {**saved, "device": None}
     chosen = {**defaults, **saved, **given}
     recipe = given.get("recipe") or saved.get("recipe") or default_recipe(chosen)
     preset = {flag: value for flag, value in RECIPES[recipe].items() if flag in defaults}
-    optimizer = {"optimizer": "sgd", **preset, **saved, **given}["optimizer"]
+    optimizer = (preset | saved | given).get("optimizer", "sgd")
     if optimizer != preset.get("optimizer", "sgd"):  # the preset's rates are for its own optimizer
-        preset = {f: value for f, value in preset.items() if f not in ("lr", "bias_lr", "wdecay")}
+        preset = {flag: v for flag, v in preset.items() if flag not in OPTIMIZER_FLAGS}
     args = argparse.Namespace(**{
         **defaults, **OPTIMIZER_DEFAULTS[optimizer], **preset, **saved, **given, "recipe": recipe
     })
@@ -287,20 +297,19 @@ def resolve_device(args):
     if args.device is None:
         args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if distributed.is_distributed() and args.device.type == "cuda":
-        number = int(os.environ["LOCAL_RANK"])
-        if number >= torch.cuda.device_count():
+        local_rank = int(os.environ["LOCAL_RANK"])
+        if local_rank >= torch.cuda.device_count():
             raise InputError(
                 f"--nproc_per_node: this machine has {torch.cuda.device_count()} CUDA devices"
             )
-        args.device = torch.device("cuda", number)
+        args.device = torch.device("cuda", local_rank)
 
 
 def resolve_precision(args, is_given):
     """Sets `args.precision` if it is None. Raises InputError if the device does not support it."""
-    if args.precision is None:
+    if args.precision is None or (args.precision == "tf32" and not is_given):
+        # A run with tf32 that is resumed on another device continues with fp32.
         args.precision = "tf32" if args.device.type == "cuda" else "fp32"
-    if args.precision == "tf32" and args.device.type != "cuda" and not is_given:
-        args.precision = "fp32"  # a run from CUDA, resumed elsewhere
     if not has_precision(args.device, args.precision):
         reason = f"not supported on device {args.device}"
         if args.precision == "bf16" and args.device.type == "cpu":
@@ -348,11 +357,11 @@ def check_unchanged(given, saved, path, fixed=FIXED_FLAGS):
     """Raises InputError if a `fixed` flag in `given` differs from that of the run at `path`."""
     for flag in fixed:
         if flag in saved and getattr(given, flag, saved[flag]) != saved[flag]:
+            has = "none" if saved[flag] is None else format_flag(flag, saved[flag])
             weights = f", or copy {path} elsewhere to start from its weights only"
             raise InputError(
-                f"{format_flag(flag, getattr(given, flag))}: {path} has "
-                f"{format_flag(flag, saved[flag])}; leave the flag out"
-                + weights * (flag not in ARCHITECTURE and flag != "level")
+                f"{format_flag(flag, getattr(given, flag))}: {path} has {has}; leave the flag out"
+                + weights * (flag not in (*ARCHITECTURE, *NEW_MODEL_FLAGS, "level"))
             )
 
 
@@ -366,7 +375,7 @@ def differences(state, flags, device):
     after |= {flag: flags[flag] for flag in before if flag in flags}
     found = [f"{n} {before.get(n)} -> {after[n]}" for n in after if before.get(n) != after[n]]
     if device.type != "cpu":
-        found.append(f"{device.type} need not compute the same bits twice")
+        found.append(f"computation on {device.type} is not deterministic")
     return found
 
 
@@ -415,9 +424,9 @@ def run_command(main):
         message = explain(error)
         if message is None:
             raise
-        print(f"{sys.argv[0].rpartition('/')[2]}: error: {message}", file=sys.stderr)
+        print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
     except (KeyboardInterrupt, Preempted) as stop:
-        print(f"{sys.argv[0].rpartition('/')[2]}: interrupted", file=sys.stderr)
+        print(f"{os.path.basename(sys.argv[0])}: interrupted", file=sys.stderr)
         status = 128 + getattr(stop, "number", signal.SIGINT)
     try:
         sys.stdout.flush()
@@ -437,7 +446,7 @@ def explain(error):
         if error.errno in FULL_DISK and error.filename is None:
             return f"cannot write the output ({error.strerror}); free disk space and run it again"
         return f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    if isinstance(error, dist.DistError):
+    if isinstance(error, dist.DistError) or "gloo" in str(error):  # gloo has no type of its own
         return f"the processes cannot communicate: {' '.join(str(error).split())}"
     if not is_device_error(error):
         return None

@@ -15,13 +15,14 @@ import torch
 
 from checkpoint import copy_model, open_run, read_checkpoint, saved_params
 from data import InputError, read_vectors, unigram
-from finetune import finetune, reread_state, state_to_resume
+from distributed import is_first
+from finetune import finetune, reread_state, resume_trainer, state_to_resume
 from flags import (
-    RECIPES, check_unchanged, describe_recipe, differences, flags_of_run, format_flag, make_parser,
-    model_flags, number, resolve_flags, run_command,
+    NEW_MODEL_FLAGS, RECIPES, check_unchanged, describe_recipe, flags_of_run, format_flag,
+    make_parser, model_flags, number, resolve_flags, run_command,
 )
 from train import OPTIMIZERS, WARMUP, Trainer, new_params, score, train_and_test
-from utils import RECORDS, log, prepare
+from utils import FINETUNE_RECORDS, RECORDS, log, prepare
 
 COMMAND = "main.py"
 
@@ -83,7 +84,7 @@ def parse_args(argv=None):
         saved = model_flags(checkpoint)
         check_unchanged(given, saved, path)
         saved |= {flag: checkpoint["flags"][flag] for flag in ("data", "objective")}
-        for flag in ("decoder_bias", "embeddings"):
+        for flag in NEW_MODEL_FLAGS:
             if hasattr(given, flag):
                 raise InputError(
                     f"{format_flag(flag, getattr(given, flag))}: {path} has its own; leave it out"
@@ -120,33 +121,32 @@ def make_trainer(corpus, args, run, state):
 
     A new run starts from new weights, or from the weights of `args.resume`.
     """
+    if state:
+        return resume_trainer(corpus, args, run, state)
     best, records = math.inf, ""
-    if state or not args.resume:
-        params = new_params(corpus, args)
-        model, criterion = params
-        if args.decoder_bias == "unigram":
-            criterion.init_bias(unigram(corpus.train, len(corpus.dictionary)), model.decoder.bias)
-        if args.embeddings and not state:
-            load_pretrained_vectors(model.encoder.weight, corpus.dictionary, args)
-    else:
+    if args.resume:
         params = saved_params(args.resume, corpus, args)
         log(
             f"Warm start from the weights of {args.resume}: no run of {COMMAND} to resume; saving "
             f"to {args.save}"
         )
-    log(f"Model total parameters: {sum(p.numel() for p in params.parameters())}")
-    if not state and args.resume == args.save:
-        # Only a better model replaces the file.
+    else:
+        params = new_params(corpus, args)
+        model, criterion = params
+        if args.decoder_bias == "unigram":
+            criterion.init_bias(unigram(corpus.train, len(corpus.dictionary)), model.decoder.bias)
+        if args.embeddings:
+            load_pretrained_vectors(model.encoder.weight, corpus.dictionary, args)
+    if args.resume == args.save:  # only a better model replaces the file
         best, _ = score(params, corpus.valid, args, run.check)
         if os.path.exists(f"{args.save}{RECORDS}"):
             records = Path(f"{args.save}{RECORDS}").read_text("utf-8", errors="replace")
             records = records[: records.rfind("\n") + 1]  # without a part of a line
-    elif not state and os.path.exists(args.save):
+    elif os.path.exists(args.save):
         log(f"Note: {args.save} exists; the first epoch's model will replace it")
-    trainer = Trainer(params, corpus, args, run, best=best, records=records)
-    if state:
-        trainer.resume(state, differences(state, run.flags, args.device))
-    return trainer
+        if is_first():
+            Path(f"{args.save}{FINETUNE_RECORDS}").unlink(missing_ok=True)
+    return Trainer(params, corpus, args, run, best=best, records=records)
 
 
 @torch.no_grad()

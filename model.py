@@ -23,8 +23,8 @@ RNN_TYPES = ("LSTM", "GRU", "QRNN", "biLSTM", "biLM")
 DROPOUTS = ("dropout", "dropouth", "dropouti", "dropoute", "wdrop")  # rates, see RNNModel
 # Notes on a model's perplexity, for the log and the checkpoint.
 NOTES = {
-    "biLSTM": "biLSTM has read the word that it predicts: its backward direction reads from the "
-    "window's end. Its perplexity is not a language model's (the report's model, a replication)",
+    "biLSTM": "biLSTM sees the word that it predicts, since its backward direction reads from the "
+    "window's end. Its perplexity is not a language model's (a replication of the report's model)",
 }
 
 
@@ -273,8 +273,8 @@ class LanguageModel:
 
         `words` is a text, its ids [T] or, for several at once, ids [T, B]; these give [T, B, V].
         """
-        if not isinstance(words, torch.Tensor):
-            words = self.ids(words)
+        is_ids = isinstance(words, torch.Tensor)
+        words = words.to(self.params[0].encoder.weight.device) if is_ids else self.ids(words)
         ids = words if words.dim() == 2 else words.unsqueeze(1)
         context = context or self.context(ids.size(1))
         before = self._read_on(ids, context)
@@ -348,11 +348,13 @@ class LanguageModel:
         token, given all before it (-1: the last).
         """
         model, _ = self.params.eval()
-        context, ids = self.context(), self.ids(text)
-        stream = torch.cat([context.last, ids]).unsqueeze(1)
+        context, found = self.context(), []
+        stream = torch.cat([context.last, self.ids(text)]).unsqueeze(1)
         with torch.no_grad(), float32_products():
-            _, _, states, _ = model.read(model.rnns, stream, context.hidden, return_h=True)
-            return [model.encoder(stream), *states][layer][1:, 0]
+            for window in stream.split(WINDOW):
+                _, context.hidden, states, _ = model(window, context.hidden, return_h=True)
+                found.append([model.encoder(window), *states][layer])
+        return torch.cat(found)[1:, 0]
 
     # -------------------------------------------------------- reading
 
@@ -388,13 +390,12 @@ class LanguageModel:
 
     def _read_on(self, ids, context):
         """Moves `context` past `ids` [T, B]; returns the decoder's inputs before each, [T*B, E]."""
-        if not len(ids):
-            return self.params[0].decoder.weight[:0]
-        output, context.hidden = self._read(
-            torch.cat([context.last.unsqueeze(0), ids[:-1]]), context.hidden
-        )
-        context.last = ids[-1]
-        return output
+        stream, outputs = torch.cat([context.last.unsqueeze(0), ids]), []
+        for window in stream[:-1].split(WINDOW) if len(ids) else []:
+            output, context.hidden = self._read(window, context.hidden)
+            outputs.append(output)
+        context.last = stream[-1]
+        return torch.cat(outputs) if outputs else self.params[0].decoder.weight[:0]
 
     @torch.no_grad()
     @float32_products()

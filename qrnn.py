@@ -131,54 +131,54 @@ if triton is not None:
     @triton.jit(do_not_specialize=["steps"])
     def forward_kernel(gates, cs, hs, steps, rows, size, BLOCK: tl.constexpr):
         """See torch_forward; rows is B, size H."""
-        place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        inside = place < rows * size
-        gate = place // size * 3 * size + place % size  # of z; those of f and o follow H apart
-        c = tl.load(cs + place, mask=inside)
+        offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        mask = offsets < rows * size
+        z_offsets = offsets // size * 3 * size + offsets % size  # f's are H and o's 2H further on
+        c = tl.load(cs + offsets, mask=mask)
         for _ in range(steps):
             cs += rows * size
-            z = 2 * tl.sigmoid(2 * tl.load(gates + gate, mask=inside)) - 1
-            f = tl.sigmoid(tl.load(gates + gate + size, mask=inside))
-            o = tl.sigmoid(tl.load(gates + gate + 2 * size, mask=inside))
+            z = 2 * tl.sigmoid(2 * tl.load(gates + z_offsets, mask=mask)) - 1
+            f = tl.sigmoid(tl.load(gates + z_offsets + size, mask=mask))
+            o = tl.sigmoid(tl.load(gates + z_offsets + 2 * size, mask=mask))
             c = f * z + (1 - f) * c
-            tl.store(gates + gate, z, mask=inside)
-            tl.store(gates + gate + size, f, mask=inside)
-            tl.store(gates + gate + 2 * size, o, mask=inside)
-            tl.store(cs + place, c, mask=inside)
-            tl.store(hs + place, o * c, mask=inside)
+            tl.store(gates + z_offsets, z, mask=mask)
+            tl.store(gates + z_offsets + size, f, mask=mask)
+            tl.store(gates + z_offsets + 2 * size, o, mask=mask)
+            tl.store(cs + offsets, c, mask=mask)
+            tl.store(hs + offsets, o * c, mask=mask)
             gates += rows * 3 * size
             hs += rows * size
 
     @triton.jit(do_not_specialize=["steps"])
     def backward_kernel(gates, cs, d_hs, d_gates, d_c, steps, rows, size, BLOCK: tl.constexpr):
-        """See torch_backward. d_c [B, H] is the gradient of the last c, and becomes the first's."""
-        place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        inside = place < rows * size
-        gate = place // size * 3 * size + place % size
+        """See torch_backward. d_c [B, H]: on entry of the last c, on return of the first."""
+        offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        mask = offsets < rows * size
+        z_offsets = offsets // size * 3 * size + offsets % size
         last = steps.to(tl.int64) - 1  # long texts have more than 2**31 gates
         gates += last * rows * 3 * size
         d_gates += last * rows * 3 * size
         d_hs += last * rows * size
         cs += last * rows * size  # the c before each step
-        d_c_t = tl.load(d_c + place, mask=inside)
-        c = tl.load(cs + rows * size + place, mask=inside)
+        d_c_t = tl.load(d_c + offsets, mask=mask)
+        c = tl.load(cs + rows * size + offsets, mask=mask)
         for _ in range(steps):
-            c_before = tl.load(cs + place, mask=inside)
-            d_h = tl.load(d_hs + place, mask=inside)
-            z = tl.load(gates + gate, mask=inside)
-            f = tl.load(gates + gate + size, mask=inside)
-            o = tl.load(gates + gate + 2 * size, mask=inside)
+            c_before = tl.load(cs + offsets, mask=mask)
+            d_h = tl.load(d_hs + offsets, mask=mask)
+            z = tl.load(gates + z_offsets, mask=mask)
+            f = tl.load(gates + z_offsets + size, mask=mask)
+            o = tl.load(gates + z_offsets + 2 * size, mask=mask)
             d_c_t += d_h * o
-            tl.store(d_gates + gate, d_c_t * f * (1 - z * z), mask=inside)
-            tl.store(d_gates + gate + size, d_c_t * (z - c_before) * f * (1 - f), mask=inside)
-            tl.store(d_gates + gate + 2 * size, d_h * c * o * (1 - o), mask=inside)
+            tl.store(d_gates + z_offsets, d_c_t * f * (1 - z * z), mask=mask)
+            tl.store(d_gates + z_offsets + size, d_c_t * (z - c_before) * f * (1 - f), mask=mask)
+            tl.store(d_gates + z_offsets + 2 * size, d_h * c * o * (1 - o), mask=mask)
             d_c_t *= 1 - f
             c = c_before
             gates -= rows * 3 * size
             d_gates -= rows * 3 * size
             d_hs -= rows * size
             cs -= rows * size
-        tl.store(d_c + place, d_c_t, mask=inside)
+        tl.store(d_c + offsets, d_c_t, mask=mask)
 
 
 def triton_forward(gates, cs):
@@ -186,7 +186,8 @@ def triton_forward(gates, cs):
     hs = torch.empty_like(cs[1:])
     steps, rows, size = hs.shape
     grid = (triton.cdiv(rows * size, BLOCK),)
-    forward_kernel[grid](gates, cs, hs, steps, rows, size, BLOCK=BLOCK)
+    with torch.cuda.device_of(gates):  # Triton launches on the current device
+        forward_kernel[grid](gates, cs, hs, steps, rows, size, BLOCK=BLOCK)
     return hs
 
 
@@ -195,9 +196,10 @@ def triton_backward(gates, cs, d_hs, d_c):
     d_gates, d_c0 = torch.empty_like(gates), d_c.clone(memory_format=torch.contiguous_format)
     steps, rows, size = d_hs.shape
     grid = (triton.cdiv(rows * size, BLOCK),)
-    backward_kernel[grid](
-        gates, cs, d_hs.contiguous(), d_gates, d_c0, steps, rows, size, BLOCK=BLOCK
-    )
+    with torch.cuda.device_of(gates):
+        backward_kernel[grid](
+            gates, cs, d_hs.contiguous(), d_gates, d_c0, steps, rows, size, BLOCK=BLOCK
+        )
     return d_gates, d_c0
 
 
@@ -216,6 +218,6 @@ def triton_works():
             triton_forward(torch.zeros(1, 1, 3, device="cuda"), cs)
             return True
         except Exception as error:  # it has many for an old GPU, or a machine without a C compiler
-            reason = "fails ({})".format(str(error).partition("\n")[0])
-    print(f"Warning: Triton {reason}; the QRNN's slower loop takes its place", file=sys.stderr)
+            reason = "failed ({})".format(str(error).partition("\n")[0])
+    print(f"Warning: Triton {reason}; the QRNN uses the slower PyTorch loop", file=sys.stderr)
     return False

@@ -88,7 +88,7 @@ class ChunkedNLL(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_total):
         if ctx.gradients is None:
-            raise RuntimeError("a second backward through a chunked loss: its gradient is used up")
+            raise RuntimeError("backward through a chunked loss works only once; compute it again")
         gradients, ctx.gradients = ctx.gradients, None
         return *(gradient.mul_(d_total) for gradient in gradients), None, None
 
@@ -117,22 +117,25 @@ class SplitCrossEntropyLoss(nn.Module):
             self.tail_vectors = nn.Parameter(torch.zeros(len(self.splits), hidden_size))
             self.tail_bias = nn.Parameter(torch.zeros(len(self.splits)))
 
+    def _tails(self, ntoken):
+        """The (start, end) of each tail of a vocabulary of `ntoken` words."""
+        return list(pairwise([*(split for split in self.splits if split < ntoken), ntoken]))
+
     def _cut(self, weight, bias):
         """Head weight and bias (words, then tombstones), and the (start, end) of each tail."""
-        edges = [split for split in self.splits if split < len(weight)] + [len(weight)]
-        tails = list(pairwise(edges))
+        tails = self._tails(len(weight))
         if not tails:
             return weight, bias, tails
-        head_weight = torch.cat([weight[: edges[0]], self.tail_vectors[: len(tails)]])
-        head_bias = torch.cat([bias[: edges[0]], self.tail_bias[: len(tails)]])
+        head_size = tails[0][0]
+        head_weight = torch.cat([weight[:head_size], self.tail_vectors[: len(tails)]])
+        head_bias = torch.cat([bias[:head_size], self.tail_bias[: len(tails)]])
         return head_weight, head_bias, tails
 
     @torch.no_grad()
     def init_bias(self, frequencies, bias):
         """Sets `bias` [V] and `tail_bias` so that a zero state predicts `frequencies` [V]."""
         bias.copy_(frequencies.log().to(bias.dtype))  # on the host: MPS has no float64
-        edges = [split for split in self.splits if split < len(bias)] + [len(bias)]
-        for tail, (start, end) in enumerate(pairwise(edges)):
+        for tail, (start, end) in enumerate(self._tails(len(bias))):
             self.tail_bias[tail] = frequencies[start:end].sum().log()
 
     def forward(self, weight, bias, hiddens, targets):

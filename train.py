@@ -18,14 +18,13 @@ from tqdm import tqdm
 
 import distributed
 from bidirectional import OBJECTIVES, BiObjective, evaluate_directions, is_bilm, make_model
-from data import (
-    LEVELS, InputError, batchify, count_words, exact_windows, get_batch, unigram_loss,
-)
+from data import LEVELS, InputError, batchify, exact_windows, get_batch, unigram_loss
 from model import DROPOUTS, NOTES, activation_regularization, training_settings
 from splitcross import SplitCrossEntropyLoss, default_splits
 from utils import (
     Losses, Preempted, environment, float32_products, get_generators, is_out_of_memory, log,
-    log_parts, loss_columns, map_hidden, perplexity, repackage_hidden, set_generators, warn,
+    log_parts, log_word_perplexity, loss_columns, map_hidden, perplexity, repackage_hidden,
+    set_generators, warn,
 )
 from weight_drop import WeightDrop
 
@@ -41,7 +40,6 @@ OPTIMIZERS = {
     "adam": (torch.optim.Adam, {}),
     "adamw": (torch.optim.AdamW, {"betas": (0.8, 0.99)}),  # shorter memory than torch's defaults
 }
-OPTIMIZER_FLAGS = ("lr", "bias_lr", "wdecay")
 HIGH_LOSSES = 20  # consecutive batches with a loss above ln(vocabulary) + 1 that mean divergence
 ROLLBACKS = 3
 SAVING_SHARE = 0.01  # the largest share of the time spent on saving the training state
@@ -312,6 +310,7 @@ class Trainer:
     def __init__(self, params, corpus, args, run, finetuning=False, best=math.inf, records=""):
         self.params, self.corpus, self.args, self.run = params, corpus, args, run
         self.finetuning = finetuning
+        self.columns = distributed.columns(args.batch_size)  # this rank's
         # biLM also reads the reversed text.
         texts = [corpus.train, corpus.train.flip(0)] if is_bilm(params) else [corpus.train]
         self.texts = [self.local_columns(ids) for ids in texts]  # each [rows, columns]
@@ -330,18 +329,18 @@ class Trainer:
         self.saved = False  # whether the training state on disk is from this run, with these flags
         self.saved_at, self.saving_seconds = time.perf_counter(), 0.0
         self.start_clock(0.0)
+        log(f"Model total parameters: {sum(p.numel() for p in params.parameters())}")
 
     def local_columns(self, ids):
         """This rank's columns of a text, on its device."""
-        columns = distributed.columns(self.args.batch_size)
-        return batchify(ids, self.args.batch_size)[:, columns].to(self.args.device).contiguous()
+        columns = batchify(ids, self.args.batch_size)[:, self.columns]
+        return columns.to(self.args.device).contiguous()
 
     def set_offsets(self, offsets):
         """Sets the row at which this epoch starts to read each column; None means 0 for all."""
         self.offsets, self.streams = offsets, self.texts
         if offsets is not None:
-            local = torch.tensor(offsets, device=self.args.device)
-            local = local[distributed.columns(self.args.batch_size)]
+            local = torch.tensor(offsets[self.columns], device=self.args.device)
             self.streams = [roll_columns(text, local) for text in self.texts]
 
     def start_clock(self, seconds):
@@ -355,7 +354,7 @@ class Trainer:
         return self.done or self.epoch > self.args.epochs
 
     def epochs_read(self):
-        """The number of passes over the text so far, with a fraction."""
+        """The number of epochs so far, with the fraction of the current one."""
         return self.epoch - 1 + self.row / (self.rows - 1)
 
     def position(self):
@@ -547,9 +546,8 @@ class Trainer:
         self.losses = Losses(state["losses"])
         self.start_clock(state["seconds"])
         set_generators(state["generators"], args.device)
-        columns = distributed.columns(args.batch_size)
         self.hidden = map_hidden(
-            lambda h: h[:, columns].to(args.device, copy=True).contiguous(), state["hidden"]
+            lambda h: h[:, self.columns].to(args.device, copy=True).contiguous(), state["hidden"]
         )
 
     def set_rates(self):
@@ -566,8 +564,7 @@ class Trainer:
         """
         self.load_state_dict(state)
         log(f"Resuming the run of {self.args.resume} at {self.position()}")
-        if self.best < math.inf:
-            changed = changed + self.compare_best_model(state)
+        changed = changed + self.check_best_model(state, changed)
         if self.records:  # the file may be ahead of the state, or end in a part of a line
             self.run.save_records(self.records, self.finetuning)
         if changed:
@@ -577,20 +574,29 @@ class Trainer:
         if self.done:
             log("The run is finished: the validation loss has stopped improving")
         elif self.is_over():
-            more = "--finetune" if self.finetuning and "finetune" in self.run.flags else "--epochs"
-            log(f"The run is finished; a higher {more} extends it")
+            flag = "--finetune" if self.finetuning and "finetune" in self.run.flags else "--epochs"
+            log(f"The run is finished; a higher {flag} extends it")
 
-    def compare_best_model(self, state):
-        """How the best model on disk differs from that of `state`: a list, [] if it does not."""
+    def check_best_model(self, state, changed):
+        """Compares the best model on disk with that of `state`; returns [], or [what is missing].
+
+        If the run has `changed`, its next models are compared with the one on disk, which can be
+        newer than the state.
+        """
         path = self.args.save
+        has_saved = self.best < math.inf
         if os.path.exists(path):
             checkpoint = self.run.read_checkpoint()
+            if changed and (has_saved or checkpoint["flags"] == state["flags"]):
+                self.best = min(self.best, checkpoint["valid_loss"])
             for key in ("architecture", "vocabulary"):
-                if checkpoint[key] != state[key]:
+                if has_saved and checkpoint[key] != state[key]:
                     raise InputError(
                         f"{path}: its {key} does not match the training state beside it; restore "
                         "the right file, or remove the state to start from the weights only"
                     )
+            return []
+        if not has_saved:
             return []
         if self.is_over():
             raise InputError(
@@ -668,17 +674,16 @@ class Trainer:
                 f"{self.optimizer.param_groups[0]['lr']:g} ({rollbacks} of {ROLLBACKS} times)"
             )
             return
-        kept = f"{args.save} keeps the best model so far" if self.best < math.inf else (
-            "no model was saved"
-        )
-        again = "no training state was saved"
+        kept, resumed = "no model was saved", "no training state was saved"
+        if self.best < math.inf:
+            kept = f"{args.save} keeps the best model so far"
         if state:
-            again = (
+            resumed = (
                 f"{self.run.resume_command} --lr {lr / 2:g} resumes from the last good state "
                 f"(epoch {state['epoch']}, batch {len(state['losses'])})"
             )
         advice = "try a lower --lr" + ("" if args.clip else " or --clip 0.25")
-        raise InputError(f"{problem}; {advice}; {kept}; {again}")
+        raise InputError(f"{problem}; {advice}; {kept}; {resumed}")
 
 
 def train_and_test(trainer):
@@ -722,14 +727,6 @@ def report_test(trainer, check):
     log(f"For comparison: {tokens} frequencies alone (a unigram model) give test ppl {unigram:.2f}")
 
 
-def log_word_perplexity(loss, ids, dictionary, kind=""):
-    """Logs the perplexity per word that the mean loss of the characters `ids` [N] implies."""
-    if dictionary.level == "char":
-        words = count_words(ids, dictionary)
-        implied = perplexity(loss * len(ids) / words)
-        log(f"| per word | {kind}ppl {implied:8.2f} | {words:,} words, including <eos>")
-
-
 class EpochLog:
     """The progress bar of an epoch and its log line every --log-interval batches."""
 
@@ -762,7 +759,7 @@ class EpochLog:
         if not self.bar.disable and trainer.losses.on_host:
             recent = trainer.losses.mean(last=(self.batches - 1) % args.log_interval + 1)
             self.bar.set_postfix(ppl=f"{perplexity(recent):.2f}", refresh=False)
-            self.bar.update(rows * args.batch_size)
+        self.bar.update(rows * args.batch_size)
         if is_time:
             now = time.perf_counter()
             log(

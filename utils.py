@@ -14,7 +14,9 @@ from tqdm import tqdm
 
 import distributed
 from cpu_kernels import use_expandable_segments
-from data import EOS, LEVELS, SPLITS, Corpus, InputError, batchify, get_batch, list_most_common
+from data import (
+    EOS, LEVELS, SPLITS, Corpus, InputError, batchify, count_words, get_batch, list_most_common,
+)
 
 __all__ = ["batchify", "get_batch", "repackage_hidden"]  # as in the reference
 
@@ -54,7 +56,7 @@ def _print(line, file):
 
 
 def write_utf8():
-    """Writes standard output as UTF-8 whatever the locale, unless to a terminal: text is data."""
+    """Makes standard output UTF-8 in every locale, except on a terminal."""
     if hasattr(sys.stdout, "reconfigure") and not sys.stdout.isatty():
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
 
@@ -79,6 +81,14 @@ def log_parts(parts):
     """Logs a line for each {name: loss}."""
     for name, loss in parts.items():
         log(f"| {name:8s} | {loss_columns(loss)}")
+
+
+def log_word_perplexity(loss, ids, dictionary, kind=""):
+    """Logs the perplexity per word that the mean loss of the characters `ids` [N] implies."""
+    if dictionary.level == "char":
+        words = count_words(ids, dictionary)
+        implied = perplexity(loss * len(ids) / words)
+        log(f"| per word | {kind}ppl {implied:8.2f} | {words:,} words, including <eos>")
 
 
 def warn_about_unknown(unknown, unk):
@@ -119,8 +129,9 @@ class Losses:
         """Adds the mean loss of `tokens` tokens, a tensor, and starts its copy to the host."""
         arrived = None
         if loss.is_cuda:  # .item() would wait for everything queued since
+            stream = torch.cuda.current_stream(loss.device)
             loss = loss.to("cpu", non_blocking=True)
-            arrived = torch.cuda.current_stream(loss.device).record_event()
+            arrived = stream.record_event()
         self.pending.append((loss, arrived, tokens))
 
     def read(self, ahead=0):
@@ -156,8 +167,10 @@ def map_hidden(function, *states):
 
     A hidden state is a tensor, nested tuples of tensors, or None.
     """
-    if states[0] is None or isinstance(states[0], torch.Tensor):
-        return states[0] if states[0] is None else function(*states)
+    if states[0] is None:
+        return None
+    if isinstance(states[0], torch.Tensor):
+        return function(*states)
     return tuple(map_hidden(function, *parts) for parts in zip(*states))
 
 
@@ -279,7 +292,7 @@ def note_explicit_eos(lines, report=log):
 
 
 def read_with_vocabulary(corpus, dictionary, path):
-    """Encodes the corpus with the vocabulary of the model at `path`; logs that if it is another.
+    """Encodes the corpus with the vocabulary of the model at `path`, and logs that if it differs.
 
     Raises InputError if it lacks words of the corpus, and has no token for unknown words.
     """

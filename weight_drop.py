@@ -80,44 +80,43 @@ def call_recurrent(module, weights, x, state=None, bf16=False, pad_to=1):
     padded to multiples of it for the kernel only. A unit whose weights and biases are 0 keeps the
     state 0, so results do not change.
     """
-    is_lstm = isinstance(module, nn.LSTM)
+    is_lstm, output_dtype = isinstance(module, nn.LSTM), x.dtype
     if state is None:
         layers = module.num_layers * (1 + module.bidirectional)
-        state = x.new_zeros(layers, x.size(module.batch_first ^ 1), module.hidden_size)
+        state = x.new_zeros(layers, x.size(0 if module.batch_first else 1), module.hidden_size)
         state = (state, state) if is_lstm else state
     dtype = torch.bfloat16 if bf16 else x.dtype
     if has_recurrent_layer(module, x, bf16):
         return recurrent_layer(x, state, list(weights.values()), dtype)
+    states = state if is_lstm else (state,)
     if pad_to > 1 and not module.bidirectional:
         weights = {name: pad_weight(w, 4 if is_lstm else 3, pad_to) for name, w in weights.items()}
-        x = pad_last(x, pad_to)
-        state = tuple(pad_last(h, pad_to) for h in state) if is_lstm else pad_last(state, pad_to)
-    replaced = any(weights[name] is not own for name, own in module.named_parameters())
-    if x.is_cuda and (replaced or any(w.dtype != dtype for w in weights.values())):
+        x, *states = (pad(tensor, [tensor.dim() - 1], pad_to) for tensor in (x, *states))
+    own = dict(module.named_parameters())
+    if x.is_cuda and any(w is not own[name] or w.dtype != dtype for name, w in weights.items()):
         weights = in_one_piece(weights, dtype)
     weights = [weight.to(dtype) for weight in weights.values()]
-    state = tuple(h.to(dtype) for h in state) if is_lstm else state.to(dtype)
+    x, *states = (tensor.to(dtype) for tensor in (x, *states))
     kernel = torch.lstm if is_lstm else torch.gru
-    output, *state = kernel(
-        x.to(dtype), state, weights, module.bias, module.num_layers, module.dropout,
-        module.training, module.bidirectional, module.batch_first,
+    output, *states = kernel(
+        x, states if is_lstm else states[0], weights, module.bias, module.num_layers,
+        module.dropout, module.training, module.bidirectional, module.batch_first,
     )
     width = module.hidden_size * (1 + module.bidirectional)
-    state = [h[..., : module.hidden_size].to(x.dtype) for h in state]
-    return output[..., :width].to(x.dtype), tuple(state) if is_lstm else state[0]
+    states = [h[..., : module.hidden_size].to(output_dtype) for h in states]
+    return output[..., :width].to(output_dtype), tuple(states) if is_lstm else states[0]
 
 
-def pad_last(x, multiple):
-    """`x` with zeros at the end of its last dimension, up to a multiple."""
-    return F.pad(x, (0, -x.size(-1) % multiple))
+def pad(x, dims, multiple):
+    """`x` with zeros at the end of each of `dims`, up to a multiple; `x` itself if none are needed.
+    """
+    missing = [-size % multiple if dim in dims else 0 for dim, size in enumerate(x.shape)]
+    return F.pad(x, [n for m in reversed(missing) for n in (0, m)]) if any(missing) else x
 
 
 def pad_weight(weight, gates, multiple):
     """A weight [gates * H, K] or bias [gates * H], with each gate's H, and K, padded by zeros."""
-    blocks = weight.unflatten(0, (gates, -1))
-    if weight.dim() == 2:
-        return pad_last(pad_last(blocks, multiple).mT, multiple).mT.flatten(0, 1)
-    return pad_last(blocks, multiple).flatten()
+    return pad(weight.unflatten(0, (gates, -1)), (1, 2), multiple).flatten(0, 1)
 
 
 def in_one_piece(weights, dtype):

@@ -72,7 +72,7 @@ def draw(runs, fields=("valid_ppl",), against="epochs", title="", reference=None
     for (name, epochs), style in zip((reference or {}).items(), STYLES):
         plot(epochs, fields[0], style, color="0.7", zorder=1, label=f"the report's {name}")
     for field, style in zip(fields, STYLES):
-        if not any(epoch.get(field) for epochs in runs.values() for epoch in epochs):
+        if all(epoch.get(field) is None for epochs in runs.values() for epoch in epochs):
             raise InputError(f"--field {field}: no run has this field")
         suffix = f", {LABELS.get(field, field)}" if len(fields) > 1 else ""
         for (name, epochs), colour in zip(runs.items(), COLOURS * len(runs)):
@@ -95,7 +95,7 @@ def save(figure, path):
 def named_run(text):
     """An argparse type: NAME=PATH, or a path that is also the name."""
     name, _, path = text.partition("=")
-    return name, path or name
+    return (name, path) if path and not Path(text).exists() else (text, text)
 
 
 def image_path(text):
@@ -119,6 +119,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if len(dict(args.runs)) < len(args.runs):
         parser.error("two runs have the same name; rename them with NAME=RUN")
+    if len(args.field) > len(STYLES):
+        parser.error(f"--field: at most {len(STYLES)} fields fit into a plot")
     return args
 
 

@@ -581,17 +581,16 @@ def test_a_changed_flag_takes_effect_and_is_announced(flag, value, unfinished, m
     path, _ = unfinished
     effective = {}
 
-    class Spy(train.Trainer):
-        def train_epoch(self):
-            (others, biases), model = self.optimizer.param_groups, self.params[0]
-            effective.update(
-                lr=others["lr"], bias_lr=biases["lr"] / others["lr"], dropout=model.dropout,
-                wdecay=others["weight_decay"], dropoute=model.dropoute,
-                wdrop=model.rnns[0].dropout, bptt=self.args.bptt, nonmono=self.args.nonmono,
-            )
-            raise OSError  # killed before the next save
+    def spy(trainer):
+        (others, biases), model = trainer.optimizer.param_groups, trainer.params[0]
+        effective.update(
+            lr=others["lr"], bias_lr=biases["lr"] / others["lr"], dropout=model.dropout,
+            wdecay=others["weight_decay"], dropoute=model.dropoute,
+            wdrop=model.rnns[0].dropout, bptt=trainer.args.bptt, nonmono=trainer.args.nonmono,
+        )
+        raise OSError  # killed before the next save
 
-    monkeypatch.setattr(main, "Trainer", Spy)
+    monkeypatch.setattr(train.Trainer, "train_epoch", spy)
     status, out, _ = invoke(
         main.main, "--resume", path, f"--{flag.replace('_', '-')}", value, "--epochs", 9
     )
@@ -601,6 +600,23 @@ def test_a_changed_flag_takes_effect_and_is_announced(flag, value, unfinished, m
     flags = read_state(path)["flags"]
     assert {name: flags[name] for name in BEFORE} == effective
     assert flags["epochs"] == 9
+
+
+@pytest.mark.parametrize("state", [{}, {"best": math.inf}])
+def test_a_run_that_changes_keeps_its_better_model(state, unfinished):
+    """The model can be newer than the state, even that of a run whose state has none yet."""
+    path, _ = unfinished
+    edit(path, valid_loss=0.1)
+    edit(path.with_name("run.pt.state"), **state)
+    content = path.read_bytes()
+    assert "Saving" not in succeed("--resume", path, "--lr", 1.5)
+    assert path.read_bytes() == content
+
+
+def test_cuda_overrides_the_device_of_a_resumed_run(unfinished, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    args, _ = main.parse_args(["--resume", str(unfinished[0]), "--cuda"])
+    assert args.device == torch.device("cuda")
 
 
 @pytest.mark.parametrize(
@@ -629,7 +645,7 @@ def test_other_threads_or_another_card_are_announced(unfinished, monkeypatch):
     ("flag", "value"),
     [("--nhid", 14), ("--model", "GRU"), ("--nlayers", 1), ("--emsize", 10), ("--batch_size", 5),
      ("--seed", 5), ("--optimizer", "adam"), ("--objective", "cloze"),
-     ("--decoder-bias", "unigram")],
+     ("--decoder-bias", "unigram"), ("--embeddings", "vectors.txt")],
 )
 def test_what_cannot_change_is_refused_by_name(flag, value, unfinished):
     path, _ = unfinished
@@ -681,6 +697,11 @@ def test_a_finished_run_says_so_and_more_epochs_extend_it(trained, corpus_dir, s
     whole = tmp_path / "whole.pt"
     succeed("--data", corpus_dir, *small, "--epochs", 2, "--save", whole)
     assert same(outcome(trained), outcome(whole))
+
+
+def test_a_state_in_place_of_its_checkpoint_is_named(unfinished):
+    err = refuse("--resume", f"{unfinished[0]}.state")
+    assert "run.pt.state: is a training state; name its checkpoint, without .state" in err
 
 
 def test_a_fork_leaves_the_first_run_alone_and_replaces_no_model(unfinished, trained, tmp_path):

@@ -5,9 +5,11 @@ import re
 import pytest
 import torch
 
+import distributed
 import finetune
 import main
 from conftest import invoke
+from flags import explain
 
 BAD_FLAGS = [
     ("--model lstm2", "--model: model lstm2 is unknown; choose from LSTM"),
@@ -151,3 +153,13 @@ def test_a_recipe_is_the_flags_that_it_sets(flags, recipe, all_flags):
     # The same, spelled out, but for what is given.
     spelled_out = [*all_flags.split(), *flags.split(), "--save", "m.pt", "--recipe", recipe]
     assert found == main.parse_args(spelled_out)[0]
+
+
+def test_a_lost_connection_between_processes_is_no_bug():
+    error = RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed")
+    assert explain(error).startswith("the processes cannot communicate: ")
+
+
+def test_other_job_managers_are_not_torchrun(monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    assert (distributed.size(), distributed.rank()) == (1, 0)

@@ -134,9 +134,11 @@ def expected_log_probs_from(lm, words):
 def test_a_long_text_is_read_in_windows(monkeypatch):
     lm = make_lm()
     words = [WORDS[i] for i in torch.randint(50, (40,))]
-    whole = lm.score(words)
+    whole, log_probs, states = lm.score(words), lm.log_probs(words), lm.embed(words)
     monkeypatch.setattr("model.WINDOW", 7)
     assert lm.score(words).log_prob == pytest.approx(whole.log_prob)
+    torch.testing.assert_close(lm.log_probs(words), log_probs)
+    torch.testing.assert_close(lm.embed(words), states)
     assert lm.score(words, columns=9).log_prob != whole.log_prob
 
 

@@ -241,6 +241,14 @@ def test_each_fine_tuning_keeps_its_base(trained, corpus_dir):
         assert bases == {path.read_bytes() for path in kept if path.suffix != ".state"}
 
 
+def test_a_new_run_begins_a_new_record_of_fine_tuning(trained, corpus_dir, small):
+    record = trained.with_name("trained.pt.finetune.jsonl")
+    succeed("--save", trained, "--epochs", 1, command=finetune.main)
+    assert record.exists()
+    succeed("--data", corpus_dir, *small, "--epochs", 1, "--save", trained)
+    assert not record.exists()
+
+
 @pytest.mark.parametrize(("flags", "rates"), [
     ("--lr 5", "--lr 5 --bias-lr 1 --wdecay 1.2e-06"),
     ("--model GRU", "--lr 10 --bias-lr 0.02 --wdecay 1.2e-06"),

@@ -136,8 +136,8 @@ def test_where_triton_fails_a_warning_and_torchs_loop(installed, monkeypatch, ca
     qrnn.triton_works.cache_clear()
     assert [qrnn.triton_works(), qrnn.triton_works()] == [False, False]
     qrnn.triton_works.cache_clear()
-    reason = "Triton fails (no C compiler)" if installed else "Triton is not installed"
-    expected = f"Warning: {reason}; the QRNN's slower loop takes its place\n"
+    reason = "Triton failed (no C compiler)" if installed else "Triton is not installed"
+    expected = f"Warning: {reason}; the QRNN uses the slower PyTorch loop\n"
     assert capsys.readouterr().err == expected
 
 

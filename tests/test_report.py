@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -229,6 +230,10 @@ def test_a_plot_shows_the_runs(lines):
     assert axes.lines[0].get_color() != axes.lines[1].get_color()
     assert (axes.get_xlabel(), axes.get_yscale()) == ("epoch", "log")
 
+    Path("lr=3").mkdir()
+    shutil.copy("b.jsonl", "lr=3")
+    assert plot.named_run("lr=3/b.jsonl") == ("lr=3/b.jsonl", "lr=3/b.jsonl")
+
     figure = plot.draw(runs, ["valid_loss", "train_ppl"], "time")
     first, *_, last = figure.axes[0].lines
     assert first.get_xdata().tolist() == [1.5, 3.0, 4.5]
@@ -245,6 +250,7 @@ def test_a_plot_shows_the_runs(lines):
         ("absent.pt", "absent.pt.jsonl"),
         ("A=b.jsonl A=a.pt", "NAME=RUN"),
         ("b.jsonl --field cloze_ppl", "--field cloze_ppl"),
+        ("b.jsonl --field a b c d e", "--field: at most 4"),
         ("b.jsonl --out a.pt", "a.pt: must end in .png or .svg"),
         ("b.jsonl --out no/such.png", "no/such.png"),
         ("bad.jsonl", "bad.jsonl"),

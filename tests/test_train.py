@@ -122,6 +122,27 @@ def test_a_gpu_is_not_waited_for_within_a_step():
     assert losses.mean() == pytest.approx(2.25)
 
 
+def test_losses_arrive_from_a_gpu_in_the_order_of_its_stream(monkeypatch):
+    """Without a GPU: a stand-in for a tensor on one, whose copy has arrived after an event."""
+    calls = []
+    event = Namespace(synchronize=lambda: calls.append("synchronize"))
+
+    def current_stream(device):
+        assert device.type == "cuda"  # torch refuses any other
+        return Namespace(record_event=lambda: calls.append("record") or event)
+
+    def copy(device, non_blocking):
+        assert (device, non_blocking) == ("cpu", True)
+        calls.append("copy")
+        return torch.tensor(1.5)
+
+    monkeypatch.setattr(torch.cuda, "current_stream", current_stream)
+    losses = Losses()
+    losses.add(Namespace(is_cuda=True, device=torch.device("cuda:0"), to=copy), 10)
+    assert losses.read() == [1.5]
+    assert calls == ["copy", "record", "synchronize"]
+
+
 # ------------------------------------------------------------ schedules
 
 
