@@ -1,4 +1,4 @@
-# Commands that set up all they need: `make demo`, `make test`, and `make test-slow` for what takes long.
+# Targets that set up their own environment: `make demo`, `make test`, `make test-slow`.
 # `make test TORCH=2.11.0` uses another torch than constraints.txt, in an environment of its own.
 PYTHON ?= python3
 VENV = .venv$(TORCH:%=-%)

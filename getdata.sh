@@ -4,12 +4,12 @@
 #     ./getdata.sh                                 # penn and wikitext-2
 #     ./getdata.sh pennchar enwik8 wikitext-103
 #
-#     penn          Penn Treebank's words, Mikolov's
+#     penn          Penn Treebank, words (Mikolov's version)
 #     pennchar      its characters, made from the words: byte for byte Mikolov's ptb.char.*.txt
 #     wikitext-2, wikitext-103
-#     enwik8        100 million bytes of Wikipedia as numbers, as the original's prep_enwik8.py
-#                   writes them: lines stay lines; the last two blocks of 5 million
-#                   are valid and test
+#     enwik8        the first 100 million bytes of Wikipedia as decimal numbers, line for line, as
+#                   the original's prep_enwik8.py writes them; valid and test are the last two
+#                   blocks of 5 million bytes
 #
 # Every file, or the archive that it comes from, is checked against its SHA-256 before it gets its
 # name. Mirrors are tried in turn; a download that fails or differs leaves nothing behind; a second

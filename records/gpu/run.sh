@@ -27,14 +27,14 @@ wt2-short wikitext-2 the short recipe on WikiText-2, for as many epochs as there
 models    penn       LSTM, GRU, biLM and attention, for equal seconds"
 
 run_entry() {
-    local penn=(--dropouti 0.4 --dropouth 0.25 --seed 141 --epochs 500)
+    local penn=(--dropouti 0.4 --dropouth 0.25 --seed 141)
     case $1 in
         check) check ;;
-        ptb-fast) budget fast ptb-fast penn "${penn[@]:0:6}" ;;
+        ptb-fast) budget fast ptb-fast penn "${penn[@]}" ;;
         wt2-fast) budget fast wt2-fast wikitext-2 --batch_size 80 --dropouth 0.2 --seed 1882 ;;
-        gru-fast) budget fast gru-fast penn --model GRU --alpha 0.5 --beta 0.25 "${penn[@]:0:6}" ;;
-        ptb) train_and_evaluate ptb penn --batch_size 20 "${penn[@]}" ;;
-        ptb-80) train_and_evaluate ptb-80 penn --batch_size 80 "${penn[@]}" ;;
+        gru-fast) budget fast gru-fast penn --model GRU --alpha 0.5 --beta 0.25 "${penn[@]}" ;;
+        ptb) train_and_evaluate ptb penn --batch_size 20 "${penn[@]}" --epochs 500 ;;
+        ptb-80) train_and_evaluate ptb-80 penn --batch_size 80 "${penn[@]}" --epochs 500 ;;
         qrnn)
             train_and_evaluate qrnn penn --model QRNN --batch_size 20 --clip 0.2 --wdrop 0.1 \
                 --nhid 1550 --nlayers 4 --emsize 400 --dropouth 0.3 --seed 9001 --dropouti 0.4 \
@@ -48,10 +48,11 @@ run_entry() {
         wt2-short) budget short wt2-short wikitext-2 --batch_size 100 --dropouth 0.2 --seed 1882 ;;
         models)
             shares 4
-            share train_and_cache lstm penn --batch_size 20 "${penn[@]}"
-            share train_and_cache gru penn --model GRU --batch_size 20 "${penn[@]}"
-            share train_and_cache bilm penn --model biLM --batch_size 20 "${penn[@]}"
-            share train_and_cache attention penn --attention single --batch_size 20 "${penn[@]}" ;;
+            penn+=(--batch_size 20 --epochs 500)
+            share train_and_cache lstm penn "${penn[@]}"
+            share train_and_cache gru penn --model GRU "${penn[@]}"
+            share train_and_cache bilm penn --model biLM "${penn[@]}"
+            share train_and_cache attention penn --attention single "${penn[@]}" ;;
     esac
 }
 
@@ -162,7 +163,7 @@ check() {
 
 # ------------------------------------------------------------ the log
 
-logged() { # GOOD SECONDS ARGUMENTS...: runs python for so long; GOOD: exit codes of success
+logged() { # GOOD SECONDS ARGUMENTS...: runs python for at most SECONDS; GOOD: exit codes of success
     local good=$1 seconds=$(($2 > 0 ? $2 : 1)) code=0 # to timeout, 0 is no limit
     shift 2
     begin "${*//"$root/"/}"

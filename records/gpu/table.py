@@ -74,8 +74,9 @@ def models(log):
 
 
 def note_partial(tokens):
-    """" (of N of M tokens)" where "N of M" were read and N is less than M; else ""."""
-    return "" if not tokens or len(set(tokens.split(" of "))) == 1 else f" (of {tokens} tokens)"
+    """" (N of M tokens)" if only N of M tokens were read, else ""."""
+    read, _, total = (tokens or "").partition(" of ")
+    return "" if read == total else f" ({tokens} tokens)"
 
 
 def curve_table(curves):
