@@ -251,7 +251,7 @@ def check_replaceable(args):
     for file, kind in kinds.items():
         if os.path.exists(file) and not is_of_kind(file, kind):
             raise InputError(
-                f"--save {path}: {file} is not a file of a run, or damaged; move it away"
+                f"--save {path}: {file} is damaged or was not written by a run; move it away"
             )
 
 

@@ -746,7 +746,7 @@ def test_a_checkpoint_of_another_run_or_damaged_is_refused(unfinished, tmp_path)
     path.write_bytes(content[:-1])
     for more in ([], ["--save", tmp_path / "fork.pt"]):
         err = refuse("--resume", path, *more)
-        assert re.search(f"{path}(: is damaged| is not a file of a run)", err)
+        assert re.search(f"{path}:? is damaged", err)
         assert path.read_bytes() == content[:-1]
         assert not list(tmp_path.glob("fork*"))
 

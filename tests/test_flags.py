@@ -13,9 +13,9 @@ from flags import explain
 
 BAD_FLAGS = [
     ("--model lstm2", "--model: model lstm2 is unknown; choose from LSTM"),
-    ("--emsize -5", "--emsize: must be a whole number in [1, 2.14748e+09), not -5"),
+    ("--emsize -5", "--emsize: must be a whole number in [1, 2147483648), not -5"),
     ("--nhid 0", "--nhid: must be"),
-    ("--nhid 100000000000", "--nhid: must be a whole number in [1, 2.14748e+09)"),
+    ("--nhid 100000000000", "--nhid: must be a whole number in [1, 2147483648)"),
     ("--nhid 2000000", "out of memory; lower"),
     ("--nlayers two", "--nlayers: 'two' is not a whole number"),
     ("--batch_size 0", "--batch_size: must be"),
@@ -52,12 +52,12 @@ BAD_FLAGS = [
     ("--save .", "--save .: is not a file name"),
     ("--save new/", "--save new/: is not a file name"),
     ("--save " + "n" * 251, "cannot be written (File name too long)"),
-    ("--save notes.txt", "notes.txt is not a file of a run, or damaged"),
-    ("--save run", "run.jsonl is not a file of a run, or damaged"),
-    ("--save run2", "run2.jsonl is not a file of a run, or damaged"),
-    ("--save s.pt", "s.pt.state is not a file of a run, or damaged"),
-    ("--save l.pt", "l.pt.lock is not a file of a run, or damaged"),
-    ("--save w.pt --when 3 1", "w.pt.e1 is not a file of a run, or damaged"),
+    ("--save notes.txt", "notes.txt is damaged or was not written by a run"),
+    ("--save run", "run.jsonl is damaged or was not written by a run"),
+    ("--save run2", "run2.jsonl is damaged or was not written by a run"),
+    ("--save s.pt", "s.pt.state is damaged or was not written by a run"),
+    ("--save l.pt", "l.pt.lock is damaged or was not written by a run"),
+    ("--save w.pt --when 3 1", "w.pt.e1 is damaged or was not written by a run"),
 ]
 
 
