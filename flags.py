@@ -107,7 +107,7 @@ def number(kind, low, high=float("inf"), open_low=False):
 
 count = number(int, 1, 2**31)
 window_length = number(int, 1, 65_500)  # cuDNN's limit is 65,535, and a window can exceed bptt
-dropout_rate = number(float, 0, 1)
+fraction = number(float, 0, 1)
 coefficient = number(float, 0, 1e30)  # float32's maximum is 3.4e38
 
 
@@ -173,11 +173,11 @@ def make_parser(description, inherited=(), source="as in training"):
     add("--epochs", 8000, "maximum number of epochs", type=count)
     add("--batch_size", 80, "columns read in parallel", type=count, metavar="N")
     add("--bptt", 70, "typical window length, in tokens", type=window_length)
-    add("--dropout", 0.4, "dropout of the last layer's output", type=dropout_rate)
-    add("--dropouth", 0.3, "dropout between recurrent layers", type=dropout_rate)
-    add("--dropouti", 0.65, "dropout of the embedded input", type=dropout_rate)
-    add("--dropoute", 0.1, "dropout of words from the embedding", type=dropout_rate)
-    add("--wdrop", 0.5, "dropout of the hidden-to-hidden weights", type=dropout_rate)
+    add("--dropout", 0.4, "dropout of the last layer's output", type=fraction)
+    add("--dropouth", 0.3, "dropout between recurrent layers", type=fraction)
+    add("--dropouti", 0.65, "dropout of the embedded input", type=fraction)
+    add("--dropoute", 0.1, "dropout of words from the embedding", type=fraction)
+    add("--wdrop", 0.5, "dropout of the hidden-to-hidden weights", type=fraction)
     add("--alpha", 2.0, "coefficient of activation regularization (AR)", type=coefficient)
     add("--beta", 1.0, "coefficient of temporal activation regularization (TAR)", type=coefficient)
     add("--wdecay", 1.2e-6, "weight decay (default: 1.2e-06; 0.02 with adamw)", type=coefficient)

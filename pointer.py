@@ -26,7 +26,7 @@ from data import Corpus
 from dynamic_evaluation import Rule, read, root_mean_square
 from evaluate import load_for_use
 from flags import (
-    Parser, add_model_flags, coefficient, count, number, rate, run_command, steps,
+    Parser, add_model_flags, coefficient, count, fraction, number, run_command, window_length,
 )
 from utils import log, loss_columns, note_explicit_eos, read_with_vocabulary
 
@@ -212,16 +212,16 @@ def parse_args(argv=None):
     add("--window", 500, "pairs in the cache", type=count)
     add("--theta", 1.0, "how strongly the cache favours similar states: low values flatten the "
         "weights, high values sharpen them", type=coefficient)
-    add("--lambdasm", 0.1, "the cache's share of the mixture; 0 disables the cache", type=rate)
+    add("--lambdasm", 0.1, "the cache's share of the mixture; 0 disables the cache", type=fraction)
     add("--dynamic", None, "dynamic evaluation, with the rule rms (if no rule is given) or sgd",
         choices=list(RATES), nargs="?", const="rms")
     add("--lr", None, "learning rate of dynamic evaluation (default: 5e-5 with rms, 0.01 with sgd)",
         type=coefficient)
     add("--decay", None, "decay of dynamic evaluation (default: 0.002 with rms, 0.001 with sgd)",
-        type=rate)
+        type=fraction)
     add("--epsilon", 2e-5, "constant that the rule rms adds to the root mean square of a gradient",
         type=number(float, 0, open_low=True))
-    add("--segment", 5, "words between the steps of dynamic evaluation", type=steps)
+    add("--segment", 5, "words between the steps of dynamic evaluation", type=window_length)
     add("--statistics", None, "windows of training text, 100 times 5 words each, on which the rule "
         "rms measures gradients (default: all)", type=count, metavar="N")
     add("--tune", False, "first search for the best theta, lambda and window on the validation "
@@ -232,7 +232,7 @@ def parse_args(argv=None):
     add("--seconds", math.inf, "stop reading a split after N seconds and report the loss so far "
         "(default: no limit; does not apply to --tune)", type=number(float, 0, open_low=True),
         metavar="N")
-    add("--bptt", 2000, "words read at once without dynamic evaluation", type=steps)
+    add("--bptt", 2000, "words read at once without dynamic evaluation", type=window_length)
     add_model_flags(parser)
     given = vars(parser.parse_args(argv))
     args = Namespace(**{**parser.defaults, **DEFAULTS.get(given.get("dynamic"), {}), **given})
