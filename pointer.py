@@ -40,16 +40,6 @@ DYNAMIC_FLAGS = ("lr", "decay", "epsilon", "segment", "statistics", "tune_words"
 DEFAULTS = {"rms": {"lr": 5e-5, "decay": 2e-3}, "sgd": {"lr": 0.01, "decay": 1e-3}}
 
 
-def rechunk(pieces):
-    """Yields `pieces` as pieces of CHUNK words; the last one may be shorter."""
-    rest = None
-    for piece in pieces:
-        joined = map(torch.cat, zip(rest, piece)) if rest else piece
-        *complete, rest = zip(*(part.split(CHUNK) for part in joined))
-        yield from complete
-    yield rest
-
-
 def cache_probabilities(pieces, thetas, windows):
     """Reads a text; returns (log p_model of its words, {(theta, window): p_cache of its words}).
 
@@ -60,25 +50,21 @@ def cache_probabilities(pieces, thetas, windows):
     over the pairs (h_i, w_i) with t - window <= i < t, that is, over words already read. It is 0
     for the first word, which has no cache.
     """
-    logprobs, p_caches = [], {setting: [] for setting in product(thetas, windows)}
-    for states, words, logprob in rechunk(pieces):
-        if not logprobs:
-            recent_states, recent_words = states[:0], words[:0]
-        logprobs.append(logprob)
-        recent_states = torch.cat([recent_states[-max(windows) :], states])
-        recent_words = torch.cat([recent_words[-max(windows) :], words])
-        places = torch.arange(len(recent_words), device=words.device)
-        for window in windows:
-            cached = slice(-window - len(words), -1)  # the pairs that any of the words can use
-            age = places[-len(words) :, None] - places[cached]  # [T, P]
-            outside = (age < 1) | (age > window)
-            products = states @ recent_states[cached].t()
-            is_word = words[:, None] == recent_words[cached]
-            for theta in thetas:
-                scores = (theta * products).masked_fill(outside, -math.inf)
-                weights = scores.softmax(1).nan_to_num(0.0)  # NaN if no pair is in the window
-                p_caches[theta, window].append((weights * is_word).sum(1))
-    return join(logprobs), {setting: join(parts) for setting, parts in p_caches.items()}
+    states, words, logprob = map(torch.cat, zip(*pieces))
+    places = torch.arange(len(words), device=words.device)
+    p_caches = {setting: [] for setting in product(thetas, windows)}
+    for start, window in product(range(0, len(words), CHUNK), windows):
+        now = slice(start, start + CHUNK)
+        cached = slice(max(0, start - window), start + CHUNK - 1)  # the pairs that any word can use
+        age = places[now, None] - places[cached]  # [T, P]
+        outside = (age < 1) | (age > window)
+        products = states[now] @ states[cached].t()
+        is_word = words[now, None] == words[cached]
+        for theta in thetas:
+            scores = (theta * products).masked_fill(outside, -math.inf)
+            weights = scores.softmax(1).nan_to_num(0.0)  # NaN if no pair is in the window
+            p_caches[theta, window].append((weights * is_word).sum(1))
+    return join([logprob]), {setting: join(parts) for setting, parts in p_caches.items()}
 
 
 def join(parts):
