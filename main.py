@@ -42,7 +42,7 @@ def parse_args(argv=None):
     )
     parser.add(
         "--optimizer", "sgd", "sgd (with NT-ASGD), adam, or adamw (decoupled weight decay, betas "
-        "0.8 and 0.99)", choices=list(OPTIMIZERS),
+        "0.8 and 0.998)", choices=list(OPTIMIZERS),
     )
     parser.add(
         "--schedule", "constant", "learning rate over the --epochs: constant; onecycle (rises to "

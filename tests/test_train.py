@@ -73,7 +73,7 @@ def test_a_step_follows_the_clipped_gradient(length, clip, bias_lr, share, model
 
 @pytest.mark.parametrize(
     ("name", "kind", "betas"),
-    [("adam", torch.optim.Adam, (0.9, 0.999)), ("adamw", torch.optim.AdamW, (0.8, 0.99))],
+    [("adam", torch.optim.Adam, (0.9, 0.999)), ("adamw", torch.optim.AdamW, (0.8, 0.998))],
 )
 def test_adam_and_adamw_are_torchs(name, kind, betas):
     optimizer = make_optimizer(make_params(), arguments(optimizer=name, lr=0.01, wdecay=0.3))

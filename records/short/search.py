@@ -50,6 +50,8 @@ VARIANTS = {  # name -> flags
     "clip-1": f"{SHORT} --clip 1",
     "up-0.3": SHORT,
     "betas-0.9-0.999": SHORT,
+    "betas-0.8-0.99": SHORT,  # what adamw had before
+    "betas-0.8-0.998": SHORT,  # what it has now
     "window-grows": SHORT,
     "averaging": SHORT,
     "constant": f"{SHORT} --schedule constant --lr 2e-3",
@@ -73,8 +75,9 @@ def patch(variant):
 
     if variant == "up-0.3":
         train.WARMUP = 0.3
-    if variant == "betas-0.9-0.999":
-        train.OPTIMIZERS["adamw"] = (torch.optim.AdamW, {"betas": (0.9, 0.999)})
+    if variant.startswith("betas-"):
+        betas = tuple(map(float, variant.split("-")[1:]))
+        train.OPTIMIZERS["adamw"] = (torch.optim.AdamW, {"betas": betas})
     train_epoch, seq_len = train.Trainer.train_epoch, train.random_seq_len
     settings_at = train.settings_at
     if variant.endswith("averaging"):  # the mean of the weights over the last epoch
