@@ -51,6 +51,7 @@ SIZES = {
 UNUSED = (  # flags of training that make no difference to a step's time
     "data", "level", "no_cache", "objective", "lr", "bias_lr", "epochs", "partial_shuffle",
     "nonmono", "seed", "save", "resume", "checkpoint_minutes", "on_divergence", "log_interval",
+    "unk",
 )
 EVALUATED = 6000  # tokens of an evaluation
 LARGE = {"cpu": 2048, "mps": 4096, "cuda": 8192}  # rows and columns of the large product's operands

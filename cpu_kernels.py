@@ -96,8 +96,9 @@ def recurrent_layer(x, state, weights, dtype):
     of the factors of all products. Returns all h [T, B, directions * H] and the last state.
     """
     is_lstm = isinstance(state, tuple)
+    states = state if is_lstm else (state,)
     outputs, last = [], []
-    for direction, initial in enumerate(zip(*(state if is_lstm else (state,)))):
+    for direction, initial in enumerate(zip(*states)):
         own = weights[4 * direction : 4 * direction + 4]
         inputs = x.flip(0) if direction else x
         hs, *final = RecurrentLayer.apply(dtype, inputs, *own, *initial)

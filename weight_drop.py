@@ -108,8 +108,7 @@ def call_recurrent(module, weights, x, state=None, bf16=False, pad_to=1):
 
 
 def pad(x, dims, multiple):
-    """`x` with zeros at the end of each of `dims`, up to a multiple; `x` itself if none are needed.
-    """
+    """`x` with zeros at the end of each of `dims`, up to a multiple; or `x` itself."""
     missing = [-size % multiple if dim in dims else 0 for dim, size in enumerate(x.shape)]
     return F.pad(x, [n for m in reversed(missing) for n in (0, m)]) if any(missing) else x
 
