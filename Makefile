@@ -1,5 +1,5 @@
 # Targets that set up their own environment: `make demo`, `make test`, `make test-slow`.
-# `make test TORCH=2.11.0` uses another torch than constraints.txt, in an environment of its own.
+# `make test TORCH=2.11.0` uses another version of torch than constraints.txt, in a separate environment.
 PYTHON ?= python3
 VENV = .venv$(TORCH:%=-%)
 

@@ -4,15 +4,14 @@
     python bench.py --recipe wt2 --model GRU --json
     python bench.py --attention single --baseline
     python bench.py --profile
-    python bench.py --read 1 10 100
 
 It takes main.py's flags: sizes, dropout rates, --device, --precision. `utilization` is the time
 that a step's matrix products would take at the rate of a large one (torch.mm, measured between the
 steps), over the time of the step. With `--baseline` the model, the loss and the optimizer in plain
 PyTorch run beside ours, step for step, so that a noisy machine disturbs both alike; `ratio` is ours
-over theirs. With `--attention` the baseline is our model without it. Each side is a process of its
-own, which waits while the other runs. Its peak memory is that of the whole process (on CUDA: of the
-GPU) after three steps.
+over theirs. With `--attention` the baseline is our model without it. Each side runs in a process of
+its own, which waits while the other runs. Peak memory is measured after three steps: that of the
+whole process or, on CUDA, what torch has allocated.
 """
 
 import argparse
@@ -27,7 +26,6 @@ from copy import copy
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
 from time import perf_counter
 
 import torch
@@ -37,10 +35,10 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from cpu_kernels import keep_freed_memory
-from data import Corpus, InputError
-from flags import count, make_parser, number, resolve_flags, run_command
+from data import InputError
+from flags import count, make_parser, resolve_flags, run_command
 from model import RNNModel
-from train import Objective, make_optimizer, new_params, score, train_step
+from train import Objective, make_optimizer, new_params, objective_loss, train_step
 from utils import set_up_device
 
 # The published commands, and the size of their corpora's vocabularies.
@@ -51,7 +49,7 @@ SIZES = {
 UNUSED = (  # flags of training that make no difference to a step's time
     "data", "level", "no_cache", "objective", "lr", "bias_lr", "epochs", "partial_shuffle",
     "nonmono", "seed", "save", "resume", "checkpoint_minutes", "on_divergence", "log_interval",
-    "unk",
+    "unk", "tied",
 )
 EVALUATED = 6000  # tokens of an evaluation
 LARGE = {"cpu": 2048, "mps": 4096, "cuda": 8192}  # rows and columns of the large product's operands
@@ -141,7 +139,7 @@ def make_tasks(make_side, args):
         nonlocal hidden
         _, hidden = train_step(objective, optimizer, data, targets, hidden, args)
 
-    return params, {"step": step, "evaluation": lambda: score(params, ids, args)}
+    return params, {"step": step, "evaluation": lambda: objective_loss(params, ids, args)}
 
 
 def zipf(ntoken, shape):
@@ -154,12 +152,12 @@ def zipf(ntoken, shape):
 
 def seconds(function, device):
     """The time of one call."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
     begin = perf_counter()
     function()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
     return perf_counter() - begin
 
 
@@ -200,8 +198,12 @@ def set_up_side(make_side, args):
 
 
 def time_task(name, device):
-    """The time of one call of a side's task."""
-    return seconds(TASKS[name], device)
+    """The time of one call of a side's task; on a GPU, of one of several without a pause.
+
+    While the GPU computes a step, the host prepares the next one, as in training.
+    """
+    calls = 1 if device.type == "cpu" else 5
+    return seconds(lambda: [TASKS[name]() for _ in range(calls)], device) / calls
 
 
 def measure(args):
@@ -247,8 +249,9 @@ def profile(args):
     """
     set_up_device(args)
     _, tasks = make_tasks(our_side, args)
+    TASKS.update(tasks)
     for name, function in tasks.items():
-        whole = 1e3 * median(seconds(function, args.device) for _ in range(args.steps))
+        whole = 1e3 * median(time_task(name, args.device) for _ in range(args.steps))
         with torch.profiler.profile() as profiled:
             function()
         times = operation_times(profiled.key_averages())
@@ -269,43 +272,6 @@ def operation_times(events):
     return kernels or {event.key: event.self_cpu_time_total / 1000 for event in events}
 
 
-# ------------------------------------------------------------ reading
-
-
-def read(args, ntoken=267_735):
-    """Yields {"corpus" or "again": {figure: value}} of reading corpora of so many million tokens.
-
-    They have WikiText-103's number of words. Each is read twice, by a process of its own each time.
-    """
-    for millions in args.read:
-        with TemporaryDirectory() as folder:
-            write_corpus(folder, int(millions * 1e6), ntoken)
-            for name in ("corpus", "again"):  # a long text: again from its cache
-                with new_process() as process:
-                    yield {name: process.submit(read_corpus, folder).result()}
-
-
-def write_corpus(folder, tokens, ntoken):
-    """train.txt has so many tokens, by Zipf's law; all splits begin with each word once."""
-    for split, lines in {"train": (tokens - ntoken) // 100, "valid": 0, "test": 0}.items():
-        with open(f"{folder}/{split}.txt", "w") as file:
-            print(*range(ntoken - 1), file=file)  # and <eos>
-            for _ in range(lines):
-                print(*zipf(ntoken, [99]).tolist(), file=file)
-
-
-def read_corpus(folder):
-    """{figure: value} of reading; the peak memory is what reading added, over that of the ids."""
-    before, begin = process_peak_mib(), perf_counter()
-    corpus = Corpus(folder)
-    elapsed, added = perf_counter() - begin, process_peak_mib() - before
-    tokens = len(corpus.train)
-    return {
-        "tokens": tokens, "words": len(corpus.dictionary), "tokens_per_s": tokens / elapsed,
-        "peak_over_ids": added * 2**20 / corpus.train.nbytes,
-    }
-
-
 # ------------------------------------------------------------ the command line
 
 
@@ -314,15 +280,14 @@ def parse_args(argv=None):
     for flag in UNUSED:
         parser.actions[flag].help = argparse.SUPPRESS
     add = parser.add
-    add("--recipe", "ptb", "whose sizes are the defaults", choices=SIZES)
+    add("--recipe", "ptb", "the published command whose sizes are the defaults", choices=SIZES)
     add("--ntoken", None, "size of the vocabulary (default: the recipe's)", type=count)
-    add("--baseline", False, "run plain PyTorch beside it, step for step; in float32 where ours "
-        "has bf16; with --attention, our model without it", action="store_true")
-    add("--steps", 15, "steps that are timed, and evaluations", type=count)
+    add("--baseline", False, "also time plain PyTorch, step for step (in float32 if ours is in "
+        "bf16; with --attention, our model without it)", action="store_true")
+    add("--steps", 15, "number of steps, and of evaluations, to time", type=count)
     add("--json", False, "print a JSON object", action="store_true")
-    add("--profile", False, "print which operations take the time, instead", action="store_true")
-    add("--read", [], "time the reading of corpora of so many million tokens, instead", nargs="+",
-        type=number(float, 0.01, 1e5))
+    add("--profile", False, "instead, print the operations that take the most time",
+        action="store_true")
     given = parser.parse_args(argv)
     sizes = SIZES[vars(given).pop("recipe", "ptb")]
     args = resolve_flags(given, {**parser.defaults, **sizes, "optimizer": "sgd"})
@@ -332,8 +297,8 @@ def parse_args(argv=None):
     return args
 
 
-def report(rows, as_json):
-    """Prints {name: {figure: value}} as a JSON object, or a line a name."""
+def print_rows(rows, as_json=False):
+    """Prints {name: {figure: value}} as a JSON object, or one line per name."""
     if as_json:
         print(json.dumps(rows))
         return
@@ -347,10 +312,10 @@ def report(rows, as_json):
 
 def main():
     args = parse_args()
-    task = read if args.read else profile if args.profile else measure
+    task = profile if args.profile else measure
     try:
         for rows in task(args):
-            report(rows, args.json)
+            print_rows(rows, args.json)
     except BrokenProcessPool:
         raise InputError("a process that measures was killed; lower the sizes") from None
 

@@ -78,9 +78,8 @@ class BiObjective(nn.Module):
         """Lists of parameters; the gradient norm is clipped per list."""
         if "cloze" in OBJECTIVES[self.objective]:
             return [list(self.parameters())]
-        combiner = list(self.params[0].combiner.parameters())
-        combiner_ids = {id(parameter) for parameter in combiner}
-        return [[p for p in self.parameters() if id(p) not in combiner_ids], combiner]
+        others = [p for name, p in self.named_parameters() if "combiner" not in name]
+        return [others, list(self.params[0].combiner.parameters())]
 
     def forward(self, data, targets, hidden, alpha, beta, backward, is_first_window):
         """data [L, B], targets [L*B]; backward: (data, targets) of the reversed stream.

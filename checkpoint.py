@@ -176,7 +176,7 @@ def load(path, device="cpu", unk=None):
     `unk`: its token for unknown words, see data.Dictionary. Raises InputError.
     """
     checkpoint = read_checkpoint(path, device)
-    rates = {name: rate for name, rate in checkpoint["flags"].items() if name in DROPOUTS}
+    rates = {name: checkpoint["flags"][name] for name in DROPOUTS}
     return LanguageModel(build_params(checkpoint, **rates), vocabulary_of(checkpoint, unk))
 
 
@@ -320,7 +320,7 @@ class Run:
         `progress`: epoch, valid_loss (nats), averaged, finetuned.
         """
         if distributed.is_first():
-            content = pack("checkpoint", {**self.describe(params, corpus), **progress})
+            content = pack("checkpoint", {**self.contents(params, corpus), **progress})
             for path in paths:
                 self.write(path, content)
 
@@ -334,17 +334,11 @@ class Run:
         """Writes the training state; returns whether no file is left pending."""
         succeeded = self.retry()  # the state is never newer than the checkpoint it refers to
         if succeeded and distributed.is_first():
-            state = {**self.describe(params, corpus), **progress, "command": self.command}
+            state = {**self.contents(params, corpus), **progress, "command": self.command}
             path = f"{self.path}{STATE}"
             succeeded = self.write(path, pack("training state", state))
             self.pending.pop(path, None)  # the next save writes a newer state
         return distributed.broadcast(succeeded)
-
-    def read_state(self):
-        return read_state(self.path)
-
-    def read_checkpoint(self):
-        return read_checkpoint(self.path)
 
     def best_model(self, corpus, args):
         """The best model, from its file, or from memory if it could not be written."""
@@ -352,7 +346,7 @@ class Run:
         content = distributed.broadcast(content and bytes(content))
         return saved_params(self.path, corpus, args, content)
 
-    def describe(self, params, corpus):
+    def contents(self, params, corpus):
         """The contents that checkpoints and training states share: the model and its origin."""
         model, criterion = params
         return {

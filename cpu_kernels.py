@@ -1,12 +1,12 @@
 """CPU-specific code: oneDNN products, recurrent layers, word-by-word cells, memory allocation.
 
 Without oneDNN (on a GPU, in float64, in some builds of torch) the same functions use torch's
-ordinary operations. All private torch functions that the project uses are in this file.
+ordinary operations. All private torch functions that the project uses are in this file, a setting
+of CUDA's allocator among them.
 """
 
 import ctypes
 import os
-import sys
 
 import torch
 from torch import nn
@@ -58,14 +58,6 @@ class Packed:
                 bias = bias.contiguous()  # the kernel assumes it
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, bias, "none", [], "")
         return x @ self.weight if bias is None else torch.addmm(bias, x, self.weight)
-
-    def add(self, x, to):
-        """to [rows, N] + x [rows, K] @ w.T, a new tensor."""
-        if to.dtype != self.dtype:
-            return to + self(x)
-        if self.onednn:
-            return torch.ops.mkldnn._linear_pointwise.binary(x, to, self.weight, None, "add")
-        return torch.addmm(to, x, self.weight)
 
 
 def product(x, weight, bias=None):
@@ -152,7 +144,7 @@ class RecurrentLayer(torch.autograd.Function):
         for t in range(steps - 1, -1, -1):
             d_before = d_hs[t - 1] if t else torch.zeros_like(d_h)
             d_before, d_c = cell.backward(t, d_h, d_c, d_before, d_gates)
-            d_h = recurrent.add(factors[t].copy_(d_gates), d_before)
+            d_h = recurrent(factors[t].copy_(d_gates)) + d_before
         factors = factors.flatten(0, 1)
         transposed = factors.t().contiguous()
         d_w_hh = product(transposed, hs[:-1].flatten(0, 1).to(x.dtype).t())
@@ -246,42 +238,37 @@ class LSTMSteps:
 
 
 class Cell:
-    """An nn.LSTM or nn.GRU layer for words that come one by one: x [T, 1, I], state -> (h, state).
+    """An nn.LSTM or nn.GRU layer for one word: x [1, 1, I], state -> (h, state).
 
     nn.LSTM packs its weights anew at each call, which for a single word takes longer than the word.
     For evaluation only: no gradients, and later changes of the weights are not seen.
     """
 
     def __init__(self, layer):
-        if layer.num_layers != 1 or layer.bidirectional:
-            raise ValueError("a cell has one layer and one direction")
         self.is_lstm = isinstance(layer, nn.LSTM)
         self.from_x, self.from_h = Packed(layer.weight_ih_l0, 1), Packed(layer.weight_hh_l0, 1)
         self.bias_x, self.bias_h = layer.bias_ih_l0, layer.bias_hh_l0
 
     def __call__(self, x, state, bf16=False):  # bf16: always False in evaluation
-        outputs = []
         h, c = (state[0][0], state[1][0]) if self.is_lstm else (state[0], None)  # [1, H]
-        for x_t in x:
-            from_x, from_h = self.from_x(x_t, self.bias_x), self.from_h(h, self.bias_h)
-            if self.is_lstm:
-                i, f, g, o = (from_x + from_h).chunk(4, 1)
-                c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-                h = o.sigmoid() * c.tanh()
-            else:
-                (x_r, x_z, x_n), (h_r, h_z, h_n) = from_x.chunk(3, 1), from_h.chunk(3, 1)
-                n = (x_n + (x_r + h_r).sigmoid() * h_n).tanh()
-                h = torch.lerp(n, h, (x_z + h_z).sigmoid())
-            outputs.append(h)
-        state = (h.unsqueeze(0), c.unsqueeze(0)) if self.is_lstm else h.unsqueeze(0)
-        return torch.stack(outputs), state
+        from_x, from_h = self.from_x(x[0], self.bias_x), self.from_h(h, self.bias_h)
+        if self.is_lstm:
+            i, f, g, o = (from_x + from_h).chunk(4, 1)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            h = o.sigmoid() * c.tanh()
+        else:
+            (x_r, x_z, x_n), (h_r, h_z, h_n) = from_x.chunk(3, 1), from_h.chunk(3, 1)
+            n = (x_n + (x_r + h_r).sigmoid() * h_n).tanh()
+            h = torch.lerp(n, h, (x_z + h_z).sigmoid())
+        h = h.unsqueeze(0)
+        return h, (h, c.unsqueeze(0)) if self.is_lstm else h
 
 
 # ------------------------------------------------------------ memory
 
 
 def keep_freed_memory():
-    """Has glibc's malloc keep freed memory in this process; returns whether it does.
+    """Makes glibc's malloc keep freed memory; returns whether it does.
 
     A training step frees and allocates the same hundreds of megabytes again and again. By default
     glibc returns large blocks to Linux, which hands out zeroed pages: up to a tenth of a step.
@@ -290,8 +277,6 @@ def keep_freed_memory():
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # macOS, Windows, musl
         return False
-    if sys.platform != "linux":
-        return False
     trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # malloc.h
     # 32 MiB is the highest mmap threshold. In one heap with all the others, larger blocks would
     # leave holes that are never filled (40% more memory for WikiText-2).
@@ -299,8 +284,8 @@ def keep_freed_memory():
     return all(mallopt(name, value) == 1 for name, value in settings.items())
 
 
-def use_expandable_segments():
-    """Has CUDA's allocator grow its segments, so that windows of random length do not fragment it.
+def use_expandable_segments(device):
+    """Lets CUDA's allocator grow its segments, so that windows of random length do not fragment it.
 
     The public way, an environment variable, has to be set before torch is imported; a user's own
     setting stays.
@@ -311,4 +296,8 @@ def use_expandable_segments():
                  "_cuda_cudaCachingAllocator_set_allocator_settings"):  # newer, older torch
         if hasattr(torch._C, name):
             getattr(torch._C, name)("expandable_segments:True")
+            try:
+                torch.empty(1, device=device)
+            except RuntimeError:  # some virtual machines lack what it needs
+                getattr(torch._C, name)("expandable_segments:False")
             return

@@ -117,7 +117,7 @@ class Corpus:
         return True
 
     def _write_cache(self, path):
-        """Writes the ids and the words to `path`, completely or, in a read-only folder, not."""
+        """Writes the ids and the words to `path` atomically, if the folder can be written to."""
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         words = np.frombuffer("\n".join(self.dictionary.idx2word).encode(), np.uint8)
         arrays = {split: getattr(self, split).numpy() for split in SPLITS}

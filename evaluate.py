@@ -6,8 +6,8 @@
 
 The format of a text is that of training: UTF-8, tokens separated by white space (for a model of
 characters: plain text), one sentence per line; also compressed by gzip. Each line ends in <eos>,
-which is predicted too; another <eos> precedes the first word. Exit code 2 if a file or a line could
-not be scored; the others are.
+which is predicted too; another <eos> precedes the first word. If a file or a line cannot be scored,
+the others still are, and the exit code is 2.
 """
 
 import csv
@@ -24,7 +24,7 @@ from flags import Parser, add_model_flags, count, resolve_device, run_command
 from model import NOTES, WINDOW
 from utils import (
     log, log_parts, log_word_perplexity, loss_columns, note_explicit_eos, perplexity, set_up_device,
-    warn, warn_about_unknown, write_utf8,
+    warn, warn_about_unknown,
 )
 
 # The columns of a row for a file, a line and a token. log_prob is a natural logarithm, loss is its
@@ -238,7 +238,6 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    write_utf8()
     lm = load_for_use(args.checkpoint, args)
     scorer = Scorer(lm, args)
     for path in args.text:

@@ -3,9 +3,9 @@
     python finetune.py --data sample --epochs 10 --save sample.pt
     python finetune.py --resume sample.pt
 
-Takes the flags of main.py. Most flags, including the architecture, default to their values in
-training; after a ramp, dropouts, weight drop, AR and TAR keep their final strength. Stops when the
-validation loss meets the trigger, see train.is_nonmonotone. Exit codes are those of main.py.
+Shares most flags with main.py. Most of them, including the architecture, default to their values
+in training; after a ramp, dropouts, weight drop, AR and TAR keep their final strength. Stops when
+the validation loss meets the trigger, see train.is_nonmonotone. Exit codes are those of main.py.
 """
 
 from argparse import Namespace
@@ -21,7 +21,7 @@ from flags import (
     make_parser, model_flags, resolve_flags, run_command, sgd_rates,
 )
 from model import training_settings
-from train import REGULARIZERS, Trainer, regularizers_at, score, train_and_test
+from train import REGULARIZERS, Trainer, regularizers_at, objective_loss, train_and_test
 from utils import log, log_parts, loss_columns, prepare, read_with_vocabulary
 
 COMMAND = "finetune.py"
@@ -45,7 +45,7 @@ def finetune(corpus, args, run, state=None):
     params = saved_params(args.save, corpus, args)
     base = broadcast(back_up(args.save, ".base") if is_first() else None)
     log(f"Fine-tuning {args.save}; its base model stays at {base}")
-    loss, parts = score(params, corpus.valid, args, run.check)
+    loss, parts = objective_loss(params, corpus.valid, args, run.check)
     log(f"| base model | {loss_columns(loss, 'valid ')}")
     log_parts(parts)
     flags = (format_flag(flag, getattr(args, flag)) for flag in (*OPTIMIZER_FLAGS, *REGULARIZERS))
@@ -103,7 +103,7 @@ def parse_args(argv=None):
     else:
         checkpoint = read_checkpoint(path)
         trained = checkpoint["flags"]
-        saved = {"save": path, **{flag: trained[flag] for flag in INHERITED if flag in trained}}
+        saved = {"save": path, **{flag: trained[flag] for flag in INHERITED}}
         saved |= flags_after(trained) | model_flags(checkpoint)
     check_unchanged(given, saved if state else model_flags(checkpoint), path)
     return resolve_flags(given, parser.defaults, saved), state

@@ -25,9 +25,10 @@ ARCHITECTURE = {  # flag: RNNModel's argument
 }
 # Defaults that depend on the optimizer.
 OPTIMIZER_DEFAULTS = {
-    "sgd": {}, "adam": {"lr": 1e-3}, "adamw": {"lr": 5e-3, "wdecay": 0.02}
+    "sgd": {"lr": 30.0, "bias_lr": 1.0, "wdecay": 1.2e-6},
+    "adam": {"lr": 1e-3}, "adamw": {"lr": 5e-3, "wdecay": 0.02},
 }
-OPTIMIZER_FLAGS = ("lr", "bias_lr", "wdecay")
+OPTIMIZER_FLAGS = tuple(OPTIMIZER_DEFAULTS["sgd"])
 # A recipe sets flags; a flag on the command line overrides only that flag. At a learning rate of 30
 # the GRU's biases diverge, as the report's did, and so do the biases of biLM's combiner and of
 # attention. AR and TAR are mean squares of the states, and a GRU's states, which have no output
@@ -126,15 +127,6 @@ def parse_device(text):
     return found
 
 
-def rnn_type(text):
-    """An argparse type: a model type, one of RNN_TYPES."""
-    if text not in RNN_TYPES:
-        raise argparse.ArgumentTypeError(
-            f"model {text} is unknown; choose from {', '.join(RNN_TYPES)}"
-        )
-    return text
-
-
 def follow_link(path):
     """An argparse type: the path itself, or the target of a symbolic link."""
     return os.path.realpath(path) if os.path.islink(path) else path
@@ -155,7 +147,7 @@ def make_parser(description, inherited=(), source="as in training"):
         action="store_true")
     add("--model", "LSTM", "recurrent layers: LSTM, GRU, QRNN, biLSTM (the report's model, which "
         "sees the word it predicts) or biLM (two language models and cloze prediction)",
-        type=rnn_type)
+        choices=RNN_TYPES)
     add("--emsize", 400, "size of word embeddings", type=count)
     add("--nhid", 1150, "hidden units per layer", type=count)
     add("--nlayers", 3, "number of layers", type=count)
@@ -182,7 +174,7 @@ def make_parser(description, inherited=(), source="as in training"):
     add("--beta", 1.0, "coefficient of temporal activation regularization (TAR)", type=coefficient)
     add("--wdecay", 1.2e-6, "weight decay (default: 1.2e-06; 0.02 with adamw)", type=coefficient)
     add("--partial-shuffle", False, "in each epoch, start each column at a random position",
-        action="store_true")
+        action=argparse.BooleanOptionalAction)
     add("--nonmono", 5, "non-monotone interval of the trigger, in epochs", type=number(int, 0))
     add("--seed", 1111, "random seed", type=number(int, 0, 2**32))
     add("--save", None, "path of the best model (default: named after the current time)",
@@ -205,8 +197,8 @@ def make_parser(description, inherited=(), source="as in training"):
         "bfloat16, on CUDA the complete recurrent layers, everything else in float32; a CPU needs "
         "AVX-512 BF16). Evaluation is always in float32 (default: tf32 on CUDA, else fp32)",
         choices=["fp32", "tf32", "bf16"])
-    add("--pad-to", 1, "pad LSTM and GRU layers to multiples of N, inside the kernel only, with "
-        "units that stay 0 (8 suits a GPU's tensor cores)",
+    add("--pad-to", 1, "pad LSTM and GRU layers (not biLSTM) to multiples of N, inside the kernel "
+        "only, with units that stay 0 (8 suits a GPU's tensor cores)",
         type=count, metavar="N")
     add("--unk", None, "the model's token for unknown words, if a trained model reads other text "
         f"(default: the first of {', '.join(UNKNOWN_TOKENS)} in its vocabulary)", metavar="TOKEN")
@@ -259,9 +251,8 @@ def default_recipe(flags):
 
 def sgd_rates(args):
     """{flag: value} of the default learning rates and weight decay of SGD for a model."""
-    rates = {"lr": 30.0, "bias_lr": 1.0, "wdecay": 1.2e-6}
     recipe = RECIPES[default_recipe({**vars(args), "optimizer": "sgd"})]
-    return rates | {flag: recipe[flag] for flag in rates if flag in recipe}
+    return {flag: recipe.get(flag, rate) for flag, rate in OPTIMIZER_DEFAULTS["sgd"].items()}
 
 
 def flags_of_run(state, path):
@@ -277,7 +268,7 @@ def flags_of_run(state, path):
 def model_flags(checkpoint):
     """The flags of a checkpoint that its weights require: the architecture, the level of tokens."""
     found = checkpoint["architecture"]
-    flags = {flag: found[key] for flag, key in ARCHITECTURE.items() if key in found}
+    flags = {flag: found[key] for flag, key in ARCHITECTURE.items()}
     return {**flags, "level": checkpoint["flags"]["level"]}
 
 
@@ -357,7 +348,7 @@ def check_unchanged(given, saved, path, fixed=FIXED_FLAGS):
     """Raises InputError if a `fixed` flag in `given` differs from that of the run at `path`."""
     for flag in fixed:
         if flag in saved and getattr(given, flag, saved[flag]) != saved[flag]:
-            has = "none" if saved[flag] is None else format_flag(flag, saved[flag])
+            has = "its own" if saved[flag] is None else format_flag(flag, saved[flag])
             weights = f", or copy {path} elsewhere to start from its weights only"
             raise InputError(
                 f"{format_flag(flag, getattr(given, flag))}: {path} has {has}; leave the flag out"
@@ -395,7 +386,8 @@ def add_model_flags(parser):
     add("--unk", metavar="TOKEN",
         help="the token that stands for unknown words (default: the first of "
              f"{', '.join(UNKNOWN_TOKENS)} in the vocabulary)")
-    add("--model", type=rnn_type, help="fail unless the checkpoint is of this type (default: any)")
+    add("--model", choices=RNN_TYPES,
+        help="fail unless the checkpoint is of this type (default: any)")
     add("--cuda", action="store_true", help="require CUDA (otherwise it is used if available)")
     add("--device", type=parse_device,
         help="cpu, cuda, cuda:N or mps (default: cuda if available, else cpu)")
@@ -414,7 +406,8 @@ def run_command(main):
         if getattr(sys, name) is None:  # closed
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - stays open
     if hasattr(sys.stdout, "reconfigure"):  # a word the terminal cannot show must not end a run
-        sys.stdout.reconfigure(errors="backslashreplace")
+        encoding = None if sys.stdout.isatty() else "utf-8"
+        sys.stdout.reconfigure(encoding=encoding, errors="backslashreplace")
     try:
         status = main()
     except BrokenPipeError:  # the reader of the pipe has exited, as `head` does

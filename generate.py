@@ -3,11 +3,10 @@
     python generate.py --checkpoint PTB.pt --words 100 --prompt "the company said"
     python generate.py --checkpoint PTB.pt --interactive
 
-Needs only the checkpoint. The same seed gives the same text on the same machine. A prompt is UTF-8
-in any locale.
+Needs only the checkpoint. The same seed gives the same text on the same machine. The prompt is read
+as UTF-8 in any locale.
 """
 
-import math
 import os
 import sys
 from contextlib import nullcontext
@@ -16,7 +15,7 @@ from itertools import chain
 from data import EOS, UNK, InputError, decode_line, encode
 from evaluate import load_for_use
 from flags import Parser, add_model_flags, count, number, run_command
-from utils import warn, warn_about_unknown, write_utf8
+from utils import warn, warn_about_unknown
 
 
 def write_text(lm, prompt, out, args):
@@ -92,7 +91,7 @@ def parse_args(argv=None):
         help="values below 1 make likely words likelier (default: 1)")
     add("--top-k", type=number(int, 0), default=0, metavar="K",
         help="draw only from the K likeliest words (default: 0, all words)")
-    add("--top-p", type=number(float, 0, math.nextafter(1, 2), open_low=True), default=1.0,
+    add("--top-p", type=number(float, 0, open_low=True), default=1.0,
         metavar="P",
         help="draw from the smallest set of likeliest words with a total probability of at least P "
              "(default: 1, all words)")
@@ -114,7 +113,6 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    write_utf8()
     lm = load_for_use(args.checkpoint, args)
     if args.no_unk and lm.vocabulary.unk is None:
         warn(f"Note: --no-unk has no effect: the vocabulary of {args.checkpoint} has no {UNK}; "

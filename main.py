@@ -14,14 +14,14 @@ from pathlib import Path
 import torch
 
 from checkpoint import copy_model, open_run, read_checkpoint, saved_params
-from data import InputError, read_vectors, unigram
+from data import Dictionary, InputError, read_vectors, unigram
 from distributed import is_first
 from finetune import finetune, reread_state, resume_trainer, state_to_resume
 from flags import (
-    NEW_MODEL_FLAGS, RECIPES, check_unchanged, describe_recipe, flags_of_run, format_flag,
-    make_parser, model_flags, number, resolve_flags, run_command,
+    NEW_MODEL_FLAGS, RECIPES, check_unchanged, describe_recipe, flags_of_run, make_parser,
+    model_flags, number, resolve_flags, run_command,
 )
-from train import OPTIMIZERS, WARMUP, Trainer, new_params, score, train_and_test
+from train import OPTIMIZERS, WARMUP, Trainer, new_params, objective_loss, train_and_test
 from utils import FINETUNE_RECORDS, RECORDS, log, prepare
 
 COMMAND = "main.py"
@@ -82,13 +82,9 @@ def parse_args(argv=None):
     elif path:
         checkpoint = read_checkpoint(path)
         saved = model_flags(checkpoint)
-        check_unchanged(given, saved, path)
+        check_unchanged(given, saved | dict.fromkeys(NEW_MODEL_FLAGS), path)
         saved |= {flag: checkpoint["flags"][flag] for flag in ("data", "objective")}
-        for flag in NEW_MODEL_FLAGS:
-            if hasattr(given, flag):
-                raise InputError(
-                    f"{format_flag(flag, getattr(given, flag))}: {path} has its own; leave it out"
-                )
+        saved |= {flag: parser.defaults[flag] for flag in NEW_MODEL_FLAGS}
     args = resolve_flags(given, parser.defaults, saved)
     has_no_length = "epochs" not in given and args.epochs == parser.defaults["epochs"]
     if has_no_length and args.schedule not in ("constant", saved.get("schedule")):
@@ -131,6 +127,7 @@ def make_trainer(corpus, args, run, state):
             f"to {args.save}"
         )
     else:
+        Dictionary(corpus.dictionary.idx2word, args.level, args.unk)  # refuses an absent --unk
         params = new_params(corpus, args)
         model, criterion = params
         if args.decoder_bias == "unigram":
@@ -138,7 +135,7 @@ def make_trainer(corpus, args, run, state):
         if args.embeddings:
             load_pretrained_vectors(model.encoder.weight, corpus.dictionary, args)
     if args.resume == args.save:  # only a better model replaces the file
-        best, _ = score(params, corpus.valid, args, run.check)
+        best, _ = objective_loss(params, corpus.valid, args, run.check)
         if os.path.exists(f"{args.save}{RECORDS}"):
             records = Path(f"{args.save}{RECORDS}").read_text("utf-8", errors="replace")
             records = records[: records.rfind("\n") + 1]  # without a part of a line

@@ -224,7 +224,7 @@ def activation_regularization(raw_output, output, alpha, beta):
 
 # ------------------------------------------------------------ using a trained model
 
-WINDOW = 2000  # tokens read at once
+WINDOW = 2000  # tokens read at once in evaluation: long windows keep a GPU busy
 
 
 class Score(NamedTuple):
@@ -279,7 +279,7 @@ class LanguageModel:
         context = context or self.context(ids.size(1))
         before = self._read_on(ids, context)
         output = torch.cat([before, self._output(context)])[ids.size(1) :]
-        return self._log_probs(output).view(*words.shape, -1)
+        return self._log_probs(output).view(*words.shape, len(self.vocabulary))
 
     def score(self, text, context=None, columns=1):
         """The Score of a text.
@@ -325,8 +325,8 @@ class LanguageModel:
         model, _ = self.params
         device = model.encoder.weight.device
         random = None if seed is None else torch.Generator(device).manual_seed(seed)
-        if not (temperature > 0 and top_k >= 0 and 0 < top_p <= 1):
-            raise InputError("temperature must be above 0, top_k 0 or more, and top_p in (0, 1]")
+        if not (temperature > 0 and top_k >= 0 and top_p > 0):
+            raise InputError("temperature and top_p must be above 0, top_k 0 or more")
         word2idx, unk = self.vocabulary.word2idx, self.vocabulary.unk
         banned = [word2idx[unk]] if no_unk and unk in word2idx else []
         context = context or self.context()

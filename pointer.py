@@ -22,6 +22,7 @@ from torch import nn
 from tqdm import tqdm
 
 from bidirectional import is_bilm
+from checkpoint import read_checkpoint
 from data import Corpus
 from dynamic_evaluation import Rule, read, root_mean_square
 from evaluate import load_for_use
@@ -173,7 +174,7 @@ def tune(reader, ids, args):
             f"--window {args.window}")
 
 
-def report(reader, ids, split, args):
+def report_split(reader, ids, split, args):
     """Logs a split's loss with the model alone and with the flags; returns the last columns."""
     pieces = reader(ids, args.lr, args.decay, args.seconds)
     with_cache, loss = evaluate_cache(pieces, args.theta, args.lambdasm, args.window)
@@ -193,7 +194,8 @@ def report(reader, ids, split, args):
 def parse_args(argv=None):
     parser = Parser(description=__doc__.splitlines()[0])
     add = parser.add
-    add("--data", "data/penn", "folder with train.txt, valid.txt and test.txt, or 'sample'")
+    add("--data", None, "folder with train.txt, valid.txt and test.txt, or 'sample' (default: "
+        "as in training)")
     add("--save", None, "the trained model", required=True, metavar="CHECKPOINT")
     add("--window", 500, "pairs in the cache", type=count)
     add("--theta", 1.0, "how strongly the cache favours similar states: low values flatten the "
@@ -222,9 +224,12 @@ def parse_args(argv=None):
     add_model_flags(parser)
     given = vars(parser.parse_args(argv))
     args = Namespace(**{**parser.defaults, **DEFAULTS.get(given.get("dynamic"), {}), **given})
-    for flag in DYNAMIC_FLAGS:
-        if flag in given and not args.dynamic:
-            parser.error(f"--{flag.replace('_', '-')}: has no effect without --dynamic")
+    needed, unused = "--dynamic", () if args.dynamic else DYNAMIC_FLAGS
+    if args.dynamic == "sgd":
+        needed, unused = "--dynamic rms", ("epsilon", "statistics")
+    for flag in unused:
+        if flag in given:
+            parser.error(f"--{flag.replace('_', '-')}: has no effect without {needed}")
     return args
 
 
@@ -234,14 +239,15 @@ def main(argv=None):
     params = lm.params
     if is_bilm(params):
         params = nn.ModuleList([params[0].forward_half(), params[1]])
-    corpus = Corpus(args.data, lm.vocabulary.level)
+    data = args.data or read_checkpoint(args.save)["flags"]["data"]
+    corpus = Corpus(data, lm.vocabulary.level)
     note_explicit_eos(corpus.explicit_eos)
     read_with_vocabulary(corpus, lm.vocabulary, args.save)
     reader = Reader(params, corpus, args)
     if args.tune:
         tune(reader, corpus.valid, args)
     for split in args.split:
-        columns = report(reader, getattr(corpus, split), split, args)
+        columns = report_split(reader, getattr(corpus, split), split, args)
     rule = "=" * 89
     log(f"{rule}\n| End of training | {columns}\n{rule}")
     return 2 if log.failed else 0

@@ -28,21 +28,20 @@ def default_splits(ntoken):
     return []
 
 
-def linear_nll(hiddens, weight, bias, targets, reduction):
-    """Cross-entropy (nats) of targets [N] under softmax(hiddens [N, H] @ weight.T [H, V] + bias).
+def linear_nll(hiddens, weight, bias, targets):
+    """The summed cross-entropy (nats) of targets [N] under softmax(hiddens @ weight.T + bias).
 
-    Matrix products use the dtype of `hiddens`, everything else that of `weight`. If the logits are
-    computed in chunks, the forward pass also computes the gradient, which can be used only once: a
-    second backward through the same loss raises RuntimeError.
+    hiddens [N, H], weight [V, H], bias [V]. Matrix products use the dtype of `hiddens`, everything
+    else that of `weight`. If the logits are computed in chunks, the forward pass also computes the
+    gradient, which can be used only once: a second backward raises RuntimeError.
     """
     if has_onednn(hiddens) or len(hiddens) * len(weight) > CHUNK_ABOVE:
-        total = ChunkedNLL.apply(hiddens, weight, bias, targets, torch.is_grad_enabled())
-        return total / len(targets) if reduction == "mean" else total
+        return ChunkedNLL.apply(hiddens, weight, bias, targets, torch.is_grad_enabled())
     if hiddens.dtype == weight.dtype:
         logits = F.linear(hiddens, weight, bias)
     else:
         logits = F.linear(hiddens, weight.to(hiddens.dtype)).to(weight.dtype) + bias
-    return F.cross_entropy(logits, targets, reduction=reduction)
+    return F.cross_entropy(logits, targets, reduction="sum")
 
 
 class ChunkedNLL(torch.autograd.Function):
@@ -146,19 +145,16 @@ class SplitCrossEntropyLoss(nn.Module):
         """
         hiddens, targets = hiddens.flatten(0, -2), targets.flatten()
         head_weight, head_bias, tails = self._cut(weight, bias)
-        if not tails:
-            return linear_nll(hiddens, weight, bias, targets, "mean")
         head_targets, total = targets, 0.0
-        head_size = tails[0][0]
-        for tombstone, (start, end) in enumerate(tails, head_size):
+        for tombstone, (start, end) in enumerate(tails, len(head_weight) - len(tails)):
             member = (targets >= start) & (targets < end)
             head_targets = torch.where(member, tombstone, head_targets)
             rows = member.nonzero().squeeze(1)
             if len(rows):
                 total = total + linear_nll(
-                    hiddens[rows], weight[start:end], bias[start:end], targets[rows] - start, "sum"
+                    hiddens[rows], weight[start:end], bias[start:end], targets[rows] - start
                 )
-        total = total + linear_nll(hiddens, head_weight, head_bias, head_targets, "sum")
+        total = total + linear_nll(hiddens, head_weight, head_bias, head_targets)
         return total / len(targets)
 
     def target_logprob(self, weight, bias, hiddens, targets):

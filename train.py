@@ -18,8 +18,9 @@ from tqdm import tqdm
 
 import distributed
 from bidirectional import OBJECTIVES, BiObjective, evaluate_directions, is_bilm, make_model
+from checkpoint import read_checkpoint, read_state
 from data import LEVELS, InputError, batchify, exact_windows, get_batch, unigram_loss
-from model import DROPOUTS, NOTES, activation_regularization, training_settings
+from model import DROPOUTS, NOTES, WINDOW, activation_regularization, training_settings
 from splitcross import SplitCrossEntropyLoss, default_splits
 from utils import (
     Losses, Preempted, environment, float32_products, get_generators, is_out_of_memory, log,
@@ -29,7 +30,6 @@ from utils import (
 from weight_drop import WeightDrop
 
 EVAL_BATCH_SIZE, TEST_BATCH_SIZE = 10, 1  # as in the reference
-EVAL_TOKENS = 2000  # per evaluation window: long windows keep a GPU busy
 MAX_EXCESS = 25  # by which a window may exceed bptt: five standard deviations
 REGULARIZERS = (*DROPOUTS, "alpha", "beta")
 # onecycle: the share of the run in which the rate rises; the initial and final shares of the rate.
@@ -38,7 +38,7 @@ TRAPEZOID = (0, 0.08, 0.48, 0.92, 1), (0.1, 1, 1, 0.1, 0)  # shares of the run, 
 OPTIMIZERS = {
     "sgd": (torch.optim.SGD, {}),
     "adam": (torch.optim.Adam, {}),
-    # The first is shorter than torch's default. The second must span the gradients of rare words,
+    # The first is lower than torch's default. The second must span the gradients of rare words,
     # which come far apart: 0.99 is worse (records/short).
     "adamw": (torch.optim.AdamW, {"betas": (0.8, 0.998)}),
 }
@@ -209,14 +209,14 @@ def evaluate(params, ids, batch_size, bptt, check=None):
     return losses.mean_of_all_ranks()
 
 
-def score(params, ids, args, check=None, batch_size=EVAL_BATCH_SIZE):
+def objective_loss(params, ids, args, check=None, batch_size=EVAL_BATCH_SIZE):
     """The objective's loss in nats on `ids` [N], and {name: loss} of its parts, if it has any.
 
     See `evaluate`. Reads long windows, except for biLSTM.
     """
     window = args.bptt
     if params[0].rnn_type != "biLSTM":
-        window = max(window, EVAL_TOKENS // batch_size)
+        window = max(window, WINDOW // batch_size)
     if not is_bilm(params):
         return evaluate(params, ids, batch_size, window, check), {}
     parts = evaluate_directions(params, ids, batch_size, window, check)
@@ -315,7 +315,8 @@ class Trainer:
         self.columns = distributed.columns(args.batch_size)  # this rank's
         # biLM also reads the reversed text.
         texts = [corpus.train, corpus.train.flip(0)] if is_bilm(params) else [corpus.train]
-        self.texts = [self.local_columns(ids) for ids in texts]  # each [rows, columns]
+        texts = [batchify(ids, args.batch_size)[:, self.columns] for ids in texts]
+        self.texts = [text.to(args.device).contiguous() for text in texts]  # each [rows, columns]
         self.rows = len(self.texts[0])
         self.set_offsets(None)
         self.objective = distributed.replicate(make_objective(params, args))
@@ -332,11 +333,6 @@ class Trainer:
         self.saved_at, self.saving_seconds = time.perf_counter(), 0.0
         self.start_clock(0.0)
         log(f"Model total parameters: {sum(p.numel() for p in params.parameters())}")
-
-    def local_columns(self, ids):
-        """This rank's columns of a text, on its device."""
-        columns = batchify(ids, self.args.batch_size)[:, self.columns]
-        return columns.to(self.args.device).contiguous()
 
     def set_offsets(self, offsets):
         """Sets the row at which this epoch starts to read each column; None means 0 for all."""
@@ -406,7 +402,8 @@ class Trainer:
             self.hidden = self.params[0].init_hidden(self.texts[0].size(1))
             if args.partial_shuffle:
                 self.set_offsets(np.random.randint(self.rows, size=args.batch_size).tolist())
-        with EpochLog(self) as epoch_log:
+        epoch_log = EpochLog(self)
+        with epoch_log.bar:
             while self.row < self.rows - 1:
                 settings, share = settings_at(self.epochs_read(), args, self.params[0])
                 data, targets, more = self.window(self.row, random_seq_len(args.bptt))
@@ -428,7 +425,7 @@ class Trainer:
         args, train_loss, train_seconds = self.args, self.losses.mean(), self.seconds()
         lr = self.optimizer.param_groups[0]["lr"]
         evaluated = self.params if self.average is None else self.average.params
-        loss, parts = score(evaluated, self.corpus.valid, args, self.run.check)
+        loss, parts = objective_loss(evaluated, self.corpus.valid, args, self.run.check)
         log(
             f"{'-' * 89}\n| end of epoch {self.epoch:3d} | time: {self.seconds():5.2f}s "
             f"| {loss_columns(loss, 'valid ')}"
@@ -588,8 +585,12 @@ class Trainer:
         path = self.args.save
         has_saved = self.best < math.inf
         if os.path.exists(path):
-            checkpoint = self.run.read_checkpoint()
-            if changed and (has_saved or checkpoint["flags"] == state["flags"]):
+            checkpoint = read_checkpoint(path)
+            # A warm start or fine-tuning has begun with the model of another text or objective.
+            comparable = checkpoint["corpus"]["sha256"] == state["corpus"]["sha256"] and all(
+                checkpoint["flags"][flag] == state["flags"][flag] for flag in ("objective", "unk")
+            )
+            if changed and comparable and (has_saved or checkpoint["flags"] == state["flags"]):
                 self.best = min(self.best, checkpoint["valid_loss"])
             for key in ("architecture", "vocabulary"):
                 if has_saved and checkpoint[key] != state[key]:
@@ -626,16 +627,24 @@ class Trainer:
         return succeeded
 
     def is_due(self, seconds=0.0):
-        """Whether to save the state again once it is `seconds` old; by the first rank's clock."""
+        """Whether the saved state is older than `seconds`, and can be replaced.
+
+        True on the first rank only, whose clock decides.
+        """
         since = time.perf_counter() - self.saved_at
-        good = self.high_loss_streak == 0 or self.args.on_divergence == "continue"
-        due = good and since >= max(seconds, self.saving_seconds / SAVING_SHARE)
-        return due and distributed.is_first()
+        due = since >= max(seconds, self.saving_seconds / SAVING_SHARE)
+        return due and self.is_good() and distributed.is_first()
+
+    def is_good(self):
+        """Whether the newest losses are no sign of divergence, or such signs are ignored."""
+        return self.high_loss_streak == 0 or self.args.on_divergence == "continue"
 
     def save_at_exit(self, stop):
         """Saves the state when a signal ends the run, and logs the command that resumes it."""
         log("-" * 89 + f"\nExiting from training early ({stop}) at {self.position()}")
         try:
+            if self.saved and not self.is_good():
+                raise Diverged(f"the loss of the last {self.high_loss_streak} batches was too high")
             succeeded = self.save_state()
         except Diverged as error:
             warn(f"Warning: {error}; this state is not saved")
@@ -664,7 +673,7 @@ class Trainer:
         """Restores the state on disk with half the learning rate, or raises InputError."""
         args, lr = self.args, self.optimizer.param_groups[0]["lr"]
         problem = f"epoch {self.epoch}, lr {lr:g}: {error}"
-        state = self.run.read_state() if self.saved else None
+        state = read_state(args.save) if self.saved else None
         if args.on_divergence == "rollback" and state and self.rollbacks < ROLLBACKS:
             best, rollbacks = self.best, self.rollbacks + 1
             self.load_state_dict(state)
@@ -693,30 +702,30 @@ def train_and_test(trainer):
 
     Raises InputError if a file still cannot be written at the end.
     """
-    run, status, check = trainer.run, 0, trainer.run.check
+    run, status = trainer.run, 0
     try:
         trainer.fit()
+        report_test(trainer, run.check)
     except Preempted as stop:
         status = 128 + stop.number
         if stop.number != signal.SIGINT:
             return status
-        check = None  # the next signal ends the process at once
-    run.retry()
-    if trainer.best < math.inf:
-        report_test(trainer, check)
-    else:
-        log("No epoch was finished, so there is no model to test")
+        report_test(trainer)  # the next signal ends the process at once
     run.retry()
     if lost := ", ".join(run.pending):
-        raise InputError(f"{lost}: could not be written; free disk space and train again")
+        again = run.resume_command if trainer.saved else "train again"
+        raise InputError(f"{lost}: could not be written; free disk space, then {again}")
     return status
 
 
-def report_test(trainer, check):
+def report_test(trainer, check=None):
     """Logs the test loss of the saved best model, and that of a unigram model for comparison."""
     corpus, args = trainer.corpus, trainer.args
+    if trainer.best == math.inf:
+        log("No epoch was finished, so there is no model to test")
+        return
     params = trainer.run.best_model(corpus, args)
-    loss, parts = score(params, corpus.test, args, check, TEST_BATCH_SIZE)
+    loss, parts = objective_loss(params, corpus.test, args, check, TEST_BATCH_SIZE)
     rule = "=" * 89
     log(f"{rule}\n| End of training | {loss_columns(loss, 'test ')}")
     log_word_perplexity(loss, corpus.test[1:], corpus.dictionary, "test ")
@@ -745,12 +754,6 @@ class EpochLog:
             initial=trainer.row * args.batch_size, unit=" tokens", unit_scale=True, leave=False,
             file=sys.stderr, disable=not (sys.stderr.isatty() and distributed.is_first()),
         )
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        self.bar.close()
 
     def after_batch(self, rows, share):
         """Reads the losses that have arrived, and reports them. Raises Diverged."""

@@ -55,12 +55,6 @@ def _print(line, file):
     file.flush()
 
 
-def write_utf8():
-    """Makes standard output UTF-8 in every locale, except on a terminal."""
-    if hasattr(sys.stdout, "reconfigure") and not sys.stdout.isatty():
-        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
-
-
 def perplexity(loss):
     """exp of a loss in nats; inf on overflow."""
     try:
@@ -69,11 +63,11 @@ def perplexity(loss):
         return math.inf
 
 
-def loss_columns(loss, kind=""):
+def loss_columns(loss, prefix=""):
     """The columns of a log line: loss in nats, perplexity, bits per token."""
     return (
-        f"{kind}loss {loss:5.2f} | {kind}ppl {perplexity(loss):8.2f} "
-        f"| {kind}bpc {loss / math.log(2):8.3f}"
+        f"{prefix}loss {loss:5.2f} | {prefix}ppl {perplexity(loss):8.2f} "
+        f"| {prefix}bpc {loss / math.log(2):8.3f}"
     )
 
 
@@ -83,12 +77,12 @@ def log_parts(parts):
         log(f"| {name:8s} | {loss_columns(loss)}")
 
 
-def log_word_perplexity(loss, ids, dictionary, kind=""):
+def log_word_perplexity(loss, ids, dictionary, prefix=""):
     """Logs the perplexity per word that the mean loss of the characters `ids` [N] implies."""
     if dictionary.level == "char":
         words = count_words(ids, dictionary)
         implied = perplexity(loss * len(ids) / words)
-        log(f"| per word | {kind}ppl {implied:8.2f} | {words:,} words, including <eos>")
+        log(f"| per word | {prefix}ppl {implied:8.2f} | {words:,} words, including <eos>")
 
 
 def warn_about_unknown(unknown, unk):
@@ -123,7 +117,7 @@ class Losses:
 
     def __init__(self, on_host=()):
         self.pending = deque()
-        self.on_host = [(float(loss), int(tokens)) for loss, tokens in on_host]
+        self.on_host = list(on_host)
 
     def add(self, loss, tokens):
         """Adds the mean loss of `tokens` tokens, a tensor, and starts its copy to the host."""
@@ -219,7 +213,7 @@ def set_up_device(args):
     if args.device.type == "cuda":
         if args.device.index is not None:
             torch.cuda.set_device(args.device)
-        use_expandable_segments()
+        use_expandable_segments(args.device)
     set_products(args.precision)
 
 
@@ -292,9 +286,9 @@ def note_explicit_eos(lines, report=log):
 
 
 def read_with_vocabulary(corpus, dictionary, path):
-    """Encodes the corpus with the vocabulary of the model at `path`, and logs that if it differs.
+    """Encodes the corpus with the vocabulary of the model at `path`, if it differs, and logs that.
 
-    Raises InputError if it lacks words of the corpus, and has no token for unknown words.
+    Raises InputError if words are unknown and the vocabulary has no token for them.
     """
     if corpus.dictionary.idx2word == dictionary.idx2word:
         return

@@ -59,6 +59,7 @@ class WeightDrop(nn.Module):
         )
 
     def forward(self, *args, bf16=False):
+        """As the module's own `forward`; in training, with dropped weights."""
         weights = dict(self.module.named_parameters())
         if self.training and self.dropout:
             for name in self.weights:
@@ -91,7 +92,7 @@ def call_recurrent(module, weights, x, state=None, bf16=False, pad_to=1):
     states = state if is_lstm else (state,)
     if pad_to > 1 and not module.bidirectional:
         weights = {name: pad_weight(w, 4 if is_lstm else 3, pad_to) for name, w in weights.items()}
-        x, *states = (pad(tensor, [tensor.dim() - 1], pad_to) for tensor in (x, *states))
+        x, *states = (pad(tensor, -1, pad_to) for tensor in (x, *states))
     own = dict(module.named_parameters())
     if x.is_cuda and any(w is not own[name] or w.dtype != dtype for name, w in weights.items()):
         weights = in_one_piece(weights, dtype)
@@ -107,15 +108,15 @@ def call_recurrent(module, weights, x, state=None, bf16=False, pad_to=1):
     return output[..., :width].to(output_dtype), tuple(states) if is_lstm else states[0]
 
 
-def pad(x, dims, multiple):
-    """`x` with zeros at the end of each of `dims`, up to a multiple; or `x` itself."""
-    missing = [-size % multiple if dim in dims else 0 for dim, size in enumerate(x.shape)]
-    return F.pad(x, [n for m in reversed(missing) for n in (0, m)]) if any(missing) else x
+def pad(x, first, multiple):
+    """`x` with its dimensions from `first` on padded by zeros to a multiple of `multiple`."""
+    widths = [n for size in reversed(x.shape[first:]) for n in (0, -size % multiple)]
+    return F.pad(x, widths) if any(widths) else x  # F.pad would copy
 
 
 def pad_weight(weight, gates, multiple):
     """A weight [gates * H, K] or bias [gates * H], with each gate's H, and K, padded by zeros."""
-    return pad(weight.unflatten(0, (gates, -1)), (1, 2), multiple).flatten(0, 1)
+    return pad(weight.unflatten(0, (gates, -1)), 1, multiple).flatten(0, 1)
 
 
 def in_one_piece(weights, dtype):

@@ -61,7 +61,7 @@ def draw(runs, fields=("valid_ppl",), against="epochs", title="", reference=None
     reference: like runs, drawn in grey. The vertical axis is logarithmic for perplexities. Raises
     InputError if no run has a field.
     """
-    figure = import_matplotlib().figure.Figure(figsize=(8, 4.5), layout="constrained")
+    figure = import_matplotlib().figure.Figure(figsize=(8, 4.5), dpi=130, layout="constrained")
     axes = figure.add_subplot(title=title)
     axes.grid(alpha=0.3, which="both")
 
@@ -85,11 +85,6 @@ def draw(runs, fields=("valid_ppl",), against="epochs", title="", reference=None
     axes.set_ylabel(", ".join(LABELS.get(field, field) for field in fields))
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
     return figure
-
-
-def save(figure, path):
-    """Writes a figure as PNG or SVG, depending on the extension."""
-    figure.savefig(path, dpi=130)
 
 
 def named_run(text):
@@ -129,7 +124,7 @@ def main(argv=None):
     runs = {name: read_run(path) for name, path in args.runs}
     figure = draw(runs, args.field, args.against)
     for path in args.out:
-        save(figure, path)
+        figure.savefig(path)
         print(f"Wrote {path}")
 
 

@@ -133,7 +133,8 @@ def parse_args(argv=None):
         help="; ".join(f"{name}: {scale.about}" for name, scale in SCALES.items()))
     add("--only", metavar="NAME,...", default=",".join(EXPERIMENTS),
         help="run these experiments and the ones they fine-tune (default: all, see --list)")
-    add("--out", type=Path, default=Path("results"), help="folder for the runs and the results")
+    add("--out", type=Path, default=Path("results"),
+        help="folder for the runs and the results (default: results)")
     add("--devices", type=parse_device, nargs="+", metavar="DEVICE",
         default=["cuda"] if torch.cuda.is_available() else ["cpu", "cpu"],
         help="run one experiment at a time on each device: for example cuda:0 cuda:1, or cpu cpu, "

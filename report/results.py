@@ -10,7 +10,7 @@ from pathlib import Path
 
 from checkpoint import write_atomically
 from report.experiments import EXPERIMENTS, FIGURES, SCALES, command, model_path
-from report.plot import LABELS, draw, read_run, save
+from report.plot import LABELS, draw, read_run
 from utils import FINETUNE_RECORDS, RECORDS
 
 LOG = "log.txt"  # beside the model
@@ -133,7 +133,7 @@ def draw_figures(out, scale, epochs, report):
         length = 2 * max(map(len, drawn.values()))
         reference = {EXPERIMENTS[n].label: report[n][:length] for n in names if n in report}
         figure = draw(drawn, [field], title=title, reference=reference)
-        save(figure, out / f"figure-{number}.png")
+        figure.savefig(out / f"figure-{number}.png")
         lines.append(f"![Figure {number}: {title}](figure-{number}.png)")
     return lines
 

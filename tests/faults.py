@@ -121,7 +121,7 @@ FAULTS = {
         "**OPTIMIZER_DEFAULTS[optimizer],",
         "test_flags.py::test_a_recipe_is_the_flags_that_it_sets"),
     "bad flag accepted": Fault(
-        "flags.py", "rate = number(float, 0, 1)", "rate = number(float, 0, 2)",
+        "flags.py", "fraction = number(float, 0, 1)", "fraction = number(float, 0, 2)",
         "test_flags.py::test_bad_input_is_one_line_and_changes_no_file"),
     # ------------------------------------------------------------ files, resuming, signals, ranks
     "seal not checked": Fault(

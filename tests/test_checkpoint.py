@@ -406,6 +406,16 @@ def test_the_state_is_due_by_the_clock_and_by_what_saving_costs(new_trainer, mon
     assert trainer.is_due(30)
 
 
+def test_a_signal_while_the_loss_explodes_leaves_the_last_good_state(new_trainer, capsys):
+    trainer = new_trainer()
+    assert trainer.save_state()
+    before = read_state(trainer.args.save)
+    trainer.high_loss_streak = 2
+    trainer.save_at_exit(Preempted(signal.SIGTERM))
+    assert same(read_state(trainer.args.save), before)
+    assert "resumes from the last saved state" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("minutes", [1e-9, 1000.0])
 def test_mid_epoch_saves_follow_checkpoint_minutes(minutes, new_trainer, monkeypatch):
     monkeypatch.setattr(train, "SAVING_SHARE", math.inf)
@@ -465,7 +475,8 @@ def test_a_model_that_is_never_written_is_tested_and_reported(
     assert status == 2
     assert "| End of training | test loss" in out
     assert err.splitlines()[-1] == (
-        f"main.py: error: {path}: could not be written; free disk space and train again"
+        f"main.py: error: {path}: could not be written; free disk space, then "
+        f"python main.py --resume {path}"
     )
     assert not path.exists()
     # Never newer than the checkpoint of which it speaks.
@@ -672,13 +683,14 @@ def test_a_warm_start_takes_the_weights_and_the_flags_given(trained, corpus_dir,
     trained.with_name("trained.pt.state").unlink()
     save, flags = tmp_path / "new.pt", ["--resume", trained, "--data", corpus_dir, "--epochs", 1]
     flags += ["--batch_size", 4]
-    out = succeed(*flags, "--save", save, "--lr", 1e-9, "--wdecay", 0)
+    out = succeed(*flags, "--save", save, "--recipe", "slow-biases", "--lr", 1e-9, "--wdecay", 0)
+    assert "Recipe slow-biases: --bias-lr 0.01\n" in out
     assert f"Warm start from the weights of {trained}: no run of" in out
     before, after = read_checkpoint(trained), read_checkpoint(save)
     assert after["architecture"] == before["architecture"]
     assert after["valid_loss"] == pytest.approx(before["valid_loss"], abs=1e-4)
     assert (after["flags"]["lr"], after["flags"]["bptt"]) == (1e-9, 70)
-    assert "leave it out" in refuse(*flags, "--decoder-bias", "unigram")
+    assert "leave the flag out" in refuse(*flags, "--decoder-bias", "unigram")
     # Onto itself, it keeps the better model, and its record.
     content = trained.read_bytes()
     flags += ["--save", trained, "--on-divergence", "continue"]
@@ -915,6 +927,14 @@ def test_a_run_on_other_text_resumes(command, records, weights, corpus_dir, tmp_
     assert f"--data {corpus_dir}: its text is not that" in refuse(
         "--resume", parts, "--epochs", 9, command=command.main
     )
+
+
+def test_the_loss_of_the_base_model_on_its_own_text_is_no_measure(weights, corpus_dir):
+    edit(weights, valid_loss=0.1)
+    flags = ["--save", weights, "--data", corpus_dir, "--batch_size", 4, "--bptt", 10]
+    stop([20], *flags, "--epochs", 1, command=finetune.main)
+    out = succeed("--resume", weights, "--clip", 0.2, command=finetune.main)
+    assert CHANGED in out and "Saving averaged weights" in out
 
 
 def test_text_of_another_kind_is_warned_of(weights, tmp_path):

@@ -30,7 +30,7 @@ from dynamic_evaluation import Rule, read, root_mean_square
 from flags import has_precision
 from model import DROPOUTS, draw
 from pointer import evaluate_cache
-from train import evaluate, make_objective, random_seq_len, score, settings_at, train_step
+from train import evaluate, make_objective, random_seq_len, objective_loss, settings_at, train_step
 from utils import Preempted, describe_device, set_products
 from weight_drop import WeightDrop, drop_weight
 
@@ -116,14 +116,8 @@ def check_step(name, nhid, emsize, steps, precision, device, splits=()):
 
 @pytest.mark.parametrize(
     ("name", "nhid", "emsize", "steps", "precision"),
-    [
-        # Sizes that take the kernel of the published ones, not that of small layers.
-        *itertools.product(MODELS, [256, 1150], [400], [35], ERRORS),
-        # pytorch#150700: wrong gradients of an LSTM on an H100.
-        *(("LSTM", size, size, steps, "fp32") for size in (100, 150) for steps in (70, 5)),
-        # pytorch#54307: TAR slices the last layer's output, whose width is no multiple of four.
-        ("GRU", 256, 402, 35, "fp32"),
-    ],
+    # Sizes that take the kernel of the published ones, not that of small layers.
+    itertools.product(MODELS, [256, 1150], [400], [35], ERRORS),
 )
 def test_a_step_is_float64s_on_the_cpu(name, nhid, emsize, steps, precision, device):
     check_step(name, nhid, emsize, steps, precision, device)
@@ -266,7 +260,7 @@ def test_fifty_steps_leave_memory_where_it_was(device):
 
 @cuda_only
 def test_the_longest_window_takes_the_memory_of_all_lengths(device):
-    use_expandable_segments()
+    use_expandable_segments(device)
     torch.cuda.empty_cache()
     run = make_run(device)
     step(run, 45)
@@ -305,7 +299,7 @@ def test_a_checkpoint_is_scored_alike_on_every_device(device, tmp_path):
         run.fit()
         for scored_on in (device, CPU):
             params = build_params(read_checkpoint(run.args.save, scored_on))
-            found, _ = score(params, run.corpus.valid, run.args)
+            found, _ = objective_loss(params, run.corpus.valid, run.args)
             assert found == pytest.approx(run.best, rel=1e-5)
 
 
@@ -313,8 +307,8 @@ def test_evaluation_of_every_model_is_the_cpus(device):
     for name in MODELS:
         params = published(name, splits=(200, 600))
         ids, args = stream().valid, arguments(bptt=20, objective="both")
-        expected, parts = score(params, ids, args)
-        found, found_parts = score(params.to(device), ids, args)
+        expected, parts = objective_loss(params, ids, args)
+        found, found_parts = objective_loss(params.to(device), ids, args)
         assert found == pytest.approx(expected, rel=1e-5)
         assert found_parts == pytest.approx(parts, rel=1e-5)
 
@@ -335,8 +329,11 @@ def test_cache_and_dynamic_evaluation_are_the_cpus(device, trained):
 
 
 def test_generation_is_the_cpus_where_nothing_is_left_to_chance(device, trained):
-    texts = [list(load(trained[0], on).generate("3 7", 40, top_k=1)) for on in (device, CPU)]
-    assert texts[0] == texts[1]
+    on_cpu = load(trained[0])
+    words = list(load(trained[0], device).generate("3 7", 40, top_k=1))
+    log_probs = on_cpu.log_probs(["3", "7", *words])[1:-1]
+    chosen = log_probs.gather(1, on_cpu.ids(words).unsqueeze(1)).squeeze(1)
+    assert (log_probs.amax(1) - chosen).max() <= 1e-5  # a tie may be decided either way
 
 
 def test_answers_about_texts_are_the_cpus(device, trained):
@@ -404,3 +401,20 @@ def test_one_process_under_torchrun_trains(device, corpus_dir, small, tmp_path):
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     assert f"backend {backend}, objective DistributedDataParallel" in done.stdout
     assert "| End of training | test loss" in done.stdout
+
+
+# ------------------------------------------------------------ known faults of cuDNN
+
+
+@pytest.mark.parametrize(
+    ("name", "nhid", "emsize", "steps"),
+    [
+        # pytorch#150700: wrong gradients of an LSTM on an H100.
+        *(("LSTM", size, size, steps) for size in (100, 150) for steps in (70, 5)),
+        # pytorch#54307: TAR slices the last layer's output, whose width is no multiple of four.
+        ("GRU", 256, 402, 35),
+    ],
+)
+def test_known_faults_of_cudnn(name, nhid, emsize, steps, device):
+    """Last in this file: such an error can make CUDA unusable for the rest of the process."""
+    check_step(name, nhid, emsize, steps, "fp32", device)

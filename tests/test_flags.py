@@ -12,7 +12,7 @@ from conftest import invoke
 from flags import explain
 
 BAD_FLAGS = [
-    ("--model lstm2", "--model: model lstm2 is unknown; choose from LSTM"),
+    ("--model lstm2", "--model: invalid choice: 'lstm2'"),
     ("--emsize -5", "--emsize: must be a whole number in [1, 2147483648), not -5"),
     ("--nhid 0", "--nhid: must be"),
     ("--nhid 100000000000", "--nhid: must be a whole number in [1, 2147483648)"),
@@ -46,6 +46,7 @@ BAD_FLAGS = [
     ("--data absent", "train.txt: no such file; --data takes a folder"),
     ("--embeddings absent", "error: absent: No such file or directory"),
     ("--embeddings .", "error: .: Is a directory"),
+    ("--unk zoe", "--unk zoe: not in the model's vocabulary"),
     ("--resume absent.pt", "absent.pt: no such checkpoint"),
     ("--resume notes.txt", "notes.txt: is damaged, or not a checkpoint of main.py"),
     ("--save absent/m.pt", "--save absent/m.pt: cannot be written (No such file"),

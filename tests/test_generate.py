@@ -62,7 +62,7 @@ def test_the_references_flags_write_a_new_file(run, tmp_path):
     "flags",
     [
         ["--checkpoint", "absent.pt"], ["--temperature", "0"], ["--top-p", "0"],
-        ["--top-p", "1.1"], ["--top-k", "-1"], ["--words", "0"], ["--outf", "no/such/f.txt"],
+        ["--top-k", "-1"], ["--words", "0"], ["--outf", "no/such/f.txt"],
         ["--prompt", "ann sees zoe"], ["--model", "GRU"], ["--prompt", "\udcff UTF-8"],
     ],
 )

@@ -161,6 +161,7 @@ def test_a_reading_that_is_cut_short_reports_what_was_read(dynamic, run, trained
         (["--data", "sample"], "sample (documentation of Python"),  # the model has no <unk>
         (["--lambdasm", "1.5"], "--lambdasm"),
         (["--decay", "0.1"], "--decay: has no effect without --dynamic"),
+        (["--dynamic", "sgd", "--epsilon", "3"], "--epsilon: has no effect without --dynamic rms"),
         (["--tune-words", "9"], "--tune-words"),
         (["--cuda", "--device", "cpu"], "--cuda"),
     ],

@@ -15,7 +15,7 @@ from checkpoint import read_checkpoint
 from conftest import arguments, invoke, make_params
 from model import RNN_TYPES, RNNModel
 from splitcross import SplitCrossEntropyLoss
-from train import Objective, make_objective, score
+from train import Objective, make_objective, objective_loss
 
 
 def twins(rnn_type):
@@ -229,6 +229,6 @@ def test_perplexities_are_float32s_whatever_training_is_in(rnn_type, settings, m
 
     monkeypatch.setattr(RNNModel, "init_hidden", fail)
     with pytest.raises(ArithmeticError):
-        score(make_params(rnn_type), torch.randint(50, (60,)), arguments())
+        objective_loss(make_params(rnn_type), torch.randint(50, (60,)), arguments())
     assert products() == settings["tf32"]
     assert seen == [settings["fp32"]]

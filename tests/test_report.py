@@ -166,7 +166,9 @@ def drawn(figure):
 @pytest.mark.parametrize("scale", ["full", "small"])
 def test_tables_and_figures_are_the_numbers_of_the_runs(scale, tmp_path, monkeypatch):
     figures = {}
-    monkeypatch.setattr(results, "save", lambda figure, path: figures.update({path.stem: figure}))
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig", lambda figure, path: figures.update({path.stem: figure})
+    )
     write_run(tmp_path, "ptb-lstm", 320.0, 250.0, None)
     write_run(tmp_path, "ptb-lstm-finetune", 64.0, 63.0, test=60.5, suffix=".finetune")
     write_run(tmp_path, "ptb-gru-3", None)

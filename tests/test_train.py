@@ -20,7 +20,7 @@ from kill_loop import lines, same
 from model import DROPOUTS
 from train import (
     FINAL_SHARE, WARMUP, Average, Diverged, is_nonmonotone, make_objective, make_optimizer,
-    random_seq_len, scheduled_share, score, settings_at, train_step,
+    objective_loss, random_seq_len, scheduled_share, settings_at, train_step,
 )
 from utils import Losses, Preempted, loss_columns, perplexity
 from weight_drop import WeightDrop
@@ -107,7 +107,7 @@ def test_nothing_is_left_on_the_cpu_by_accident(length, model):
     average.update(params)
     assert all(p.grad is None for p in average.params.parameters())
     with pytest.raises(RuntimeError, match="meta"):
-        score(params, words.flatten().repeat(20), args)
+        objective_loss(params, words.flatten().repeat(20), args)
 
 
 def test_a_gpu_is_not_waited_for_within_a_step():
@@ -204,7 +204,7 @@ def spy(monkeypatch):
     `losses` {number of the step: loss}, `valid_losses` [loss].
     """
     spy = Namespace(steps=[], evaluated=[], losses={}, valid_losses=[])
-    step, score = train.train_step, train.score
+    step, objective_loss = train.train_step, train.objective_loss
 
     def recorded_step(objective, optimizer, data, targets, hidden, args, share):
         loss, hidden = step(objective, optimizer, data, targets, hidden, args, share)
@@ -213,11 +213,11 @@ def spy(monkeypatch):
 
     def recorded_score(params, *rest):
         spy.evaluated.append((len(spy.steps), copy(params.parameters())))
-        found = score(params, *rest)
+        found = objective_loss(params, *rest)
         return (spy.valid_losses.pop(0), {}) if spy.valid_losses else found
 
     monkeypatch.setattr(train, "train_step", recorded_step)
-    monkeypatch.setattr(train, "score", recorded_score)
+    monkeypatch.setattr(train, "objective_loss", recorded_score)
     return spy
 
 
@@ -278,7 +278,7 @@ def test_with_a_partial_shuffle_each_epoch_reads_the_columns_from_other_places(b
 def test_a_run_follows_its_schedule_interrupted_or_not(begin, spy):
     flags = {
         "epochs": 2, "schedule": "onecycle", "regularization_ramp": [0.25, 1.0],
-        "optimizer": "adamw", "lr": 0.01, "wdrop": 0.4,
+        "optimizer": "adamw", "lr": 0.01, "wdrop": 0.4, "on_divergence": "continue",
     }
     run = begin(**flags)
     run.run.check = Interrupting(9)

@@ -162,7 +162,7 @@ def test_the_commands_run_in_another_thread_and_leave_signals_alone(flags):
 
 
 def test_text_is_utf8_whatever_the_locale():
-    program = "import utils; utils.write_utf8(); print('\u4eca')"
+    program = "from flags import run_command; run_command(lambda: print('\u4eca'))"
     written = subprocess.check_output(
         [sys.executable, "-c", program], cwd=ROOT, env={**os.environ, "PYTHONIOENCODING": "ascii"}
     )

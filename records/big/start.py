@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from bench import write_corpus
+from read import write_corpus
 
 FLAGS = "--emsize 8 --nhid 8 --nlayers 1 --batch_size 60 --log-interval 1 --save m.pt".split()
 
@@ -34,7 +34,7 @@ def start(folder, *flags):
 
 def main():
     with TemporaryDirectory() as folder:
-        write_corpus(folder, 103_000_000, 267_735)
+        write_corpus(folder, 103_000_000)
         train = Path(folder, "train.txt")
         print(f"train.txt: {train.stat().st_size:,} bytes")
         for what, flags in (("first start", []), ("again", []), ("again", []),

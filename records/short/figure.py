@@ -6,7 +6,7 @@ Run from the top of the checkout, with PYTHONPATH=. set.
 import argparse
 from pathlib import Path
 
-from report.plot import draw, read_run, save
+from report.plot import draw, read_run
 from report.results import read_report
 
 HERE = Path(__file__).parent
@@ -21,4 +21,4 @@ runs = {
 }
 reference = {"LSTM, published recipe": read_report()["ptb-lstm"][:LAST]}
 figure = draw(runs, reference=reference)
-save(figure, args.out)
+figure.savefig(args.out)
