@@ -27,7 +27,7 @@ from utils import log, log_parts, loss_columns, prepare, read_with_vocabulary
 COMMAND = "finetune.py"
 INHERITED = (
     "data", "level", *OPTIMIZER_FLAGS, "clip", "batch_size", "bptt", *REGULARIZERS, "nonmono",
-    "objective", "partial_shuffle", "unk",
+    "objective", "partial_shuffle", "precision", "pad_to", "unk",
 )
 
 

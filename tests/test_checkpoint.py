@@ -892,6 +892,13 @@ def encoded(folder, words):
     }
 
 
+def test_fine_tuning_keeps_the_precision_of_training(trained, monkeypatch):
+    edit(trained, flags={**read_checkpoint(trained)["flags"], "precision": "bf16", "pad_to": 8})
+    monkeypatch.setattr("flags.has_precision", lambda *given: True)
+    args, _ = finetune.parse_args(["--save", str(trained)])
+    assert (args.precision, args.pad_to) == ("bf16", 8)
+
+
 @COMMANDS
 def test_other_text_is_trained_on_with_the_models_words(
     command, records, weights, corpus_dir, tmp_path
