@@ -9,9 +9,9 @@ It takes main.py's flags: sizes, dropout rates, --device, --precision. `utilizat
 that a step's matrix products would take at the rate of a large one (torch.mm, measured between the
 steps), over the time of the step. With `--baseline` the model, the loss and the optimizer in plain
 PyTorch run beside ours, step for step, so that a noisy machine disturbs both alike; `ratio` is ours
-over theirs. With `--attention` the baseline is our model without it. Each side runs in a process of
-its own, which waits while the other runs. Peak memory is measured after three steps: that of the
-whole process or, on CUDA, what torch has allocated.
+over theirs; on a GPU, five steps at a time. With `--attention` the baseline is our model without
+it. Each side runs in a process of its own, which waits while the other runs. Peak memory is
+measured after three steps: that of the whole process or, on CUDA, what torch has allocated.
 """
 
 import argparse
@@ -284,7 +284,7 @@ def parse_args(argv=None):
     add("--ntoken", None, "size of the vocabulary (default: the recipe's)", type=count)
     add("--baseline", False, "also time plain PyTorch, step for step (in float32 if ours is in "
         "bf16; with --attention, our model without it)", action="store_true")
-    add("--steps", 15, "number of steps, and of evaluations, to time", type=count)
+    add("--steps", 15, "number of measurements of a step, and of an evaluation", type=count)
     add("--json", False, "print a JSON object", action="store_true")
     add("--profile", False, "instead, print the operations that take the most time",
         action="store_true")

@@ -1,8 +1,8 @@
 """CPU-specific code: oneDNN products, recurrent layers, word-by-word cells, memory allocation.
 
 Without oneDNN (on a GPU, in float64, in some builds of torch) the same functions use torch's
-ordinary operations. All private torch functions that the project uses are in this file, a setting
-of CUDA's allocator among them.
+ordinary operations. All private torch functions that the project uses are in this file, including a
+setting of CUDA's allocator.
 """
 
 import ctypes
@@ -296,8 +296,9 @@ def use_expandable_segments(device):
                  "_cuda_cudaCachingAllocator_set_allocator_settings"):  # newer, older torch
         if hasattr(torch._C, name):
             getattr(torch._C, name)("expandable_segments:True")
+            torch.cuda.empty_cache()  # so that the next tensor needs a new segment
             try:
                 torch.empty(1, device=device)
-            except RuntimeError:  # some virtual machines lack what it needs
+            except RuntimeError:  # some virtual machines do not support it
                 getattr(torch._C, name)("expandable_segments:False")
             return

@@ -21,7 +21,7 @@ from flags import (
     make_parser, model_flags, resolve_flags, run_command, sgd_rates,
 )
 from model import training_settings
-from train import REGULARIZERS, Trainer, regularizers_at, objective_loss, train_and_test
+from train import REGULARIZERS, Trainer, objective_loss, regularizers_at, train_and_test
 from utils import log, log_parts, loss_columns, prepare, read_with_vocabulary
 
 COMMAND = "finetune.py"

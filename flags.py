@@ -157,10 +157,11 @@ def make_parser(description, inherited=(), source="as in training"):
     add("--attention-window", 70, "number of earlier states to attend to", type=count, metavar="N")
     add("--objective", "lm", "biLM's training objective: lm (predict each word from one side), "
         "cloze (from both sides) or both", choices=["lm", "cloze", "both"])
-    add("--lr", 30.0, "learning rate (default: 30; 0.001 with adam, 0.005 with adamw)",
+    sgd = OPTIMIZER_DEFAULTS["sgd"]
+    add("--lr", sgd["lr"], "learning rate (default: 30; 0.001 with adam, 0.005 with adamw)",
         type=number(float, 0, 1e30, open_low=True))
-    add("--bias-lr", 1.0, "learning rate of the biases below the decoder, as a share of --lr",
-        type=number(float, 0, 1000), metavar="SHARE")
+    add("--bias-lr", sgd["bias_lr"], "learning rate of the biases below the decoder, as a share of "
+        "--lr", type=number(float, 0, 1000), metavar="SHARE")
     add("--clip", 0.25, "maximum gradient norm; 0 disables clipping", type=coefficient)
     add("--epochs", 8000, "maximum number of epochs", type=count)
     add("--batch_size", 80, "columns read in parallel", type=count, metavar="N")
@@ -172,7 +173,8 @@ def make_parser(description, inherited=(), source="as in training"):
     add("--wdrop", 0.5, "dropout of the hidden-to-hidden weights", type=fraction)
     add("--alpha", 2.0, "coefficient of activation regularization (AR)", type=coefficient)
     add("--beta", 1.0, "coefficient of temporal activation regularization (TAR)", type=coefficient)
-    add("--wdecay", 1.2e-6, "weight decay (default: 1.2e-06; 0.02 with adamw)", type=coefficient)
+    add("--wdecay", sgd["wdecay"], "weight decay (default: 1.2e-06; 0.02 with adamw)",
+        type=coefficient)
     add("--partial-shuffle", False, "in each epoch, start each column at a random position",
         action=argparse.BooleanOptionalAction)
     add("--nonmono", 5, "non-monotone interval of the trigger, in epochs", type=number(int, 0))

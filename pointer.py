@@ -224,11 +224,10 @@ def parse_args(argv=None):
     add_model_flags(parser)
     given = vars(parser.parse_args(argv))
     args = Namespace(**{**parser.defaults, **DEFAULTS.get(given.get("dynamic"), {}), **given})
-    needed, unused = "--dynamic", () if args.dynamic else DYNAMIC_FLAGS
-    if args.dynamic == "sgd":
-        needed, unused = "--dynamic rms", ("epsilon", "statistics")
+    unused = {None: DYNAMIC_FLAGS, "sgd": ("epsilon", "statistics")}.get(args.dynamic, ())
     for flag in unused:
         if flag in given:
+            needed = "--dynamic rms" if args.dynamic else "--dynamic"
             parser.error(f"--{flag.replace('_', '-')}: has no effect without {needed}")
     return args
 
@@ -239,8 +238,10 @@ def main(argv=None):
     params = lm.params
     if is_bilm(params):
         params = nn.ModuleList([params[0].forward_half(), params[1]])
-    data = args.data or read_checkpoint(args.save)["flags"]["data"]
-    corpus = Corpus(data, lm.vocabulary.level)
+    trained = read_checkpoint(args.save)
+    corpus = Corpus(args.data or trained["flags"]["data"], lm.vocabulary.level)
+    if not args.data and corpus.digest != trained["corpus"]["sha256"]:
+        log(f"Note: {corpus.name} is not the text that {args.save} was trained on")
     note_explicit_eos(corpus.explicit_eos)
     read_with_vocabulary(corpus, lm.vocabulary, args.save)
     reader = Reader(params, corpus, args)

@@ -400,8 +400,10 @@ class Trainer:
         self.params.train()
         if self.row == 0:
             self.hidden = self.params[0].init_hidden(self.texts[0].size(1))
+            offsets = None
             if args.partial_shuffle:
-                self.set_offsets(np.random.randint(self.rows, size=args.batch_size).tolist())
+                offsets = np.random.randint(self.rows, size=args.batch_size).tolist()
+            self.set_offsets(offsets)
         epoch_log = EpochLog(self)
         with epoch_log.bar:
             while self.row < self.rows - 1:
@@ -586,7 +588,7 @@ class Trainer:
         has_saved = self.best < math.inf
         if os.path.exists(path):
             checkpoint = read_checkpoint(path)
-            # A warm start or fine-tuning has begun with the model of another text or objective.
+            # A warm start or fine-tuning may have begun with a model of another text or objective.
             comparable = checkpoint["corpus"]["sha256"] == state["corpus"]["sha256"] and all(
                 checkpoint["flags"][flag] == state["flags"][flag] for flag in ("objective", "unk")
             )
@@ -627,24 +629,24 @@ class Trainer:
         return succeeded
 
     def is_due(self, seconds=0.0):
-        """Whether the saved state is older than `seconds`, and can be replaced.
+        """Whether to replace the saved state, once it is `seconds` old; only on the first rank.
 
-        True on the first rank only, whose clock decides.
+        The first rank's clock decides for all.
         """
         since = time.perf_counter() - self.saved_at
         due = since >= max(seconds, self.saving_seconds / SAVING_SHARE)
         return due and self.is_good() and distributed.is_first()
 
     def is_good(self):
-        """Whether the newest losses are no sign of divergence, or such signs are ignored."""
+        """Whether the newest losses allow saving a state, or --on-divergence is continue."""
         return self.high_loss_streak == 0 or self.args.on_divergence == "continue"
 
     def save_at_exit(self, stop):
-        """Saves the state when a signal ends the run, and logs the command that resumes it."""
+        """Saves the state at a signal, unless losses are too high, and logs how to resume."""
         log("-" * 89 + f"\nExiting from training early ({stop}) at {self.position()}")
         try:
             if self.saved and not self.is_good():
-                raise Diverged(f"the loss of the last {self.high_loss_streak} batches was too high")
+                raise Diverged("the loss of the newest batches is too high")
             succeeded = self.save_state()
         except Diverged as error:
             warn(f"Warning: {error}; this state is not saved")
@@ -709,11 +711,14 @@ def train_and_test(trainer):
     except Preempted as stop:
         status = 128 + stop.number
         if stop.number != signal.SIGINT:
+            if trainer.is_over():
+                log(f"The test was interrupted ({stop}); {run.resume_command} tests the model")
             return status
         report_test(trainer)  # the next signal ends the process at once
     run.retry()
     if lost := ", ".join(run.pending):
-        again = run.resume_command if trainer.saved else "train again"
+        has_state = trainer.saved or trainer.args.resume
+        again = f"run {run.resume_command}" if has_state else "train again"
         raise InputError(f"{lost}: could not be written; free disk space, then {again}")
     return status
 

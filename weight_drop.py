@@ -109,13 +109,13 @@ def call_recurrent(module, weights, x, state=None, bf16=False, pad_to=1):
 
 
 def pad(x, first, multiple):
-    """`x` with its dimensions from `first` on padded by zeros to a multiple of `multiple`."""
+    """`x`, with its dimensions from `first` on padded with zeros to multiples of `multiple`."""
     widths = [n for size in reversed(x.shape[first:]) for n in (0, -size % multiple)]
-    return F.pad(x, widths) if any(widths) else x  # F.pad would copy
+    return F.pad(x, widths) if any(widths) else x  # F.pad always copies
 
 
 def pad_weight(weight, gates, multiple):
-    """A weight [gates * H, K] or bias [gates * H], with each gate's H, and K, padded by zeros."""
+    """A weight [gates * H, K] or bias [gates * H], with each gate's H, and K, padded with zeros."""
     return pad(weight.unflatten(0, (gates, -1)), 1, multiple).flatten(0, 1)
 
 

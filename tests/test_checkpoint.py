@@ -476,7 +476,7 @@ def test_a_model_that_is_never_written_is_tested_and_reported(
     assert "| End of training | test loss" in out
     assert err.splitlines()[-1] == (
         f"main.py: error: {path}: could not be written; free disk space, then "
-        f"python main.py --resume {path}"
+        f"run python main.py --resume {path}"
     )
     assert not path.exists()
     # Never newer than the checkpoint of which it speaks.
@@ -936,7 +936,7 @@ def test_a_run_on_other_text_resumes(command, records, weights, corpus_dir, tmp_
     )
 
 
-def test_the_loss_of_the_base_model_on_its_own_text_is_no_measure(weights, corpus_dir):
+def test_the_base_models_loss_is_not_compared_with_that_on_other_text(weights, corpus_dir):
     edit(weights, valid_loss=0.1)
     flags = ["--save", weights, "--data", corpus_dir, "--batch_size", 4, "--bptt", 10]
     stop([20], *flags, "--epochs", 1, command=finetune.main)

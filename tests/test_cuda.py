@@ -30,7 +30,7 @@ from dynamic_evaluation import Rule, read, root_mean_square
 from flags import has_precision
 from model import DROPOUTS, draw
 from pointer import evaluate_cache
-from train import evaluate, make_objective, random_seq_len, objective_loss, settings_at, train_step
+from train import evaluate, make_objective, objective_loss, random_seq_len, settings_at, train_step
 from utils import Preempted, describe_device, set_products
 from weight_drop import WeightDrop, drop_weight
 
@@ -328,7 +328,7 @@ def test_cache_and_dynamic_evaluation_are_the_cpus(device, trained):
     assert abs(found[0][3] - found[0][1]) > 5e-4 * found[0][1]  # the weights have moved
 
 
-def test_generation_is_the_cpus_where_nothing_is_left_to_chance(device, trained):
+def test_generation_draws_the_words_that_are_likeliest_on_the_cpu(device, trained):
     on_cpu = load(trained[0])
     words = list(load(trained[0], device).generate("3 7", 40, top_k=1))
     log_probs = on_cpu.log_probs(["3", "7", *words])[1:-1]
@@ -411,7 +411,7 @@ def test_one_process_under_torchrun_trains(device, corpus_dir, small, tmp_path):
     [
         # pytorch#150700: wrong gradients of an LSTM on an H100.
         *(("LSTM", size, size, steps) for size in (100, 150) for steps in (70, 5)),
-        # pytorch#54307: TAR slices the last layer's output, whose width is no multiple of four.
+        # pytorch#54307: TAR slices the last layer's output, whose width is not a multiple of four.
         ("GRU", 256, 402, 35),
     ],
 )

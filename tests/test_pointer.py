@@ -172,6 +172,18 @@ def test_bad_input_is_one_line(flags, named, run):
     assert named in err
 
 
+def test_the_text_of_training_is_the_default(trained, corpus_dir):
+    def run(*flags):
+        status, out, err = invoke(lambda: pointer.main(["--save", str(trained), *flags]))
+        assert (status, err) == (0, "")
+        return out
+
+    assert run() == run("--data", str(corpus_dir))
+    (corpus_dir / "valid.txt").write_text("ann sees the cat\n")
+    out = run()
+    assert f"Note: {corpus_dir} is not the text that {trained} was trained on" in out
+
+
 def test_a_model_that_reads_its_answer_is_refused(corpus_dir, small, tmp_path, run):
     path = tmp_path / "bi.pt"
     flags = [*small, "--data", corpus_dir, "--model", "biLSTM", "--epochs", 1, "--save", path]

@@ -1,6 +1,7 @@
 """Training against its definitions: steps, evaluation, schedules, and what a run does with them."""
 
 import math
+import signal
 from argparse import Namespace
 from collections import namedtuple
 from itertools import accumulate
@@ -204,20 +205,20 @@ def spy(monkeypatch):
     `losses` {number of the step: loss}, `valid_losses` [loss].
     """
     spy = Namespace(steps=[], evaluated=[], losses={}, valid_losses=[])
-    step, objective_loss = train.train_step, train.objective_loss
+    step, real_loss = train.train_step, train.objective_loss
 
     def recorded_step(objective, optimizer, data, targets, hidden, args, share):
         loss, hidden = step(objective, optimizer, data, targets, hidden, args, share)
         spy.steps.append(Step(data, args, share, copy(objective.parameters())))
         return loss * 0 + spy.losses.get(len(spy.steps), loss), hidden
 
-    def recorded_score(params, *rest):
+    def recorded_loss(params, *rest):
         spy.evaluated.append((len(spy.steps), copy(params.parameters())))
-        found = objective_loss(params, *rest)
+        found = real_loss(params, *rest)
         return (spy.valid_losses.pop(0), {}) if spy.valid_losses else found
 
     monkeypatch.setattr(train, "train_step", recorded_step)
-    monkeypatch.setattr(train, "objective_loss", recorded_score)
+    monkeypatch.setattr(train, "objective_loss", recorded_loss)
     return spy
 
 
@@ -273,6 +274,32 @@ def test_with_a_partial_shuffle_each_epoch_reads_the_columns_from_other_places(b
     begins = epochs.diff(dim=1) % 47 != 7
     assert begins.sum(dim=1).max() == 1
     assert begins.any(dim=2).sum() > 2  # each column elsewhere
+
+
+def test_a_run_that_no_longer_shuffles_reads_from_the_first_row(begin, spy):
+    run = begin(epochs=1, partial_shuffle=True)
+    run.fit()
+    run = begin(epochs=2)
+    run.load_state_dict(read_state(run.args.save))
+    assert run.offsets is not None
+    run.fit()
+    last = spy.steps[-1].data
+    assert torch.equal(last, run.texts[0][-1 - len(last) : -1])
+
+
+@pytest.mark.parametrize(("number", "tests"), [(signal.SIGINT, 2), (signal.SIGTERM, 1)])
+def test_a_signal_during_the_final_test(number, tests, begin, monkeypatch, capsys):
+    checks = []
+
+    def report_test(trainer, check=None):
+        checks.append(check)
+        if check:
+            raise Preempted(number)
+
+    monkeypatch.setattr(train, "report_test", report_test)
+    assert train.train_and_test(begin(epochs=1)) == 128 + number
+    assert len(checks) == tests
+    assert ("tests the model" in capsys.readouterr().out) == (tests == 1)
 
 
 def test_a_run_follows_its_schedule_interrupted_or_not(begin, spy):

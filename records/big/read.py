@@ -1,10 +1,9 @@
-"""Speed and memory of reading corpora of so many million tokens, first and again. For Linux.
+"""Time and memory of reading a corpus of N million tokens, the first time and again. For Linux.
 
     PYTHONPATH=. python records/big/read.py 1 10 100
 
-The texts are random (Zipf's law), with WikiText-103's number of words. Each is read twice, by a
-process of its own each time. `peak_over_ids` is the peak memory that reading added, over that of
-the ids.
+The texts are random (Zipf's law), with WikiText-103's number of words. Each is read twice, each
+time in a new process. `peak_over_ids` is the peak memory that reading added, over that of the ids.
 """
 
 import sys
@@ -19,7 +18,7 @@ WORDS = 267_735
 
 
 def write_corpus(folder, tokens):
-    """train.txt has so many tokens, by Zipf's law; all splits begin with each word once."""
+    """Writes a corpus with `tokens` training tokens; every split begins with each word once."""
     for split, lines in {"train": (tokens - WORDS) // 100, "valid": 0, "test": 0}.items():
         with open(Path(folder, f"{split}.txt"), "w") as file:
             print(*range(WORDS - 1), file=file)  # and <eos>

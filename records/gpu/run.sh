@@ -4,11 +4,11 @@
 #     records/gpu/run.sh list
 #     records/gpu/run.sh ptb FOLDER
 #
-# An entry ends within 560 seconds and needs no network. FOLDER gets log.txt, written as the run goes (so
-# that it survives the loss of the machine), table.md, which table.py makes from the log, and the
-# JSON lines of each model. PYTHON names the interpreter (default: python3), COMMIT the commit where
-# there is no git. END=300 ends an entry after about 300 seconds. REHEARSE=1 runs an entry on a CPU,
-# with tiny models.
+# An entry ends within 560 seconds, or with END=300 after about 300 (use 250 or more), and needs no
+# network. FOLDER gets log.txt, written as the run goes (so that it survives the loss of the machine),
+# table.md, which table.py makes from the log, and the JSON lines of each model. PYTHON names the
+# interpreter (default: python3), COMMIT the commit where there is no git. REHEARSE=1 runs an entry on
+# a CPU, with tiny models, and ignores END.
 set -u
 
 root=$(cd "$(dirname "$0")/../.." && pwd)
@@ -59,7 +59,7 @@ run_entry() {
 
 # Seconds after the start when training stops and when all ends; seconds that a command takes to
 # start. The time after training has three parts: the cache on two splits, dynamic evaluation.
-end=${END:-550} stop=$((${END:-550} - 130)) testing=180 startup=15 parts=3
+end=${END:-550} stop=$((${END:-550} - 130)) testing=$((${END:-550} / 3)) startup=15 parts=3
 precisions=(tf32 bf16 fp32)
 tiny=() tiny_bench=() on=() reading=
 if [ -n "${REHEARSE:-}" ]; then
@@ -108,11 +108,11 @@ point() { # NAME CORPUS SECONDS FLAGS...: pointer.py, for so many seconds a spli
     fi
 }
 
-budget() { # RECIPE NAME CORPUS FLAGS...: as many epochs as fit, by the time of a second one
+budget() { # RECIPE NAME CORPUS FLAGS...: as many epochs as fit, judging by the second of two
     local recipe=$1 name=$2 corpus=$3 seconds epochs
     shift 3
     local flags=(--recipe "$recipe" --data "data/$corpus" "$@" "${tiny[@]}" --epochs)
-    # The first epoch includes the loading of CUDA's libraries.
+    # The first epoch includes loading CUDA's libraries.
     begin "main.py ${flags[*]} 2 --save first.pt"
     "$python" "$root/main.py" "${flags[@]}" 2 --save first.pt >>"$log" 2>&1 </dev/null &
     touch first.pt.jsonl
@@ -192,7 +192,7 @@ note() { # LINE: adds it to the log and makes the table again
 }
 
 header() { # NAME: fails where there is no GPU
-    echo "# command:  ${REHEARSE:+REHEARSE=1 }records/gpu/run.sh $1 FOLDER"
+    echo "# command:  ${REHEARSE:+REHEARSE=1 }${END:+END=$END }records/gpu/run.sh $1 FOLDER"
     echo "# date:     $(date -u '+%Y-%m-%d %H:%M') UTC"
     echo "# commit:   $(git -C "$root" describe --always --dirty --exclude '*' 2>/dev/null ||
         echo "${COMMIT:-unknown}")"
