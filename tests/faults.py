@@ -174,6 +174,15 @@ FAULTS = {
     "resume: a changed run forgets its better model": Fault(
         "train.py", "min(self.best, checkpoint", "max(self.best, checkpoint",
         "test_checkpoint.py::test_a_run_that_changes_keeps_its_better_model"),
+    "resume: models of different texts are compared": Fault(
+        "train.py", "if changed and comparable and (", "if changed and (",
+        "test_checkpoint.py::test_the_base_models_loss_is_not_compared_with_that_on_other_text"),
+    "resume: columns stay rotated": Fault(
+        "train.py", "            offsets = None\n", "            offsets = self.offsets\n",
+        "test_train.py::test_a_run_that_no_longer_shuffles_reads_from_the_first_row"),
+    "an exploding state is saved": Fault(
+        "train.py", "if self.saved and not self.is_good():", "if not self.saved:",
+        "test_checkpoint.py::test_a_signal_while_the_loss_explodes_leaves_the_last_good_state"),
     "losses: the stream of the wrong device": Fault(
         "utils.py", "current_stream(loss.device)", 'current_stream(torch.device("cpu"))',
         "test_train.py::test_losses_arrive_from_a_gpu_in_the_order_of_its_stream"),

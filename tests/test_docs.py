@@ -1,5 +1,7 @@
 """The documentation: docs/flags.md is what --help prints, links lead to files, examples run.
 
+And faults.py, which no other test runs: each fault is still in the code.
+
 `python tests/test_docs.py` writes docs/flags.md again.
 """
 
@@ -15,6 +17,8 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+
+from faults import FAULTS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "flags.md"
@@ -86,6 +90,12 @@ def test_the_examples_run_as_printed(page, model, examples, tmp_path):
     assert len(found) == examples
     for example in found:
         assert "nan" not in run_python(["-c", example], tmp_path)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_each_fault_is_in_the_code(name):
+    fault = FAULTS[name]
+    assert (ROOT / fault.file).read_text().count(fault.old) == 1
 
 
 if __name__ == "__main__":
