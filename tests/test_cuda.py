@@ -117,7 +117,7 @@ def check_step(name, nhid, emsize, steps, precision, device, splits=()):
 @pytest.mark.parametrize(
     ("name", "nhid", "emsize", "steps", "precision"),
     # Sizes that take the kernel of the published ones, not that of small layers.
-    itertools.product(MODELS, [256, 1150], [400], [35], ERRORS),
+    list(itertools.product(MODELS, [256, 1150], [400], [35], ERRORS)),
 )
 def test_a_step_is_float64s_on_the_cpu(name, nhid, emsize, steps, precision, device):
     check_step(name, nhid, emsize, steps, precision, device)
