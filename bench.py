@@ -8,9 +8,9 @@
 It takes main.py's flags: sizes, dropout rates, --device, --precision. `utilization` is the time
 that a step's matrix products would take at the rate of a large one (torch.mm, measured between the
 steps), over the time of the step. With `--baseline` the model, the loss and the optimizer in plain
-PyTorch run beside ours, step for step, so that a noisy machine disturbs both alike; `ratio` is ours
-over theirs; on a GPU, five steps at a time. With `--attention` the baseline is our model without
-it. Each side runs in a process of its own, which waits while the other runs. Peak memory is
+PyTorch run beside ours, step for step (on a GPU, five steps at a time), so that a noisy machine
+disturbs both alike; `ratio` is ours over theirs. With `--attention` the baseline is our model
+without it. Each side runs in a process of its own, which waits while the other runs. Peak memory is
 measured after three steps: that of the whole process or, on CUDA, what torch has allocated.
 """
 

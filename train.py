@@ -629,9 +629,9 @@ class Trainer:
         return succeeded
 
     def is_due(self, seconds=0.0):
-        """Whether to replace the saved state, once it is `seconds` old; only on the first rank.
+        """Whether to save the state again: it is `seconds` old, and losses are not too high.
 
-        The first rank's clock decides for all.
+        True only on the first rank, whose clock decides for all.
         """
         since = time.perf_counter() - self.saved_at
         due = since >= max(seconds, self.saving_seconds / SAVING_SHARE)
