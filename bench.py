@@ -1,17 +1,17 @@
-"""Times a training recipe against what the machine can do, and against plain PyTorch. For Linux.
+"""Compares a training step's speed with the machine's peak and with plain PyTorch. For Linux.
 
     python bench.py --recipe ptb --baseline
     python bench.py --recipe wt2 --model GRU --json
     python bench.py --attention single --baseline
     python bench.py --profile
 
-It takes main.py's flags: sizes, dropout rates, --device, --precision. `utilization` is the time
-that a step's matrix products would take at the rate of a large one (torch.mm, measured between the
-steps), over the time of the step. With `--baseline` the model, the loss and the optimizer in plain
-PyTorch run beside ours, step for step (on a GPU, five steps at a time), so that a noisy machine
-disturbs both alike; `ratio` is ours over theirs. With `--attention` the baseline is our model
-without it. Each side runs in a process of its own, which waits while the other runs. Peak memory is
-measured after three steps: that of the whole process or, on CUDA, what torch has allocated.
+It takes main.py's flags: sizes, dropout rates, --device, --precision. `utilization` is the share of
+a step's time that its matrix products would take at the speed of a large one (torch.mm, measured
+between the steps). With `--baseline` the model, the loss and the optimizer in plain PyTorch run
+beside ours, step for step (on a GPU, 20 steps at a time), so that a noisy machine disturbs both
+alike; `ratio` is ours over theirs. With `--attention` the baseline is our model without it. Each
+side runs in a process of its own, which waits while the other runs. Peak memory is measured after
+three steps: that of the whole process or, on CUDA, what torch has allocated.
 """
 
 import argparse
@@ -202,7 +202,7 @@ def time_task(name, device):
 
     While the GPU computes a step, the host prepares the next one, as in training.
     """
-    calls = 1 if device.type == "cpu" else 5
+    calls = 1 if device.type == "cpu" else 20
     return seconds(lambda: [TASKS[name]() for _ in range(calls)], device) / calls
 
 
@@ -286,7 +286,7 @@ def parse_args(argv=None):
         "bf16; with --attention, our model without it)", action="store_true")
     add("--steps", 15, "number of measurements of a step, and of an evaluation", type=count)
     add("--json", False, "print a JSON object", action="store_true")
-    add("--profile", False, "instead, print the operations that take the most time",
+    add("--profile", False, "instead of the benchmark, print the slowest operations",
         action="store_true")
     given = parser.parse_args(argv)
     sizes = SIZES[vars(given).pop("recipe", "ptb")]

@@ -68,10 +68,12 @@ def stream(length=4000):
 ERRORS = {"fp32": (0, 1e-5), "tf32": (1e-5, 2e-3), "bf16": (1e-3, 3e-2)}
 
 
-def take_step(params, steps, on, dtype, precision="fp32"):
+def take_step(params, steps, on, dtype, precision="fp32", pad_to=1):
     """The loss and all gradients of one objective, as float64 on the CPU."""
     params = copy.deepcopy(params).to(on, dtype)
     params[0].bf16 = precision == "bf16"
+    for layer in params[0].rnns:
+        layer.pad_to = pad_to
     text = torch.randint(1000, (2, steps, 20), generator=torch.Generator().manual_seed(2)).to(on)
     words, targets = text[0], text[1].flatten()
     objective = make_objective(params, arguments(objective="both"))
@@ -100,10 +102,10 @@ def skip_unless(device, precision, rnn_type):
         pytest.skip(f"{describe_device(device)} has no {precision} for {rnn_type}")
 
 
-def check_step(name, nhid, emsize, steps, precision, device, splits=()):
+def check_step(name, nhid, emsize, steps, precision, device, splits=(), pad_to=1):
     skip_unless(device, precision, MODELS[name].get("rnn_type", "LSTM"))
     params, (loss, gradients) = reference(name, nhid, emsize, steps, splits)
-    found, found_gradients = take_step(params, steps, device, torch.float32, precision)
+    found, found_gradients = take_step(params, steps, device, torch.float32, precision, pad_to)
     low, high = ERRORS[precision]
     assert abs(found - loss) <= high * loss
     whole, expected = (torch.cat([g.flatten() for g in gs]) for gs in (found_gradients, gradients))
@@ -121,6 +123,13 @@ def check_step(name, nhid, emsize, steps, precision, device, splits=()):
 )
 def test_a_step_is_float64s_on_the_cpu(name, nhid, emsize, steps, precision, device):
     check_step(name, nhid, emsize, steps, precision, device)
+
+
+@pytest.mark.parametrize("precision", ERRORS)
+@pytest.mark.parametrize("name", ["LSTM", "GRU"])
+def test_a_step_with_padded_layers(name, precision, device):
+    """Also the path of dropped weights, which the kernel gets in one new tensor."""
+    check_step(name, 1150, 400, 35, precision, device, pad_to=8)
 
 
 @pytest.mark.parametrize("splits", [(), (200, 600)])

@@ -29,7 +29,8 @@ def environment(tmp_path):
     """The environment of a rehearsal, with its temporary folder in `tmp_path`."""
     (tmp_path / "tmp").mkdir()
     return os.environ | {
-        "REHEARSE": "1", "PYTHON": sys.executable, "TMPDIR": str(tmp_path / "tmp"),
+        "REHEARSE": "1", "FLAGS": "--clip 0.3", "PYTHON": sys.executable,
+        "TMPDIR": str(tmp_path / "tmp"),
     }
 
 
@@ -50,8 +51,9 @@ def rehearse(entry, tmp_path):
 
 def check_header(log, entry):
     assert re.match(
-        rf"# command:  REHEARSE=1 records/gpu/run.sh {entry} FOLDER\n# date: +\d.*\n"
-        r"# commit: +\S+\n# machine: +no GPU; .*\n# versions: Python .*, torch .*, cuDNN .*\n",
+        rf'# command:  REHEARSE=1 FLAGS="--clip 0.3" records/gpu/run.sh {entry} FOLDER\n'
+        r"# date: +\d.*\n# commit: +\S+\n"
+        r"# machine: +no GPU; .*\n# versions: Python .*, torch .*, cuDNN .*\n",
         log,
     )
 
@@ -68,6 +70,7 @@ def rows(table):
 def test_a_model_is_trained_tested_and_evaluated(entry, tmp_path):
     log, table = rehearse(entry, tmp_path)
     assert "| End of training | test loss" in log.partition("pointer.py")[0]
+    assert set(re.findall(r"'clip': ([\d.]+)", log)) == {"0.3"}
     epochs, _, *ppls, tokens, alone, dynamic, both = rows(table)[entry]
     assert len(ppls) == 4
     assert all(1 < float(ppl) < 2000 for ppl in (*ppls, alone, dynamic, both))

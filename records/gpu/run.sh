@@ -7,8 +7,9 @@
 # An entry ends within 560 seconds, or with END=300 after about 300 (use 250 or more), and needs no
 # network. FOLDER gets log.txt, written as the run goes (so that it survives the loss of the machine),
 # table.md, which table.py makes from the log, and the JSON lines of each model. PYTHON names the
-# interpreter (default: python3), COMMIT the commit where there is no git. REHEARSE=1 runs an entry on
-# a CPU, with tiny models, and ignores END.
+# interpreter (default: python3), COMMIT the commit where there is no git. main.py gets the flags in
+# FLAGS, such as "--precision bf16 --pad-to 8", too. REHEARSE=1 runs an entry on a CPU, with tiny
+# models, and ignores END.
 set -u
 
 root=$(cd "$(dirname "$0")/../.." && pwd)
@@ -82,8 +83,8 @@ make_pennchar() { # data/pennchar, in the temporary folder, from the words of da
 train() { # NAME CORPUS FLAGS...: until $stop; main.py then tests the best model
     local name=$1 corpus=$2 grace=$(((end - stop) * 2 / 3)) # for the test
     shift 2
-    logged "0 130" $((stop - SECONDS)) "$root/main.py" --data "data/$corpus" "$@" "${tiny[@]}" \
-        --save "$name.pt"
+    logged "0 130" $((stop - SECONDS)) "$root/main.py" --data "data/$corpus" "$@" ${FLAGS:-} \
+        "${tiny[@]}" --save "$name.pt"
     [ ! -e "$name.pt.jsonl" ] || cp "$name.pt.jsonl" "$folder/$name.jsonl"
 }
 
@@ -111,10 +112,11 @@ point() { # NAME CORPUS SECONDS FLAGS...: pointer.py, for so many seconds a spli
 budget() { # RECIPE NAME CORPUS FLAGS...: as many epochs as fit, judging by the second of two
     local recipe=$1 name=$2 corpus=$3 seconds epochs
     shift 3
-    local flags=(--recipe "$recipe" --data "data/$corpus" "$@" "${tiny[@]}" --epochs)
+    local flags=(--recipe "$recipe" --data "data/$corpus" "$@" ${FLAGS:-} "${tiny[@]}" --epochs)
     # The first epoch includes loading CUDA's libraries.
     begin "main.py ${flags[*]} 2 --save first.pt"
-    "$python" "$root/main.py" "${flags[@]}" 2 --save first.pt >>"$log" 2>&1 </dev/null &
+    timeout --foreground -k 20 $((stop - SECONDS)) "$python" "$root/main.py" "${flags[@]}" 2 \
+        --save first.pt >>"$log" 2>&1 </dev/null &
     touch first.pt.jsonl
     while kill -0 $! 2>/dev/null && (($(wc -l <first.pt.jsonl) < 2 && SECONDS < stop)); do
         sleep 0.2
@@ -142,7 +144,7 @@ share() { # COMMAND...: in the next of these shares
 
 check() {
     cd "$root" # so that pytest prints paths from there
-    logged 0 "$testing" -m pytest -q -p no:cacheprovider tests/test_cuda.py
+    logged 0 "$testing" -m pytest -v --no-header -p no:cacheprovider tests/test_cuda.py
     cd "$tmp"
     local sizes recipe batch model pad precision until=$((end - 45)) # the rest is the profile's
     [ -z "${REHEARSE:-}" ] || until=$((SECONDS + 55))
@@ -192,7 +194,7 @@ note() { # LINE: adds it to the log and makes the table again
 }
 
 header() { # NAME: fails where there is no GPU
-    echo "# command:  ${REHEARSE:+REHEARSE=1 }${END:+END=$END }records/gpu/run.sh $1 FOLDER"
+    echo "# command:  ${REHEARSE:+REHEARSE=1 }${END:+END=$END }${FLAGS:+FLAGS=\"$FLAGS\" }records/gpu/run.sh $1 FOLDER"
     echo "# date:     $(date -u '+%Y-%m-%d %H:%M') UTC"
     echo "# commit:   $(git -C "$root" describe --always --dirty --exclude '*' 2>/dev/null ||
         echo "${COMMIT:-unknown}")"
@@ -228,9 +230,9 @@ if [ $# != 2 ] || [ -z "$corpus" ]; then
 fi
 [ "$corpus" = none ] || [ -n "${REHEARSE:-}" ] || [ -e "$root/data/$corpus/train.txt" ] ||
     die "data/$corpus is missing; ./getdata.sh fetches it"
-mkdir -p "$2" && folder=$(cd "$2" && pwd) || die "$2: no folder that can be written"
+mkdir -p "$2" && folder=$(cd "$2" && pwd) || die "$2: cannot write to this folder"
 log=$folder/log.txt status=0
-header "$1" >"$log" || die "this needs a GPU that torch finds, or REHEARSE=1"
+header "$1" >"$log" || die "torch finds no GPU; REHEARSE=1 rehearses on a CPU"
 tmp=$(mktemp -d) && trap 'rm -rf "$tmp"' EXIT
 cd "$tmp" && ln -s "$root/data" data || exit 1
 run_entry "$1"

@@ -108,7 +108,7 @@ def benchmarks(log):
                 f"{ours['utilization']:.2f}", f"{ratio['eval_tokens_per_s']:.2f}",
             ])
         lines += re.findall(r"^(?:step|evaluation): .*", output, re.M)
-    columns = ["model", "recipe", "batch", "precision", "pad to", "ms a step", "tokens/s",
+    columns = ["model", "recipe", "batch", "precision", "pad to", "ms per step", "tokens/s",
                "speed over plain", "peak MiB (over plain)", "utilization",
                "evaluation speed over plain"]
     return table(columns, rows) + lines
@@ -116,7 +116,7 @@ def benchmarks(log):
 
 def main():
     log = Path(sys.argv[1]).read_text()
-    tests = re.findall(r"^\d+ (?:passed|failed|skipped|error).* in [\d.]+s.*", log, re.M)
+    tests = re.findall(r"^=+ (\d+ (?:passed|failed|skipped|error).*?) =+$", log, re.M)
     notes = re.findall(r"^# ((?:failed|skipped).*)", log, re.M)
     print("\n".join([*tests, *models(log), *benchmarks(log), *notes]).strip())
 
