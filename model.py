@@ -34,12 +34,10 @@ def check_architecture(rnn_type, ninp, nhid, attention="none"):
         raise ValueError(f"model {rnn_type} is unknown; choose from {', '.join(RNN_TYPES)}")
     if rnn_type.startswith("bi") and attention != "none":
         raise ValueError(f"attention only looks back: leave it out with {rnn_type}")
-    if rnn_type == "biLSTM":
-        for name, size in (("nhid", nhid), ("emsize", ninp)):
-            if size % 2:
-                raise ValueError(
-                    f"{name} {size} is odd; biLSTM needs an even size, half for each direction"
-                )
+    if rnn_type == "biLSTM" and (nhid % 2 or ninp % 2):
+        raise ValueError(
+            f"nhid {nhid}, emsize {ninp}: biLSTM needs even sizes, half for each direction"
+        )
 
 
 def training_settings(args):
@@ -51,7 +49,7 @@ def training_settings(args):
 class RNNModel(nn.Module):
     """A weight-dropped recurrent language model (Merity et al. 2017, 1708.02182).
 
-    rnn_type: "LSTM", "GRU", "QRNN" (whose first layer has a window of two words, as the original's)
+    rnn_type: "LSTM", "GRU", "QRNN" (its first layer reads two words per step, as in the original)
     or "biLSTM" (each direction half as wide); for "biLM" see bidirectional.py. ntoken: vocabulary
     size V. ninp: embedding size E. nhid: hidden size of all layers but the last, whose size is E if
     the weights are tied (then `decoder.weight is encoder.weight`).
@@ -75,21 +73,8 @@ class RNNModel(nn.Module):
     """
 
     def __init__(
-        self,
-        rnn_type,
-        ntoken,
-        ninp,
-        nhid,
-        nlayers,
-        dropout=0.5,
-        dropouth=0.5,
-        dropouti=0.5,
-        dropoute=0.1,
-        wdrop=0,
-        tie_weights=False,
-        bf16=False,
-        pad_to=1,
-        attention="none",
+        self, rnn_type, ntoken, ninp, nhid, nlayers, dropout=0.5, dropouth=0.5, dropouti=0.5,
+        dropoute=0.1, wdrop=0, tie_weights=False, bf16=False, pad_to=1, attention="none",
         attention_window=70,
     ):
         super().__init__()
@@ -132,8 +117,7 @@ class RNNModel(nn.Module):
         return nn.ModuleList(
             WeightDrop(
                 cell(input_width, width // (1 + bidirectional), bidirectional=bidirectional),
-                recurrent,
-                dropout=self.wdrop,
+                recurrent, self.wdrop,
                 pad_to=self.pad_to,
             )
             for input_width, width in self.widths
@@ -225,6 +209,7 @@ def activation_regularization(raw_output, output, alpha, beta):
 # ------------------------------------------------------------ using a trained model
 
 WINDOW = 2000  # tokens read at once in evaluation: long windows keep a GPU busy
+TEXTS = 256  # texts read in parallel by score_each, to bound memory
 
 
 class Score(NamedTuple):
@@ -237,9 +222,9 @@ class Score(NamedTuple):
 
 @dataclass
 class Context:
-    """A position in B texts. A method that is given one continues from it and moves it.
+    """A position in B texts. Methods that take one continue from it and advance it.
 
-    `copy.copy` saves it.
+    `copy.copy` keeps the old position.
 
     last [B]: the ids of the last tokens; hidden: the model's state before it reads them.
     """
@@ -301,17 +286,20 @@ class LanguageModel:
         """A list with the Score of each of `texts`, which are read in parallel."""
         texts = [self.split(text) for text in texts]
         order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
-        parts = [self.ids(texts[i]) for i in order]
-        found = dict(zip(order, self._score(parts, self.context(len(texts)))))
-        return [self._make_score(text, found[i]) for i, text in enumerate(texts)]
+        log_probs = {}
+        for start in range(0, len(order), TEXTS):
+            some = order[start : start + TEXTS]
+            parts = [self.ids(texts[i]) for i in some]
+            log_probs |= zip(some, self._score(parts, self.context(len(some))))
+        return [self._make_score(text, log_probs[i]) for i, text in enumerate(texts)]
 
     def next_words(self, text="", k=10, context=None):
         """The `k` likeliest words after a text: [(word, probability), ...], likeliest first."""
         context = context or self.context()
         self._read_on(self.ids(text).unsqueeze(1), context)
         log_probs = self._log_probs(self._output(context))[0]
-        found, ids = log_probs.exp().topk(min(k, len(log_probs)))
-        return [(self.vocabulary.idx2word[i], p) for i, p in zip(ids.tolist(), found.tolist())]
+        top, ids = log_probs.exp().topk(min(k, len(log_probs)))
+        return [(self.vocabulary.idx2word[i], p) for i, p in zip(ids.tolist(), top.tolist())]
 
     def generate(
         self, text="", words=None, seed=None, temperature=1.0, top_k=0, top_p=1.0, no_unk=False,
@@ -348,13 +336,13 @@ class LanguageModel:
         token, given all before it (-1: the last).
         """
         model, _ = self.params.eval()
-        context, found = self.context(), []
+        context, vectors = self.context(), []
         stream = torch.cat([context.last, self.ids(text)]).unsqueeze(1)
         with torch.no_grad(), float32_products():
             for window in stream.split(WINDOW):
                 _, context.hidden, states, _ = model(window, context.hidden, return_h=True)
-                found.append([model.encoder(window), *states][layer])
-        return torch.cat(found)[1:, 0]
+                vectors.append([model.encoder(window), *states][layer])
+        return torch.cat(vectors)[1:, 0]
 
     # -------------------------------------------------------- reading
 
@@ -384,12 +372,17 @@ class LanguageModel:
         model, _ = self.params.eval()
         return model.read(layers or model.rnns, ids, hidden)
 
+    def _check_context(self, context, batch):
+        if len(context.last) != batch:
+            raise InputError(f"the context is of {len(context.last)} texts, not of {batch}")
+
     def _output(self, context):
         """The decoder's inputs [B, E] at `context`."""
         return self._read(context.last.unsqueeze(0), context.hidden)[0]
 
     def _read_on(self, ids, context):
         """Moves `context` past `ids` [T, B]; returns the decoder's inputs before each, [T*B, E]."""
+        self._check_context(context, ids.size(1))
         stream, outputs = torch.cat([context.last.unsqueeze(0), ids]), []
         for window in stream[:-1].split(WINDOW) if len(ids) else []:
             output, context.hidden = self._read(window, context.hidden)
@@ -413,7 +406,8 @@ class LanguageModel:
         Part i continues column i of `context`. Parts must not be longer than those before them:
         columns that have ended are read no further.
         """
-        found, ids, start = [[] for _ in parts], pad_sequence(parts) if parts else [], 0
+        self._check_context(context, len(parts))
+        found, ids, start = [[] for _ in parts], pad_sequence(parts), 0
         while start < len(ids):
             rest = sum(len(part) > start for part in parts)
             context.last = context.last[:rest]

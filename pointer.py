@@ -97,11 +97,11 @@ def evaluate_cache(pieces, theta, lambdasm, window):
 def tune_cache(pieces, thetas, windows):
     """Finds the best (mean loss in nats, theta, lambda, window) on one text."""
     logprob, p_caches = cache_probabilities(pieces, thetas, windows)
-    found = []
+    results = []
     for (theta, window), p_cache in p_caches.items():
         lambdasm = best_lambda(logprob[1:].exp(), p_cache[1:])
-        found.append((mixture_loss(logprob, p_cache, lambdasm), theta, lambdasm, window))
-    return min(found)
+        results.append((mixture_loss(logprob, p_cache, lambdasm), theta, lambdasm, window))
+    return min(results)
 
 
 def best_lambda(p_model, p_cache):
@@ -177,7 +177,10 @@ def tune(reader, ids, args):
 def report_split(reader, ids, split, args):
     """Logs a split's loss with the model alone and with the flags; returns the last columns."""
     pieces = reader(ids, args.lr, args.decay, args.seconds)
-    with_cache, loss = evaluate_cache(pieces, args.theta, args.lambdasm, args.window)
+    if args.lambdasm:
+        with_cache, loss = evaluate_cache(pieces, args.theta, args.lambdasm, args.window)
+    else:
+        loss = mean_loss(pieces)
     losses = {"model alone": loss}
     if args.dynamic:
         fixed = read(reader.params, ids[: reader.words + 1], args.bptt)
@@ -229,6 +232,10 @@ def parse_args(argv=None):
         if flag in given:
             needed = "--dynamic rms" if args.dynamic else "--dynamic"
             parser.error(f"--{flag.replace('_', '-')}: has no effect without {needed}")
+    if args.tune and not (args.lambdasm or args.dynamic):
+        parser.error("--tune: has no effect with --lambdasm 0 and without --dynamic")
+    if "tune_words" in given and not args.tune:
+        parser.error("--tune-words: has no effect without --tune")
     return args
 
 

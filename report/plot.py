@@ -42,7 +42,8 @@ def read_run(path):
         files = [Path(path)]
     epochs, minutes = [], 0.0
     for file in files:
-        for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+        text = file.read_text(encoding="utf-8") if file.exists() else ""
+        for line in text[: text.rfind("\n") + 1].splitlines():  # a full disk can cut the last one
             try:
                 epoch = json.loads(line)
                 minutes += epoch["seconds"] / 60

@@ -98,7 +98,9 @@ def test_a_context_continues_a_text(rnn_type, attention):
     )
 
 
-def test_texts_are_read_in_parallel():
+@pytest.mark.parametrize("at_once", [2, 256])
+def test_texts_are_read_in_parallel(at_once, monkeypatch):
+    monkeypatch.setattr("model.TEXTS", at_once)
     lm = make_lm()
     texts = ["3 7", "", "9 12 49 3 7\n", "5"]
     for text, score in zip(texts, lm.score_each(texts), strict=True):
@@ -182,6 +184,9 @@ def test_small_inputs():
     for settings in ({"temperature": 0}, {"top_p": 0}, {"top_k": -1}):
         with pytest.raises(InputError, match=next(iter(settings))):
             list(lm.generate("3", 5, **settings))
+    for query in (lm.score, lm.next_words, lm.log_probs):
+        with pytest.raises(InputError, match="the context is of 2 texts, not of 1"):
+            query("3 7", context=lm.context(2))
     lm.vocabulary.unk = "absent"
     with pytest.raises(InputError, match="zebra"):
         lm.score("zebra")

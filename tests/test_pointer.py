@@ -163,6 +163,8 @@ def test_a_reading_that_is_cut_short_reports_what_was_read(dynamic, run, trained
         (["--decay", "0.1"], "--decay: has no effect without --dynamic"),
         (["--dynamic", "sgd", "--epsilon", "3"], "--epsilon: has no effect without --dynamic rms"),
         (["--tune-words", "9"], "--tune-words"),
+        (["--dynamic", "--tune-words", "9"], "--tune-words: has no effect without --tune"),
+        (["--tune", "--lambdasm", "0"], "--tune: has no effect with --lambdasm 0"),
         (["--cuda", "--device", "cpu"], "--cuda"),
     ],
 )

@@ -225,6 +225,8 @@ def test_a_plot_shows_the_runs(lines):
     assert Path("c.png").read_bytes().startswith(b"\x89PNG")
     assert b"<svg" in Path("c.svg").read_bytes()
 
+    with open("a.pt.finetune.jsonl", "a") as file:
+        file.write('{"epoch": 4, "sec')  # the disk was full
     runs = {"A": plot.read_run("a.pt"), "B": plot.read_run("b.jsonl")}
     figure = plot.draw(runs)
     axes = figure.axes[0]
