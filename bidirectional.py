@@ -146,45 +146,35 @@ def evaluate_directions(params, ids, batch_size, bptt, check=None):
     weight, bias = model.decoder.weight, model.decoder.bias
     layers = len(model.rnns)
     ids = ids.to(weight.device, torch.int64)
-    places = torch.arange(len(ids), device=ids.device)
     columns = distributed.columns(batch_size)
     states = model.init_hidden(columns.stop - columns.start)
+    losses = {name: Losses() for name in ("forward", "backward", "cloze")}
 
-    def predict_stream(places, read, hidden, step, after_window):
-        """The losses of predicting, at each of `places` in order, the word `step` places away.
-
-        Calls `after_window(output, places, targets)` after each window.
-        """
-        losses = Losses()
-        for window, _, count in exact_windows(places, batch_size, bptt, columns):
+    def read_windows(order, read, hidden, step):
+        """Yields (outputs, places, the words `step` away) for each window of the places `order`."""
+        for window, _, count in exact_windows(order, batch_size, bptt, columns):
             if count:
                 output, hidden = read(ids[window], hidden)
-                output, window = output[:count], window.flatten()[:count]
-                targets = ids[window + step]
-                losses.add(criterion(weight, bias, output, targets), count)
-                after_window(output, window, targets)
+                places = window.flatten()[:count]
+                yield output[:count], places, ids[places + step]
             if check is not None:
                 check()
-        return losses
 
+    def add_loss(name, output, words):
+        losses[name].add(criterion(weight, bias, output, words), len(words))
+
+    forwards = torch.arange(len(ids), device=ids.device)
+    backwards = forwards.flip(0)
     # The backward state after reading each place; zero past the end, where nothing has been read.
     after = weight.new_zeros(len(ids) + 1, weight.size(1))
-    cloze = Losses()
-
-    def store_states(output, places, targets):
+    for output, places, words in read_windows(backwards, model.read_backward, states[layers:], -1):
         after[places] = output
-
-    def predict_cloze(output, places, targets):
-        combined = model.combine(output, after[places + 2])
-        cloze.add(criterion(weight, bias, combined, targets), len(places))
-
-    backward = predict_stream(
-        places.flip(0), model.read_backward, states[layers:], -1, store_states
-    )
+        add_loss("backward", output, words)
     after = distributed.total(after)
-    forward = predict_stream(places, model, states[:layers], 1, predict_cloze)
-    parts = {"forward": forward, "backward": backward, "cloze": cloze}
-    return {name: losses.mean_of_all_ranks() for name, losses in parts.items()}
+    for output, places, words in read_windows(forwards, model, states[:layers], 1):
+        add_loss("forward", output, words)
+        add_loss("cloze", model.combine(output, after[places + 2]), words)
+    return {name: part.mean_of_all_ranks() for name, part in losses.items()}
 
 
 def make_model(rnn_type, *args, **kwargs):

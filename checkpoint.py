@@ -40,10 +40,10 @@ DIGEST = 64  # characters of a SHA-256 in hexadecimal
 def write_atomically(path, content):
     """Writes the bytes `content` to `path`, which at any moment holds the old file or the new one.
 
-    Writes a temporary file, syncs it, renames it, and syncs the folder. If `path` is a symbolic
-    link, its target is replaced. Raises InputError, naming the file, on failure.
+    Writes a temporary file, syncs it, renames it, and syncs the folder. Raises InputError, naming
+    the file, on failure.
     """
-    target = Path(os.path.realpath(path))
+    target = Path(path)
     temporary = target.with_name(f"{target.name}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -63,15 +63,26 @@ def write_atomically(path, content):
         raise
 
 
-def back_up(path, suffix):
-    """Copies the file at `path` and its training state to `path` + `suffix`.
+def has_files(path):
+    """Whether there is a checkpoint or a training state at `path`."""
+    return os.path.exists(path) or os.path.exists(f"{path}{STATE}")
 
-    Adds a number if that path is taken. Returns the copy's path. Raises InputError.
-    """
-    copy, number = f"{path}{suffix}", 1
-    while os.path.exists(copy) or os.path.exists(f"{copy}{STATE}"):
+
+def unused_path(path, suffix):
+    """`path` + `suffix`, followed by a number if a run has files there."""
+    unused, number = f"{path}{suffix}", 1
+    while has_files(unused):
         number += 1
-        copy = f"{path}{suffix}{number}"
+        unused = f"{path}{suffix}{number}"
+    return unused
+
+
+def back_up(path, suffix):
+    """Copies the checkpoint at `path` and its training state, if any, to an unused path.
+
+    Returns that path, see `unused_path`. Raises InputError.
+    """
+    copy = unused_path(path, suffix)
     for end in ("", STATE):
         if os.path.exists(f"{path}{end}"):
             write_atomically(f"{copy}{end}", Path(f"{path}{end}").read_bytes())
@@ -109,21 +120,15 @@ def unpack(path, kind, device="cpu", content=None):
         )
     try:
         contents = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
-        found = contents["format"], contents["version"]
+        identity = contents["format"], contents["version"]
     except Exception as error:  # torch raises many types of error for a foreign file
         if is_device_error(error):
             raise
-        found = None
-    if found == ("awd-lstm training state", VERSION) and kind == "checkpoint":
+        identity = None
+    if identity == ("awd-lstm training state", VERSION) and kind == "checkpoint":
         raise InputError(f"{path}: is a training state; name its checkpoint, without {STATE}")
-    if found != (f"awd-lstm {kind}", VERSION):
+    if identity != (f"awd-lstm {kind}", VERSION):
         raise InputError(f"{path}: is not a {kind} of this version of main.py; train again")
-    model, is_tied = contents["model"], contents["architecture"]["tie_weights"]
-    if is_tied and not torch.equal(model["encoder.weight"], model["decoder.weight"]):
-        raise InputError(
-            f"{path}: its encoder.weight and decoder.weight differ, but are tied; change both, or "
-            "start from pretrained vectors with main.py --embeddings"
-        )
     return contents
 
 
@@ -166,14 +171,15 @@ def saved_params(path, corpus, args, content=None):
 
 def vocabulary_of(contents, unk=None):
     """The data.Dictionary of a checkpoint or a training state. Raises InputError, see there."""
-    return Dictionary(contents["vocabulary"], contents["flags"]["level"], unk)
+    flags = contents["flags"]
+    return Dictionary(contents["vocabulary"], flags["level"], flags["unk"] if unk is None else unk)
 
 
 def load(path, device="cpu", unk=None):
     """Loads a trained model: `lm = load("PTB.pt")`, or `model, vocabulary = load("PTB.pt")`.
 
     Returns a model.LanguageModel on `device`, in evaluation mode, with its training dropout rates.
-    `unk`: its token for unknown words, see data.Dictionary. Raises InputError.
+    `unk`: its token for unknown words, by default that of training. Raises InputError.
     """
     checkpoint = read_checkpoint(path, device)
     rates = {name: checkpoint["flags"][name] for name in DROPOUTS}
@@ -220,7 +226,7 @@ def run_lock(path):
         yield
         return
     with contextlib.ExitStack() as held:
-        lock = Path(f"{os.path.realpath(path)}.lock")
+        lock = Path(f"{path}.lock")
         try:
             file = held.enter_context(open(lock, "a"))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -271,9 +277,9 @@ def is_of_kind(file, kind):
 
 
 def copy_model(path, save):
-    """Copies the checkpoint at `path` to `save`. Raises InputError if `save` exists."""
+    """Copies the checkpoint at `path` to `save`. Raises InputError if a run has files there."""
     if path != save and distributed.is_first():
-        if os.path.exists(save):
+        if has_files(save):
             raise InputError(
                 f"--save {save}: already exists; use --resume {save}, or choose another path"
             )
@@ -372,14 +378,22 @@ def open_run(args, command):
         if distributed.is_first():
             check_replaceable(args)
         with run_lock(args.save), Preemption() as preemption:
-            if distributed.is_first() and args.resume != args.save:
-                keep_unfinished_run(args.save)
             yield Run(args, command, preemption.check)
 
 
-def keep_unfinished_run(path):
-    """Backs up an unfinished run at `path`, of at least an epoch or a minute, before a new one."""
+def keep_older_run(path):
+    """Renames the files of an older run at `path`, so that a new run does not replace them.
+
+    A run that has no model and lasted less than a minute is not kept.
+    """
     state = read_state(path)
-    if state and not is_finished(state) and (state["valid_losses"] or state["seconds"] > 60):
-        again = how_to_resume(state["command"], back_up(path, ".unfinished"))
-        log(f"Note: {path} held an unfinished run, which is kept; {again} continues it")
+    if not os.path.exists(path) and (state is None or state["seconds"] < 60):
+        return
+    kept = unused_path(path, ".old")
+    for end in ("", STATE, RECORDS, FINETUNE_RECORDS):
+        if os.path.exists(f"{path}{end}"):
+            os.rename(f"{path}{end}", f"{kept}{end}")
+    advice = ""
+    if state and not is_finished(state):
+        advice = f"; {how_to_resume(state['command'], kept)} continues it"
+    log(f"Note: {path} held an older run, which is now {kept}{advice}")

@@ -73,7 +73,7 @@ sigmoid_backward, tanh_backward = torch.ops.aten.sigmoid_backward, torch.ops.ate
 
 
 def has_recurrent_layer(module, x, bf16):
-    """Whether `recurrent_layer` computes `module`: on a CPU a GRU, or with `bf16` an LSTM too."""
+    """Whether to use `recurrent_layer`: on a CPU for a GRU and, with `bf16`, for an LSTM."""
     return (
         x.device.type == "cpu" and (bf16 or isinstance(module, nn.GRU))
         and not torch.compiler.is_compiling()
@@ -186,7 +186,8 @@ class GRUSteps:
     def backward(self, t, d_h, d_c, d_before, d_gates):
         """Fills d_gates [B, 3H]; returns the gradients of the h and c before step t.
 
-        d_h and d_c [B, H] are those after it, d_before what the h before it has from elsewhere.
+        d_h and d_c [B, H] are the gradients after step t; d_before is the gradient of the h before
+        it as an output of the layer.
         """
         r, z, n, hidden_n = self.r[t], self.z[t], self.n[t], self.hidden_n[t]
         d_r, d_z, d_hidden_n = d_gates.split(self.size, 1)

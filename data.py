@@ -186,8 +186,8 @@ class Corpus:
 
 def is_large(files):
     """Whether the files are there, and too long to read their text at each start."""
-    found = all(file.is_file() for file in files)
-    return found and sum(file.stat().st_size for file in files) > CACHE_ABOVE
+    all_exist = all(file.is_file() for file in files)
+    return all_exist and sum(file.stat().st_size for file in files) > CACHE_ABOVE
 
 
 def digest_of(files):
@@ -216,7 +216,7 @@ def open_lines(path):
 
 
 def decode_line(line, number):
-    """The text of a line of UTF-8 bytes; the first has no byte order mark. Raises InputError."""
+    """Decodes a line of UTF-8, the first without its byte order mark. Raises InputError."""
     if line.startswith(b"\x1f\x8b"):
         raise InputError("compressed by gzip; unpack the file")
     try:
@@ -256,10 +256,10 @@ def read_vectors(path, words, size):
     """{word: its vector [size]} of those `words` that a file of word vectors holds.
 
     The file is in word2vec's text format (the first line is the number of vectors and their width,
-    each other line a word and its numbers) or in GloVe's, without a first line; gzip too. Of a
-    word's vectors the first counts. Raises InputError, naming the file and the line.
+    each other line a word and its numbers) or in GloVe's, without a first line; gzip too. If
+    a word occurs twice, its first vector is used. Raises InputError, naming the file and the line.
     """
-    wanted, found = {word.encode(): word for word in words}, {}
+    wanted, vectors = {word.encode(): word for word in words}, {}
     count, number = None, 0
     try:
         with open_lines(path) as lines:
@@ -284,14 +284,14 @@ def read_vectors(path, words, size):
                     vector = torch.tensor([float(value) for value in values])
                     if not vector.isfinite().all():
                         raise ValueError
-                    found[wanted.pop(word)] = vector
+                    vectors[wanted.pop(word)] = vector
     except InputError:
         raise
     except ValueError:
         raise InputError(f"{path}: line {number} is not a word and {size} numbers") from None
     if count not in (None, number - 1):
         raise InputError(f"{path}: line 1 announces {count:,} vectors; there are {number - 1:,}")
-    return found
+    return vectors
 
 
 def list_most_common(words):

@@ -35,7 +35,7 @@ def is_first():
 
 
 def launcher():
-    """The start of a command line that starts processes as this run was started."""
+    """The start of a command line that launches as many processes as this run has."""
     processes = os.environ.get("LOCAL_WORLD_SIZE", size())
     return f"torchrun --nproc_per_node={processes}" if is_distributed() else "python"
 
@@ -81,10 +81,10 @@ def total(tensor):
 
 def largest(*numbers):
     """The maximum of each of `numbers`, integers, over the ranks; a list on the host."""
-    found = torch.tensor(numbers)
+    maxima = torch.tensor(numbers)
     if is_distributed():
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-    return found.tolist()
+        dist.all_reduce(maxima, dist.ReduceOp.MAX)
+    return maxima.tolist()
 
 
 def all_gather(value):

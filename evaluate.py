@@ -43,8 +43,8 @@ TEXT_COLUMNS = {
 def load_for_use(path, args):
     """The model.LanguageModel at `path` on `args.device`, by default CUDA if available.
 
-    Says on stderr that a biLM is used forwards. Raises InputError for an unsatisfiable flag, and
-    for biLSTM, which sees the word it predicts.
+    Notes on stderr that only the forward half of a biLM is used. Raises InputError for biLSTM,
+    which sees the word it predicts, and if a flag cannot be met.
     """
     resolve_device(args)
     args.precision = "fp32"
@@ -112,7 +112,7 @@ class Scorer:
                 if len(batch) == self.args.batch_size:
                     rows, batch = batch, []
                     self.write_lines(rows)
-        finally:  # of a damaged file, what could be read
+        finally:  # score what could be read of a damaged file
             self.write_lines(batch)
 
     def write_lines(self, rows):
@@ -230,8 +230,8 @@ def parse_args(argv=None):
         help="the first word of each line is an identifier: it is written, and not scored")
     add("--batch_size", type=count, default=1, metavar="N",
         help="read N parts of a text, or with --per-line N lines, in parallel. This is faster, but "
-             "all parts except the first start without context, and no line is answered before N "
-             "have been read (default: 1)")
+             "all parts except the first start without context, and no result is written until N "
+             "lines have been read (default: 1)")
     add_model_flags(parser)
     return parser.parse_args(argv)
 

@@ -4,8 +4,9 @@
     python finetune.py --resume sample.pt
 
 Shares most flags with main.py. Most of them, including the architecture, default to their values
-in training; after a ramp, dropouts, weight drop, AR and TAR keep their final strength. Stops when
-the validation loss meets the trigger, see train.is_nonmonotone. Exit codes are those of main.py.
+in training; after a ramp, dropouts, weight drop, AR and TAR keep the strength of the model's epoch.
+Stops when the validation loss meets the trigger, see train.is_nonmonotone. Exit codes are those of
+main.py.
 """
 
 from argparse import Namespace
@@ -25,9 +26,10 @@ from train import REGULARIZERS, Trainer, objective_loss, regularizers_at, train_
 from utils import log, log_parts, loss_columns, prepare, read_with_vocabulary
 
 COMMAND = "finetune.py"
+PHASE_FLAGS = (*OPTIMIZER_FLAGS, *REGULARIZERS)  # those that can differ from training
 INHERITED = (
-    "data", "level", *OPTIMIZER_FLAGS, "clip", "batch_size", "bptt", *REGULARIZERS, "nonmono",
-    "objective", "partial_shuffle", "precision", "pad_to", "unk",
+    "data", "level", *PHASE_FLAGS, "clip", "batch_size", "bptt", "nonmono", "objective",
+    "partial_shuffle", "precision", "pad_to", "unk",
 )
 
 
@@ -40,15 +42,15 @@ def finetune(corpus, args, run, state=None):
     args = tuning_flags(args, state)
     if state:
         return train_and_test(resume_trainer(corpus, args, run, state))
-    # A resumed run compares its flags with the rates of this phase.
-    run.flags |= {flag: getattr(args, flag) for flag in OPTIMIZER_FLAGS}
+    # A resumed run compares its flags with those of this phase.
+    run.flags |= {flag: getattr(args, flag) for flag in PHASE_FLAGS}
     params = saved_params(args.save, corpus, args)
     base = broadcast(back_up(args.save, ".base") if is_first() else None)
     log(f"Fine-tuning {args.save}; its base model stays at {base}")
     loss, parts = objective_loss(params, corpus.valid, args, run.check)
     log(f"| base model | {loss_columns(loss, 'valid ')}")
     log_parts(parts)
-    flags = (format_flag(flag, getattr(args, flag)) for flag in (*OPTIMIZER_FLAGS, *REGULARIZERS))
+    flags = (format_flag(flag, getattr(args, flag)) for flag in PHASE_FLAGS)
     log(f"With SGD: {' '.join(flags)}")
     return train_and_test(Trainer(params, corpus, args, run, finetuning=True, best=loss))
 
@@ -64,13 +66,13 @@ def resume_trainer(corpus, args, run, state):
 def tuning_flags(args, state):
     """The flags of fine-tuning: those of training, but SGD at a constant learning rate.
 
-    A resumed run of main.py keeps the rates with which it began to fine-tune.
+    A resumed run of main.py keeps the rates and regularizers with which it began to fine-tune.
     """
     flags = vars(args)
     tuning = {"epochs": flags.get("finetune", args.epochs), "optimizer": "sgd", "when": [],
               "schedule": "constant", "regularization_ramp": None, **flags_after(flags)}
     if state:
-        tuning |= {flag: flags[flag] for flag in OPTIMIZER_FLAGS}
+        tuning |= {flag: flags[flag] for flag in PHASE_FLAGS}
     return Namespace(**{**flags, **tuning})
 
 
@@ -104,7 +106,9 @@ def parse_args(argv=None):
         checkpoint = read_checkpoint(path)
         trained = checkpoint["flags"]
         saved = {"save": path, **{flag: trained[flag] for flag in INHERITED}}
-        saved |= flags_after(trained) | model_flags(checkpoint)
+        saved |= model_flags(checkpoint)
+        if not checkpoint["finetuned"]:
+            saved |= flags_after({**trained, "epochs": checkpoint["epoch"]})
     check_unchanged(given, saved if state else model_flags(checkpoint), path)
     return resolve_flags(given, parser.defaults, saved), state
 

@@ -30,9 +30,9 @@ OPTIMIZER_DEFAULTS = {
 }
 OPTIMIZER_FLAGS = tuple(OPTIMIZER_DEFAULTS["sgd"])
 # A recipe sets flags; a flag on the command line overrides only that flag. At a learning rate of 30
-# the GRU's biases diverge, as the report's did, and so do the biases of biLM's combiner and of
-# attention. AR and TAR are mean squares of the states, and a GRU's states, which have no output
-# gate, are larger: see records/gru.
+# the biases of the GRU diverge, as in the report, and so do those of biLM's combiner and of
+# attention. AR and TAR are mean squares of the states, and a GRU has no output gate, so its states
+# are larger: see records/gru.
 RECIPES = {
     "published": {},
     "gru": {"lr": 10.0, "bias_lr": 0.02, "decoder_bias": "unigram", "alpha": 0.5, "beta": 0.25},
@@ -116,15 +116,15 @@ def parse_device(text):
     """An argparse type: cpu, cuda, cuda:N or mps, if this machine has it."""
     if not re.fullmatch(r"cpu|mps|cuda(:\d{1,3})?", text):
         raise argparse.ArgumentTypeError(f"must be cpu, cuda, cuda:N or mps, not {text!r}")
-    found = torch.device(text)
+    device = torch.device(text)
     exists = {
         "cpu": True,
-        "cuda": torch.cuda.is_available() and (found.index or 0) < torch.cuda.device_count(),
+        "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
         "mps": torch.backends.mps.is_available(),
     }
-    if not exists[found.type]:
+    if not exists[device.type]:
         raise argparse.ArgumentTypeError(f"this machine has no device {text}; try --device cpu")
-    return found
+    return device
 
 
 def follow_link(path):
@@ -269,16 +269,16 @@ def flags_of_run(state, path):
 
 def model_flags(checkpoint):
     """The flags of a checkpoint that its weights require: the architecture, the level of tokens."""
-    found = checkpoint["architecture"]
-    flags = {flag: found[key] for flag, key in ARCHITECTURE.items()}
+    architecture = checkpoint["architecture"]
+    flags = {flag: architecture[key] for flag, key in ARCHITECTURE.items()}
     return {**flags, "level": checkpoint["flags"]["level"]}
 
 
 def describe_recipe(args, given):
     """A log line of the flags that the recipe set; "" if none."""
     flags = RECIPES[args.recipe].items()
-    found = [format_flag(f, v) for f, v in flags if getattr(args, f, None) == v and f not in given]
-    return f"Recipe {args.recipe}: {' '.join(found)}" if found else ""
+    shown = [format_flag(f, v) for f, v in flags if getattr(args, f, None) == v and f not in given]
+    return f"Recipe {args.recipe}: {' '.join(shown)}" if shown else ""
 
 
 def resolve_device(args):
@@ -351,10 +351,11 @@ def check_unchanged(given, saved, path, fixed=FIXED_FLAGS):
     for flag in fixed:
         if flag in saved and getattr(given, flag, saved[flag]) != saved[flag]:
             has = "its own" if saved[flag] is None else format_flag(flag, saved[flag])
-            weights = f", or copy {path} elsewhere to start from its weights only"
+            advice = "leave the flag out"
+            if flag not in (*ARCHITECTURE, *NEW_MODEL_FLAGS, "level"):
+                advice += f", or copy {path} elsewhere to start from its weights only"
             raise InputError(
-                f"{format_flag(flag, getattr(given, flag))}: {path} has {has}; leave the flag out"
-                + weights * (flag not in (*ARCHITECTURE, *NEW_MODEL_FLAGS, "level"))
+                f"{format_flag(flag, getattr(given, flag))}: {path} has {has}; {advice}"
             )
 
 
@@ -366,10 +367,12 @@ def differences(state, flags, device):
     before, after = state["environment"], environment(device)
     before |= {flag: value for flag, value in state["flags"].items() if flag not in free}
     after |= {flag: flags[flag] for flag in before if flag in flags}
-    found = [f"{n} {before.get(n)} -> {after[n]}" for n in after if before.get(n) != after[n]]
+    changes = [f"{n} {before.get(n)} -> {after[n]}" for n in after if before.get(n) != after[n]]
     if device.type != "cpu":
-        found.append(f"computation on {device.type} is not deterministic")
-    return found
+        changes.append(f"computation on {device.type} is not deterministic")
+    elif after["ranks"] > 2:  # DistributedDataParallel sums in another order after a restart
+        changes.append("the gradients of more than two processes are summed in another order")
+    return changes
 
 
 def format_flag(flag, value):
@@ -386,8 +389,8 @@ def add_model_flags(parser):
     """Adds the flags for the device, the expected type of the model, and its unknown token."""
     add = parser.add_argument
     add("--unk", metavar="TOKEN",
-        help="the token that stands for unknown words (default: the first of "
-             f"{', '.join(UNKNOWN_TOKENS)} in the vocabulary)")
+        help="the token that stands for unknown words (default: as in training, else the first "
+             f"of {', '.join(UNKNOWN_TOKENS)} in the vocabulary)")
     add("--model", choices=RNN_TYPES,
         help="fail unless the checkpoint is of this type (default: any)")
     add("--cuda", action="store_true", help="require CUDA (otherwise it is used if available)")
@@ -449,8 +452,8 @@ def explain(error):
     device = "cuda" if on_cuda else "cpu"
     if is_out_of_memory(error):
         return (
-            f"device {device} is out of memory; lower --batch_size, --bptt, --nhid, --emsize, "
-            "--window or --attention-window"
+            f"device {device} is out of memory; lower --batch_size, --bptt or other flags that set "
+            "sizes (--help lists them)"
         )
     reason = str(error).partition("\n")[0]
     return f"device {device}: {reason}; the files are not the cause, try another --device"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import copy_model, open_run, read_checkpoint, saved_params
+from checkpoint import copy_model, keep_older_run, open_run, read_checkpoint, saved_params
 from data import Dictionary, InputError, read_vectors, unigram
 from distributed import is_first
 from finetune import finetune, reread_state, resume_trainer, state_to_resume
@@ -22,9 +22,37 @@ from flags import (
     model_flags, number, resolve_flags, run_command,
 )
 from train import OPTIMIZERS, WARMUP, Trainer, new_params, objective_loss, train_and_test
-from utils import FINETUNE_RECORDS, RECORDS, log, prepare
+from utils import RECORDS, log, prepare
 
 COMMAND = "main.py"
+
+
+def make_main_parser():
+    """A parser for the flags of make_parser and those that only main.py has."""
+    parser = make_parser(__doc__.splitlines()[0])
+    add = parser.add
+    add("--recipe", None, "preset of flags: published, gru, slow-biases, short (for runs of few "
+        "epochs), short-gru or fast (for 40 epochs or more); a flag on the command line overrides "
+        "only that flag (default: gru for GRU, slow-biases for biLM and with attention, else "
+        "published)", choices=list(RECIPES))
+    add("--optimizer", "sgd", "sgd (with NT-ASGD), adam, or adamw (decoupled weight decay, betas "
+        "0.8 and 0.998)", choices=list(OPTIMIZERS))
+    add("--schedule", "constant", "learning rate over the --epochs: constant; onecycle (rises to "
+        f"--lr over the first {100 * WARMUP:g}%% of the run, then falls to almost 0); or trapezoid "
+        "(rises over the first 8%%, constant until 48%%, then falls to 0)",
+        choices=["constant", "onecycle", "trapezoid"])
+    add("--regularization-ramp", None, "start all dropouts, weight drop, AR and TAR at SHARE of "
+        "their strength, and raise them to full strength over EPOCHS epochs",
+        nargs=2, type=float, metavar=("SHARE", "EPOCHS"))
+    add("--when", [-1], "epochs after which the learning rate is divided by 10",
+        nargs="+", type=int)
+    add("--finetune", 0, "then fine-tune for at most N epochs", type=number(int, 0), metavar="N")
+    add("--decoder-bias", "zeros", "initial decoder bias: zeros or unigram (the log frequencies of "
+        "the words)", choices=["zeros", "unigram"])
+    add("--embeddings", None, "initialize the embedding, and with it the tied decoder, of every "
+        "word that has a vector in FILE (word2vec's or GloVe's text format, also gzipped)",
+        metavar="FILE")
+    return parser
 
 
 def parse_args(argv=None):
@@ -32,44 +60,7 @@ def parse_args(argv=None):
 
     Exits with 2, or raises InputError.
     """
-    parser = make_parser(__doc__.splitlines()[0])
-    parser.add(
-        "--recipe", None, "preset of flags: published, gru, slow-biases, short (for runs of few "
-        "epochs), short-gru or fast (for 40 epochs or more); a flag on the command line overrides "
-        "only that flag (default: gru for GRU, slow-biases for biLM and with attention, else "
-        "published)",
-        choices=list(RECIPES),
-    )
-    parser.add(
-        "--optimizer", "sgd", "sgd (with NT-ASGD), adam, or adamw (decoupled weight decay, betas "
-        "0.8 and 0.998)", choices=list(OPTIMIZERS),
-    )
-    parser.add(
-        "--schedule", "constant", "learning rate over the --epochs: constant; onecycle (rises to "
-        f"--lr over the first {100 * WARMUP:g}%% of the run, then falls to almost 0); or trapezoid "
-        "(rises over the first 8%%, constant until 48%%, then falls to 0)",
-        choices=["constant", "onecycle", "trapezoid"],
-    )
-    parser.add(
-        "--regularization-ramp", None, "start all dropouts, weight drop, AR and TAR at SHARE of "
-        "their strength, and raise them to full strength over EPOCHS epochs",
-        nargs=2, type=float, metavar=("SHARE", "EPOCHS"),
-    )
-    parser.add(
-        "--when", [-1], "epochs after which the learning rate is divided by 10", nargs="+", type=int
-    )
-    parser.add(
-        "--finetune", 0, "then fine-tune for at most N epochs", type=number(int, 0), metavar="N"
-    )
-    parser.add(
-        "--decoder-bias", "zeros", "initial decoder bias: zeros or unigram (the log frequencies of "
-        "the words)", choices=["zeros", "unigram"],
-    )
-    parser.add(
-        "--embeddings", None, "initialize the embedding, and with it the tied decoder, of every "
-        "word that has a vector in FILE (word2vec's or GloVe's text format, also gzipped)",
-        metavar="FILE",
-    )
+    parser = make_main_parser()
     given = parser.parse_args(argv)
     path = getattr(given, "resume", "")
     state, saved = state_to_resume(path, COMMAND), {}
@@ -83,14 +74,12 @@ def parse_args(argv=None):
         checkpoint = read_checkpoint(path)
         saved = model_flags(checkpoint)
         check_unchanged(given, saved | dict.fromkeys(NEW_MODEL_FLAGS), path)
-        saved |= {flag: checkpoint["flags"][flag] for flag in ("data", "objective")}
+        saved |= {flag: checkpoint["flags"][flag] for flag in ("data", "objective", "unk")}
         saved |= {flag: parser.defaults[flag] for flag in NEW_MODEL_FLAGS}
     args = resolve_flags(given, parser.defaults, saved)
     has_no_length = "epochs" not in given and args.epochs == parser.defaults["epochs"]
     if has_no_length and args.schedule not in ("constant", saved.get("schedule")):
-        raise InputError(
-            f"--schedule {args.schedule}: needs --epochs, the length of the run"
-        )
+        raise InputError(f"--schedule {args.schedule}: needs --epochs, the length of the run")
     if not state and (described := describe_recipe(args, given)):
         log(described)
     return args, state
@@ -139,10 +128,8 @@ def make_trainer(corpus, args, run, state):
         if os.path.exists(f"{args.save}{RECORDS}"):
             records = Path(f"{args.save}{RECORDS}").read_text("utf-8", errors="replace")
             records = records[: records.rfind("\n") + 1]  # without a part of a line
-    elif os.path.exists(args.save):
-        log(f"Note: {args.save} exists; the first epoch's model will replace it")
-        if is_first():
-            Path(f"{args.save}{FINETUNE_RECORDS}").unlink(missing_ok=True)
+    elif is_first():
+        keep_older_run(args.save)
     return Trainer(params, corpus, args, run, best=best, records=records)
 
 

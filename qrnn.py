@@ -89,7 +89,7 @@ class Recurrence(torch.autograd.Function):
 
 
 def torch_forward(gates, cs):
-    """Replaces gates [T, B, 3H] by z, f and o, fills all of cs [T + 1, B, H] but the first.
+    """Overwrites gates [T, B, 3H] with z, f and o, and fills cs [T + 1, B, H] except for cs[0].
 
     Returns all h [T, B, H]. Only what waits for the previous step is done step by step.
     """

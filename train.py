@@ -38,8 +38,8 @@ TRAPEZOID = (0, 0.08, 0.48, 0.92, 1), (0.1, 1, 1, 0.1, 0)  # shares of the run, 
 OPTIMIZERS = {
     "sgd": (torch.optim.SGD, {}),
     "adam": (torch.optim.Adam, {}),
-    # The first is lower than torch's default. The second must span the gradients of rare words,
-    # which come far apart: 0.99 is worse (records/short).
+    # The first beta is below torch's default. The second must average over many steps, because rare
+    # words seldom have a gradient: 0.99 is worse (records/short).
     "adamw": (torch.optim.AdamW, {"betas": (0.8, 0.998)}),
 }
 HIGH_LOSSES = 20  # consecutive batches with a loss above ln(vocabulary) + 1 that mean divergence
@@ -306,7 +306,7 @@ class Trainer:
     # The trainer's attributes that the training state holds as plain data.
     PROGRESS = (
         "finetuning", "epoch", "row", "valid_losses", "best", "records", "done",
-        "high_loss_streak", "rollbacks", "rate_divisor", "offsets",
+        "rollbacks", "rate_divisor", "offsets",
     )
 
     def __init__(self, params, corpus, args, run, finetuning=False, best=math.inf, records=""):
@@ -369,7 +369,9 @@ class Trainer:
         Preempted after a signal, once the state is saved.
         """
         try:
-            if self.args.device.type == "cuda" and not self.is_over():
+            if self.is_over() and self.args.resume != self.args.save:
+                self.save_state()  # of a finished run that continues under another name
+            elif self.args.device.type == "cuda" and not self.is_over():
                 self.try_longest_window()
             while not self.is_over():
                 try:
@@ -541,6 +543,7 @@ class Trainer:
         for name in self.PROGRESS:
             setattr(self, name, state[name])
         self.set_offsets(self.offsets)
+        self.high_loss_streak = 0
         if args.lr != state["flags"]["lr"]:
             self.rate_divisor = 1
         self.set_rates()
@@ -585,23 +588,22 @@ class Trainer:
         newer than the state.
         """
         path = self.args.save
-        has_saved = self.best < math.inf
         if os.path.exists(path):
             checkpoint = read_checkpoint(path)
             # A warm start or fine-tuning may have begun with a model of another text or objective.
             comparable = checkpoint["corpus"]["sha256"] == state["corpus"]["sha256"] and all(
                 checkpoint["flags"][flag] == state["flags"][flag] for flag in ("objective", "unk")
             )
-            if changed and comparable and (has_saved or checkpoint["flags"] == state["flags"]):
+            if changed and comparable:
                 self.best = min(self.best, checkpoint["valid_loss"])
             for key in ("architecture", "vocabulary"):
-                if has_saved and checkpoint[key] != state[key]:
+                if checkpoint[key] != state[key]:
                     raise InputError(
                         f"{path}: its {key} does not match the training state beside it; restore "
                         "the right file, or remove the state to start from the weights only"
                     )
             return []
-        if not has_saved:
+        if self.best == math.inf:
             return []
         if self.is_over():
             raise InputError(
@@ -616,10 +618,14 @@ class Trainer:
     def save_state(self):
         """Writes the state and all pending files; returns whether that succeeded.
 
-        Raises Diverged, and writes nothing, unless all losses and weights are finite.
+        Writes nothing while losses are too high, except for the first state and the last. Raises
+        Diverged, and writes nothing, unless all losses and weights are finite.
         """
         start = time.perf_counter()
         self.check_losses()
+        if self.saved and not self.may_save() and not self.is_over():
+            warn("Warning: the loss of the newest batches is too high; this state is not saved")
+            return False
         if not all(p.isfinite().all() for p in self.params.parameters()):
             raise Diverged("a weight is no longer finite")
         succeeded = self.run.save_state(self.params, self.corpus, self.state_dict())
@@ -635,18 +641,16 @@ class Trainer:
         """
         since = time.perf_counter() - self.saved_at
         due = since >= max(seconds, self.saving_seconds / SAVING_SHARE)
-        return due and self.is_good() and distributed.is_first()
+        return due and self.may_save() and distributed.is_first()
 
-    def is_good(self):
-        """Whether the newest losses allow saving a state, or --on-divergence is continue."""
+    def may_save(self):
+        """Whether to save a state now: no loss is too high, or --on-divergence is continue."""
         return self.high_loss_streak == 0 or self.args.on_divergence == "continue"
 
     def save_at_exit(self, stop):
-        """Saves the state at a signal, unless losses are too high, and logs how to resume."""
+        """Saves the state at a signal, and logs how to resume."""
         log("-" * 89 + f"\nExiting from training early ({stop}) at {self.position()}")
         try:
-            if self.saved and not self.is_good():
-                raise Diverged("the loss of the newest batches is too high")
             succeeded = self.save_state()
         except Diverged as error:
             warn(f"Warning: {error}; this state is not saved")

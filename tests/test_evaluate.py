@@ -323,6 +323,20 @@ def test_the_unknown_token_is_recognised_or_named(token, small, tmp_path, monkey
     assert (status, "--no-unk" in err) == (0, True)
 
 
+def test_a_model_keeps_the_unknown_token_of_its_training(small, tmp_path):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for split in ("train", "valid", "test"):
+        (folder / f"{split}.txt").write_text("ann sees [OOV] and an unk\n" * 50)
+    trained, started = tmp_path / "m.pt", tmp_path / "started.pt"
+    succeed("--data", folder, *small, "--unk", "[OOV]", "--epochs", 1, "--save", trained)
+    trained.with_name("m.pt.state").unlink()
+    succeed("--resume", trained, *small[6:], "--epochs", 1, "--save", started)
+    for path in (trained, started):
+        assert load(path).vocabulary.unk == "[OOV]"
+    assert load(trained, unk="unk").vocabulary.unk == "unk"
+
+
 @pytest.mark.parametrize(
     ("content", "flags", "named"),
     [

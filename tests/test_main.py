@@ -403,6 +403,26 @@ def test_a_schedule_given_at_a_resume_needs_an_end(begin):
     assert status == 2 and "--schedule onecycle: needs --epochs" in err
 
 
+def test_fine_tuning_after_a_ramp_that_was_cut_short(begin):
+    path = begin("--recipe", "short", "--regularization-ramp", 0.25, 2)
+    checkpoint = read_checkpoint(path)
+    checkpoint["flags"]["epochs"] = 60
+    path.write_bytes(pack("checkpoint", checkpoint))
+    args, _ = finetune.parse_args(["--save", str(path)])
+    assert (args.dropout, args.alpha) == pytest.approx((0.4 * 0.625, 2 * 0.625))
+
+
+def test_a_regularizer_given_while_fine_tuning_has_that_value(begin, monkeypatch):
+    path = begin("--recipe", "short", "--finetune", 1, "--regularization-ramp", 0.25, 2)
+    made, fit = [], train.Trainer.fit
+    monkeypatch.setattr(train.Trainer, "fit", lambda run: made.append(run) or fit(run))
+    for given in (["--dropout", 0.3], []):
+        out = succeed("--resume", path, "--finetune", 2, *given)
+        assert ("dropout 0.25 -> 0.3" in out) == (given != [])
+        assert made[-1].params[0].dropout == 0.3
+        assert made[-1].params[0].dropouth == 0.3 * 0.625
+
+
 def test_fine_tuning_after_the_short_recipe(begin, monkeypatch):
     """SGD at its own rate and decay, no schedule, the regularizers as the ramp left them."""
     made, fit = [], train.Trainer.fit
