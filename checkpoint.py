@@ -29,7 +29,8 @@ try:
 except ImportError:  # not POSIX: runs are not locked
     fcntl = None
 
-STATE = ".state"  # after the path of the checkpoint
+STATE, BASE = ".state", ".base"  # after the path of the checkpoint
+FILES = ("", STATE, RECORDS, FINETUNE_RECORDS, BASE, BASE + STATE)
 VERSION = 6
 SEAL = b"sha256:"
 DIGEST = 64  # characters of a SHA-256 in hexadecimal
@@ -40,10 +41,10 @@ DIGEST = 64  # characters of a SHA-256 in hexadecimal
 def write_atomically(path, content):
     """Writes the bytes `content` to `path`, which at any moment holds the old file or the new one.
 
-    Writes a temporary file, syncs it, renames it, and syncs the folder. Raises InputError, naming
-    the file, on failure.
+    Writes a temporary file, syncs it, renames it, and syncs the folder. A symbolic link stays, and
+    its target is replaced. Raises InputError, naming the file, on failure.
     """
-    target = Path(path)
+    target = Path(os.path.realpath(path))
     temporary = target.with_name(f"{target.name}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -64,8 +65,8 @@ def write_atomically(path, content):
 
 
 def has_files(path):
-    """Whether there is a checkpoint or a training state at `path`."""
-    return os.path.exists(path) or os.path.exists(f"{path}{STATE}")
+    """Whether a run has written files at `path`."""
+    return any(os.path.exists(f"{path}{end}") for end in FILES)
 
 
 def unused_path(path, suffix):
@@ -77,12 +78,9 @@ def unused_path(path, suffix):
     return unused
 
 
-def back_up(path, suffix):
-    """Copies the checkpoint at `path` and its training state, if any, to an unused path.
-
-    Returns that path, see `unused_path`. Raises InputError.
-    """
-    copy = unused_path(path, suffix)
+def copy_base(path):
+    """Copies the checkpoint at `path` and its training state, if any; returns the copy's path."""
+    copy = unused_path(path, BASE)
     for end in ("", STATE):
         if os.path.exists(f"{path}{end}"):
             write_atomically(f"{copy}{end}", Path(f"{path}{end}").read_bytes())
@@ -381,16 +379,18 @@ def open_run(args, command):
             yield Run(args, command, preemption.check)
 
 
-def keep_older_run(path):
+def keep_older_run(path, when):
     """Renames the files of an older run at `path`, so that a new run does not replace them.
 
-    A run that has no model and lasted less than a minute is not kept.
+    `when`: the epochs whose models the new run saves too. A run is not kept if it has neither a
+    model nor a finished epoch, and lasted less than a minute.
     """
     state = read_state(path)
-    if not os.path.exists(path) and (state is None or state["seconds"] < 60):
+    has_begun = state and (state["valid_losses"] or state["seconds"] > 60)
+    if not (has_begun or os.path.exists(path)):
         return
     kept = unused_path(path, ".old")
-    for end in ("", STATE, RECORDS, FINETUNE_RECORDS):
+    for end in (*FILES, *(f".e{epoch}" for epoch in when)):
         if os.path.exists(f"{path}{end}"):
             os.rename(f"{path}{end}", f"{kept}{end}")
     advice = ""

@@ -12,8 +12,8 @@ main.py.
 from argparse import Namespace
 
 from checkpoint import (
-    STATE, back_up, build_params, copy_model, how_to_resume, is_finished, open_run, read_checkpoint,
-    read_state, saved_params, vocabulary_of,
+    STATE, build_params, copy_base, copy_model, how_to_resume, is_finished, open_run,
+    read_checkpoint, read_state, saved_params, vocabulary_of,
 )
 from data import InputError
 from distributed import broadcast, is_first
@@ -45,7 +45,7 @@ def finetune(corpus, args, run, state=None):
     # A resumed run compares its flags with those of this phase.
     run.flags |= {flag: getattr(args, flag) for flag in PHASE_FLAGS}
     params = saved_params(args.save, corpus, args)
-    base = broadcast(back_up(args.save, ".base") if is_first() else None)
+    base = broadcast(copy_base(args.save) if is_first() else None)
     log(f"Fine-tuning {args.save}; its base model stays at {base}")
     loss, parts = objective_loss(params, corpus.valid, args, run.check)
     log(f"| base model | {loss_columns(loss, 'valid ')}")
@@ -79,7 +79,8 @@ def tuning_flags(args, state):
 def flags_after(training):
     """{flag: value} of what changes after training with the flags `training`, a dictionary.
 
-    The regularizers keep the strength of the end of a ramp; after Adam the rates are SGD's.
+    The regularizers keep the strength that a ramp reaches in that run's number of epochs; after
+    Adam the rates are SGD's.
     """
     args, changed = Namespace(**training), {}
     if training.get("regularization_ramp"):

@@ -129,7 +129,7 @@ def make_trainer(corpus, args, run, state):
             records = Path(f"{args.save}{RECORDS}").read_text("utf-8", errors="replace")
             records = records[: records.rfind("\n") + 1]  # without a part of a line
     elif is_first():
-        keep_older_run(args.save)
+        keep_older_run(args.save, args.when)
     return Trainer(params, corpus, args, run, best=best, records=records)
 
 

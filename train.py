@@ -369,8 +369,8 @@ class Trainer:
         Preempted after a signal, once the state is saved.
         """
         try:
-            if self.is_over() and self.args.resume != self.args.save:
-                self.save_state()  # of a finished run that continues under another name
+            if self.is_over() and self.args.resume != self.args.save:  # under another name
+                self.save_state()
             elif self.args.device.type == "cuda" and not self.is_over():
                 self.try_longest_window()
             while not self.is_over():

@@ -43,7 +43,7 @@ def read_run(path):
     epochs, minutes = [], 0.0
     for file in files:
         text = file.read_text(encoding="utf-8") if file.exists() else ""
-        for line in text[: text.rfind("\n") + 1].splitlines():  # a full disk can cut the last one
+        for line in text[: text.rfind("}") + 1].splitlines():  # a full disk can cut the last one
             try:
                 epoch = json.loads(line)
                 minutes += epoch["seconds"] / 60

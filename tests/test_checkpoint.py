@@ -25,8 +25,8 @@ import finetune
 import main
 import train
 from checkpoint import (
-    DIGEST, VERSION, Run, back_up, build_params, how_to_resume, is_sealed, load, pack,
-    read_checkpoint, read_state, run_lock, unpack, write_atomically,
+    DIGEST, VERSION, Run, build_params, copy_base, how_to_resume, is_sealed, keep_older_run, load,
+    pack, read_checkpoint, read_state, run_lock, unpack, write_atomically,
 )
 from conftest import (
     ROOT, Interrupting, arguments, invoke, make_params, make_trainer, succeed,
@@ -132,7 +132,7 @@ def test_backups_are_numbered(tmp_path):
     for number, state in (("", b"1"), ("2", b"2")):
         write_atomically(path, b"model")
         write_atomically(f"{path}.state", state)
-        assert back_up(path, ".base") == f"{path}.base{number}"
+        assert copy_base(path) == f"{path}.base{number}"
         assert Path(f"{path}.base{number}.state").read_bytes() == state
     assert (tmp_path / "m.base").read_bytes() == b"model"
 
@@ -293,11 +293,22 @@ def test_a_new_run_keeps_the_files_of_an_older_one(unfinished):
     out = stop([1], *flags)
     assert f"is now {finished}\n" in out
     assert contents(finished) == before
-    # What follows is compared with nothing older, and a run without a model is not kept.
+    # What follows is compared with nothing older.
     assert "Saving model" in succeed("--resume", path, "--lr", 4)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "losses", "is_kept"), [(59.0, [], False), (61.0, [], True), (0.1, [3.0], True)]
+)
+def test_a_run_without_a_model_is_kept_if_it_has_begun(seconds, losses, is_kept, unfinished):
+    path, _ = unfinished
     path.unlink()
-    succeed(*flags)
-    assert not path.with_name("run.pt.old3.state").exists()
+    edit(path.with_name("run.pt.state"), seconds=seconds, valid_losses=losses)
+    for end in (".base", ".e2"):
+        path.with_name(f"run.pt{end}").write_bytes(b"")
+    keep_older_run(path, [2])
+    renamed = {file.suffix for file in files_at(path.with_name("run.pt.old"))}
+    assert renamed == ({".state", ".jsonl", ".base", ".e2"} if is_kept else set())
 
 
 def test_the_shown_command_works_for_names_with_spaces():
@@ -396,10 +407,11 @@ def test_the_state_is_due_by_the_clock_and_by_what_saving_costs(new_trainer, mon
 def test_a_signal_while_the_loss_explodes_leaves_the_last_good_state(new_trainer, capsys):
     trainer = new_trainer()
     assert trainer.save_state()
-    before = read_state(trainer.args.save)
+    state = Path(f"{trainer.args.save}.state")
+    before = state.read_bytes()
     trainer.high_loss_streak = 2
     trainer.save_at_exit(Preempted(signal.SIGTERM))
-    assert same(read_state(trainer.args.save), before)
+    assert state.read_bytes() == before
     assert "resumes from the last saved state" in capsys.readouterr().err
 
 
@@ -408,6 +420,7 @@ def test_a_diverged_run_can_be_resumed_to_stop_at_the_next_divergence(new_traine
     trainer.high_loss_streak = 57
     assert trainer.save_state()
     resumed = new_trainer(on_divergence="stop")
+    resumed.high_loss_streak = 99  # as before a rollback
     resumed.load_state_dict(read_state(trainer.args.save))
     assert resumed.save_state()
 

@@ -216,6 +216,7 @@ def lines(tmp_path, monkeypatch):
     write_lines("a.pt.jsonl", 3000.0, 200.0)
     write_lines("a.pt.finetune.jsonl", 190.0)
     write_lines("b.jsonl", 400.0, None, 250.0)
+    Path("b.jsonl").write_text(Path("b.jsonl").read_text().rstrip())
     Path("bad.jsonl").write_text("[]\n")
     Path("empty.jsonl").write_text("")
 

@@ -115,7 +115,7 @@ budget() { # RECIPE NAME CORPUS FLAGS...: as many epochs as fit, judging by the 
     local flags=(--recipe "$recipe" --data "data/$corpus" "$@" ${FLAGS:-} "${tiny[@]}" --epochs)
     # The first epoch includes loading CUDA's libraries.
     begin "main.py ${flags[*]} 2 --save first.pt"
-    timeout --foreground -k 20 $((stop - SECONDS)) "$python" "$root/main.py" "${flags[@]}" 2 \
+    timeout --foreground -k 20 $((stop > SECONDS ? stop - SECONDS : 1)) "$python" "$root/main.py" "${flags[@]}" 2 \
         --save first.pt >>"$log" 2>&1 </dev/null &
     touch first.pt.jsonl
     while kill -0 $! 2>/dev/null && (($(wc -l <first.pt.jsonl) < 2 && SECONDS < stop)); do

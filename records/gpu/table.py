@@ -68,7 +68,7 @@ def models(log):
                     found.get(("with cache", split), "")
                     + note_partial(tokens.get(split)) for split in ("valid", "test")
                 ]
-    columns = ["", "epochs", "s an epoch", "best valid ppl", "test ppl", "cache: valid", "test",
+    columns = ["", "epochs", "s per epoch", "best valid ppl", "test ppl", "cache: valid", "test",
                "tokens of test", "alone", "dynamic", "and cache"]
     return table(columns, rows.values()) + curve_table(curves)
 
