@@ -76,19 +76,23 @@ def test_a_step_minimizes_what_the_objective_names(params, objective, is_first_w
     text, turned = torch.randint(V, (2, length + 1, 3))
     before = states(model, text[:-1])
     after = states(model, text[1:].flip(0), backward=True).flip(0)
+    turned_states = states(model, turned[:-1], backward=True)
     # Target t is word t + 1: what follows it is read from word t + 2 on.
     first, last = (10 if is_first_window else 0), length - 10
     combined = model.combine(before[first:last], after[first + 1 : last + 1])
     losses = {
         "forward": nll(model, before, text[1:]),
-        "backward": nll(model, states(model, turned[:-1], backward=True), turned[1:]),
+        "backward": nll(model, turned_states, turned[1:]),
         "cloze": nll(model, combined, text[1:][first:last]),
     }
     names = OBJECTIVES[objective]
     whole = sum(losses[name] for name in names)
-    gradients = torch.autograd.grad(whole, list(params.parameters()), allow_unused=True)
+    read = {"forward": before, "backward": turned_states, "cloze": after}
+    regularized = [before, *(read[name] for name in names if name != "forward")]
+    penalty = sum(2 * h.square().mean() + h.diff(dim=0).square().mean() for h in regularized)
+    gradients = torch.autograd.grad(whole + penalty, list(params.parameters()), allow_unused=True)
     total, loss, hidden = BiObjective(params, objective)(
-        text[:-1], text[1:].flatten(), model.init_hidden(3), 0, 0,
+        text[:-1], text[1:].flatten(), model.init_hidden(3), 2, 1,
         (turned[:-1], turned[1:].flatten()), is_first_window,
     )
     assert loss.item() == pytest.approx(whole.item() / len(names))

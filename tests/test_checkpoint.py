@@ -391,12 +391,17 @@ def test_the_state_is_due_by_the_clock_and_by_what_saving_costs(new_trainer, mon
     now = [1000.0]
     monkeypatch.setattr(train.time, "perf_counter", lambda: now[0])
     trainer = new_trainer()
+
+    def save_state(*args):
+        now[0] += 0.2  # so not before 20 s have passed
+        return True
+
+    trainer.run.save_state = save_state
     assert trainer.save_state()
-    trainer.saving_seconds = 0.2  # not before 20 s have passed
     for passed, at_epochs_end, within in [
         (19.9, False, False), (20.1, True, False), (29.9, True, False), (30.1, True, True)
     ]:
-        now[0] = 1000 + passed
+        now[0] = 1000.2 + passed
         assert (trainer.is_due(), trainer.is_due(30)) == (at_epochs_end, within)
     trainer.high_loss_streak = 1  # not a good state to come back to
     assert not trainer.is_due(30)
@@ -423,6 +428,13 @@ def test_a_diverged_run_can_be_resumed_to_stop_at_the_next_divergence(new_traine
     resumed.high_loss_streak = 99  # as before a rollback
     resumed.load_state_dict(read_state(trainer.args.save))
     assert resumed.save_state()
+
+
+def test_checkpoint_minutes_are_minutes(new_trainer):
+    trainer, seen = new_trainer(checkpoint_minutes=2.0, epochs=1), set()
+    trainer.is_due = lambda seconds=0.0: seen.add(seconds)
+    trainer.fit()
+    assert seen == {0.0, 120.0}
 
 
 @pytest.mark.parametrize("minutes", [1e-9, 1000.0])
@@ -631,6 +643,14 @@ def test_a_run_that_changes_keeps_its_better_model(state, unfinished):
     content = path.read_bytes()
     assert "Saving" not in succeed("--resume", path, "--lr", 1.5)
     assert path.read_bytes() == content
+
+
+def test_a_run_of_a_gpu_continues_without_one(trained, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    flags = {**read_state(trained)["flags"], "device": "cuda:1", "precision": "tf32"}
+    edit(trained.with_name("trained.pt.state"), flags=flags)
+    args, _ = main.parse_args(["--resume", str(trained)])
+    assert (str(args.device), args.precision) == ("cpu", "fp32")
 
 
 def test_cuda_overrides_the_device_of_a_resumed_run(unfinished, monkeypatch):
@@ -842,6 +862,7 @@ def test_main_resumes_in_its_fine_tuning(corpus_dir, small, tmp_path):
     succeed(*flags, whole)
     stop([115], *flags, parts)
     assert "at epoch 1 of fine-tuning" in stop([40], "--resume", parts)
+    assert "--epochs 9: " in refuse("--resume", parts, "--epochs", 9)
     succeed("--resume", parts)
     assert same(outcome(whole), outcome(parts))
     bases = [read_checkpoint(f"{path}.base")["model"] for path in (whole, parts)]

@@ -175,7 +175,6 @@ def test_ended_together_and_resumed_it_is_the_same_run(begin, corpus_dir, small,
     # Another number of ranks is announced.
     out, _ = finish(begin("main.py", "--resume", "parts.pt", "--save", "alone.pt", launch=ALONE))
     assert re.search("no longer bit-identical.*ranks 2 -> 1", out)
-    assert read_checkpoint(tmp_path / "alone.pt")["valid_loss"] < 3
 
     process = begin("main.py", "--resume", "parts.pt", until="end of epoch +2 ")
     assert "The resumed run is bit-identical to an uninterrupted run" in process.begun

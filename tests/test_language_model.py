@@ -98,14 +98,16 @@ def test_a_context_continues_a_text(rnn_type, attention):
     )
 
 
-@pytest.mark.parametrize("at_once", [2, 256])
-def test_texts_are_read_in_parallel(at_once, monkeypatch):
-    monkeypatch.setattr("model.TEXTS", at_once)
+@pytest.mark.parametrize(("at_once", "window"), [(2, 2000), (256, 6)])
+def test_texts_are_read_in_parallel(at_once, window, monkeypatch):
     lm = make_lm()
     texts = ["3 7", "", "9 12 49 3 7\n", "5"]
-    for text, score in zip(texts, lm.score_each(texts), strict=True):
-        assert score.log_prob == pytest.approx(lm.score(text).log_prob)
-        assert len(score.tokens) == len(lm.split(text))
+    expected = [lm.score(text) for text in texts]
+    monkeypatch.setattr("model.TEXTS", at_once)
+    monkeypatch.setattr("model.WINDOW", window)
+    for score, alone in zip(lm.score_each(texts), expected, strict=True):
+        assert score.log_prob == pytest.approx(alone.log_prob)
+        assert [token for token, _ in score.tokens] == [token for token, _ in alone.tokens]
     torch.testing.assert_close(lm.log_probs(lm.ids("3 7")), lm.log_probs("3 7"))
     ids = torch.randint(50, (6, 3))
     for column, found in zip(ids.t(), lm.log_probs(ids).unbind(1), strict=True):
@@ -137,11 +139,12 @@ def test_a_long_text_is_read_in_windows(monkeypatch):
     lm = make_lm()
     words = [WORDS[i] for i in torch.randint(50, (40,))]
     whole, log_probs, states = lm.score(words), lm.log_probs(words), lm.embed(words)
+    columns = lm.score(words, columns=9).log_prob
     monkeypatch.setattr("model.WINDOW", 7)
     assert lm.score(words).log_prob == pytest.approx(whole.log_prob)
     torch.testing.assert_close(lm.log_probs(words), log_probs)
     torch.testing.assert_close(lm.embed(words), states)
-    assert lm.score(words, columns=9).log_prob != whole.log_prob
+    assert lm.score(words, columns=9).log_prob == pytest.approx(columns)
 
 
 @pytest.mark.parametrize(("rnn_type", "attention"), KINDS)

@@ -113,12 +113,10 @@ def test_each_model_is_averaged_fine_tuned_and_tested(flags, corpus_dir, small, 
     out = succeed("--data", corpus_dir, *small, "--epochs", 3, "--nonmono", 0, "--finetune", 1,
                   *flags.split(), "--save", path)
     assert len(re.findall(END_OF_TRAINING, out)) == 2
-    last = json.loads((tmp_path / "m.pt.jsonl").read_text().splitlines()[-1])
     if "biLM" in flags:
         for name in ("forward", "backward", "cloze"):
             # After the epochs, of the base model, after the fine-tuning, of the tests.
             assert out.count(f"| {name} ") == 3 + 1 + 1 + 2
-            assert last[f"{name}_ppl"] < 15 or name not in OBJECTIVES[flags.split()[-1]]
 
 
 @pytest.mark.slow
@@ -355,17 +353,6 @@ def test_the_log_names_what_the_recipe_set_alone(capsys):
     )
     main.parse_args([])
     assert capsys.readouterr().out == ""
-
-
-@pytest.mark.parametrize(("given", "message"), [
-    ("--regularization-ramp 0.5 0", "EPOCHS a number above 0"),
-    ("--regularization-ramp nan 1", "SHARE must be a number in [0,"),
-    ("--regularization-ramp 0.5 inf", "EPOCHS a number above 0"),
-])
-def test_a_ramp_without_meaning_is_refused(given, message):
-    status, _, err = invoke(main.main, *given.split())
-    assert (status, err.count("\n")) == (2, 1)
-    assert message in err
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import main
 import pointer
 from conftest import invoke, make_params
 from data import Corpus
-from dynamic_evaluation import read
+from dynamic_evaluation import Rule, read, root_mean_square
 from pointer import evaluate_cache, tune_cache
 from train import evaluate
 from checkpoint import build_params, read_checkpoint
@@ -123,6 +123,16 @@ def test_dynamic_evaluation_with_the_cache(rule, lr, run):
     _, out, _ = run("--dynamic", rule, "--lr", "0", "--decay", "0", "--lambdasm", "0")
     assert ppls(out, "dynamic") == ppls(out, "model alone") == alone
     assert "cache" not in out
+
+
+def test_the_flags_of_dynamic_evaluation_reach_its_rule(run, trained, corpus_dir):
+    given = "--lr 0.01 --decay 0.05 --epsilon 0.005 --statistics 1 --segment 7 --split valid"
+    status, out, err = run("--dynamic", *given.split(), "--lambdasm", "0")
+    assert (status, err) == (0, "")
+    params, corpus = build_params(read_checkpoint(trained)), Corpus(corpus_dir)
+    rule = Rule(params, 0.01, 0.05, 0.005, root_mean_square(params, corpus.train, 1))
+    loss = pointer.mean_loss(read(params, corpus.valid, 7, rule))
+    assert ppls(out, "dynamic") == pytest.approx([math.exp(loss)], abs=0.006)
 
 
 def test_dynamic_evaluation_is_tuned_first(run):

@@ -151,12 +151,6 @@ def test_a_run_in_bfloat16_is_resumed_bit_for_bit(rnn_type, corpus_dir, small, t
     assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
 
 
-def test_what_the_device_lacks_is_refused():
-    status, out, err = invoke(main.main, "--precision", "tf32", "--device", "cpu")
-    assert (status, out, err.count("\n")) == (2, "", 1)
-    assert "--precision tf32: not supported on device cpu; use --precision fp32" in err
-
-
 @pytest.mark.parametrize("torch_has_it", [True, False])
 def test_a_processor_that_emulates_bfloat16_is_refused(
     torch_has_it, corpus_dir, small, tmp_path, monkeypatch

@@ -1,6 +1,8 @@
 """Training against its definitions: steps, evaluation, schedules, and what a run does with them."""
 
+import json
 import math
+import re
 import signal
 from argparse import Namespace
 from collections import namedtuple
@@ -20,8 +22,8 @@ from data import InputError
 from kill_loop import lines, same
 from model import DROPOUTS
 from train import (
-    FINAL_SHARE, WARMUP, Average, Diverged, is_nonmonotone, make_objective, make_optimizer,
-    objective_loss, random_seq_len, scheduled_share, settings_at, train_step,
+    FINAL_SHARE, WARMUP, Average, Diverged, evaluate, is_nonmonotone, make_objective,
+    make_optimizer, objective_loss, random_seq_len, scheduled_share, settings_at, train_step,
 )
 from utils import Losses, Preempted, loss_columns, perplexity
 from weight_drop import WeightDrop
@@ -38,6 +40,14 @@ def test_perplexity_overflow_prints_inf():
 def test_windows_are_not_too_long(monkeypatch):
     monkeypatch.setattr(np.random, "normal", lambda mean, deviation: mean + 100 * deviation)
     assert random_seq_len(70) == 95
+
+
+def test_a_new_model_is_as_the_flags_say():
+    corpus = make_corpus(torch.arange(9), torch.arange(9), 10)
+    args = arguments(attention="combined", attention_window=3, pad_to=8, emsize=8, nhid=12)
+    model, _ = train.new_params(corpus, args)
+    assert (model.attention.window, model.attention.current is None) == (3, False)
+    assert {rnn.pad_to for rnn in model.rnns} == {8}
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -265,6 +275,64 @@ def test_only_improvements_are_saved_and_when_divides_the_rate(begin, spy):
     assert read_checkpoint(f"{path}.e3")["valid_loss"] == 5
 
 
+def test_a_new_rate_at_a_resume_is_not_divided(begin):
+    begin(epochs=1, when=[1], lr=2.0).fit()
+    for lr, rate in ((2.0, 0.2), (1.0, 1.0)):
+        run = begin(epochs=2, when=[1], lr=lr)
+        run.load_state_dict(read_state(run.args.save))
+        assert run.optimizer.param_groups[0]["lr"] == pytest.approx(rate)
+
+
+def test_a_log_line_has_the_mean_loss_and_the_rate_of_its_batches(begin, spy, capsys):
+    spy.losses = {n: 1.0 + (n > 10) for n in range(1, 99)}
+    begin(epochs=1, lr=2.0, schedule="trapezoid").fit()
+    found = re.findall(r"\| +(\d+)/ .* lr (\S+) .*\| loss +(\S+)", capsys.readouterr().out)
+    expected = [(str(n), f"{2 * spy.steps[n - 1].share:.5f}", f"{n / 10:.2f}") for n in (10, 20)]
+    assert found[:2] == expected
+
+
+def test_a_record_is_strict_json_with_the_perplexities(begin, spy):
+    spy.valid_losses = [1000.0]
+    run = begin(epochs=1)
+    run.fit()
+    record = json.loads(run.records, parse_constant=pytest.fail)
+    assert record["valid_ppl"] is None
+    assert record["train_ppl"] == pytest.approx(math.exp(record["train_loss"]))
+
+
+def test_the_time_before_an_interruption_counts(begin):
+    run = begin()
+    run.start_clock(500.0)
+    run.save_state()
+    run = begin()
+    run.load_state_dict(read_state(run.args.save))
+    assert run.seconds() > 500
+
+
+def test_bilm_also_reads_the_reversed_text(begin):
+    run = begin(make_params("biLM"))
+    text = run.corpus.train.flip(0)
+    _, _, more = run.window(0, 10)
+    words, targets = more["backward"]
+    assert torch.equal(words[:, 0], text[:10])
+    assert torch.equal(targets.view(10, -1)[:, 0], text[1:11])
+    assert more["is_first_window"] and not run.window(10, 10)[2]["is_first_window"]
+
+
+def test_bilstm_is_evaluated_in_windows_of_bptt():
+    params, ids, args = make_params("biLSTM"), torch.randint(50, (400,)), arguments(bptt=7)
+    found, _ = objective_loss(params, ids, args)
+    assert found == evaluate(params, ids, 10, 7) != evaluate(params, ids, 10, 40)
+
+
+def test_a_perplexity_that_is_not_a_language_models_is_noted(begin, capsys):
+    run = begin(make_params("biLSTM"), epochs=1, model="biLSTM")
+    run.fit()
+    train.report_test(run)
+    assert "Note: biLSTM sees the word that it predicts" in capsys.readouterr().out
+    assert "sees the word" in read_checkpoint(run.args.save)["note"]
+
+
 def test_with_a_partial_shuffle_each_epoch_reads_the_columns_from_other_places(begin, spy):
     run = begin(epochs=2, partial_shuffle=True)
     run.fit()
@@ -384,6 +452,15 @@ def test_rollback_halves_the_rate_three_times_at_most(begin, spy, capsys):
     spy.losses = {count + 2: math.nan, count + 4: math.nan}
     with pytest.raises(InputError, match=r"epoch 4, lr 0\.625: the loss is nan at batch 2"):
         run.fit()
+
+
+def test_a_rollback_does_not_forget_the_best_loss(begin, spy):
+    spy.valid_losses = [3, math.nan, 4, 4]
+    run = begin(epochs=2, on_divergence="rollback")
+    run.is_due = lambda seconds=0: False
+    run.fit()
+    assert run.rollbacks == 1
+    assert read_checkpoint(run.args.save)["valid_loss"] == 3
 
 
 def test_no_state_is_saved_with_a_weight_that_is_not_finite(begin):

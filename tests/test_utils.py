@@ -11,13 +11,15 @@ from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 
 import pytest
+import torch
 
 import finetune
 import main
 import pointer
 import train
+import utils
 from checkpoint import read_checkpoint, read_state
-from conftest import ROOT, invoke
+from conftest import ROOT, arguments, invoke
 from kill_loop import kill_loop
 
 TEST = "| End of training | test loss"
@@ -82,6 +84,12 @@ def test_the_first_signal_saves_and_says_how_to_resume(name, status, send, flags
 def test_nohup_is_respected(send, flags):
     send(signal.SIGHUP, 10, signal.SIG_IGN)
     assert invoke(main.main, *flags)[0] == 0
+
+
+def test_each_rank_draws_its_own_masks(corpus_dir, monkeypatch):
+    monkeypatch.setattr("distributed.rank", lambda: 1)
+    utils.prepare(arguments(data=str(corpus_dir), seed=5))
+    assert torch.initial_seed() == 6
 
 
 def test_ctrl_c_in_the_first_epoch_does_not_test_an_older_runs_model(
