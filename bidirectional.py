@@ -66,7 +66,8 @@ class BiObjective(nn.Module):
     state. For cloze prediction the backward stack reads the forward stream's window from a zero
     state at the window's end. Only words followed by CONTEXT words in the window are scored; in the
     first window of an epoch, they also need CONTEXT words before them. A window shorter than twice
-    CONTEXT uses half its length instead. With "lm", only the combiner learns from the cloze loss.
+    CONTEXT uses half its length instead. With "lm" the cloze loss is added, but only the combiner
+    learns from it.
     """
 
     def __init__(self, params, objective):
@@ -74,7 +75,7 @@ class BiObjective(nn.Module):
         self.params = params
         self.objective = objective
 
-    def groups(self):
+    def clip_groups(self):
         """Lists of parameters; the gradient norm is clipped per list."""
         if "cloze" in OBJECTIVES[self.objective]:
             return [list(self.parameters())]
@@ -90,27 +91,26 @@ class BiObjective(nn.Module):
         weight, bias = model.decoder.weight, model.decoder.bias
         parts = OBJECTIVES[self.objective]
         layers = len(model.rnns)
-        passes, losses = [], {}
-        output, states, *outputs = model(data, hidden[:layers], return_h=True)
-        before = outputs[1][-1]  # [L, B, E]
-        passes.append(outputs)
+        output, states, raw, dropped = model(data, hidden[:layers], return_h=True)
+        before = dropped[-1]  # [L, B, E]
+        passes, losses = [(raw[-1], before)], {}  # the last layer's outputs, for AR and TAR
         backward_states = hidden[layers:]
         if "forward" in parts:
             losses["forward"] = criterion(weight, bias, output, targets)
             words, words_after = backward
-            output, backward_states, *outputs = model.read_backward(
+            output, backward_states, raw, dropped = model.read_backward(
                 words, backward_states, return_h=True
             )
             losses["backward"] = criterion(weight, bias, output, words_after)
-            passes.append(outputs)
+            passes.append((raw[-1], dropped[-1]))
         targets = targets.view(data.shape)
         with torch.set_grad_enabled("cloze" in parts and torch.is_grad_enabled()):
             zero = model.init_hidden(data.size(1))[layers:]
-            _, _, *outputs = model.read_backward(targets.flip(0), zero, return_h=True)
-        after = outputs[1][-1].flip(0)  # [L, B, E]: after reading from the window's end to a word
+            _, _, raw, dropped = model.read_backward(targets.flip(0), zero, return_h=True)
+        after = dropped[-1].flip(0)  # [L, B, E]: after reading from the window's end to a word
         score_cloze = criterion
         if "cloze" in parts:
-            passes.append(outputs)
+            passes.append((raw[-1], dropped[-1]))
         else:
             before, weight, bias = before.detach(), weight.detach(), bias.detach()
             fixed = {name: value.detach() for name, value in criterion.named_parameters()}
@@ -126,8 +126,8 @@ class BiObjective(nn.Module):
             weight, bias, model.combine(before[scored], after[scored]), targets[scored]
         )
         total = sum(losses.values())
-        for raw, dropped in passes:
-            total = total + activation_regularization(raw[-1], dropped[-1], alpha, beta)
+        for raw_output, output in passes:
+            total = total + activation_regularization(raw_output, output, alpha, beta)
         mean = sum(losses[part] for part in parts) / len(parts)
         return total, mean.detach(), [*states, *backward_states]
 

@@ -131,7 +131,7 @@ def unpack(path, kind, device="cpu", content=None):
 
 
 def is_sealed(content):
-    """Whether the bytes end with the SHA-256 of the bytes before it."""
+    """Whether the bytes end with the SHA-256 of the bytes before that."""
     content = memoryview(content)
     return hashlib.sha256(content[:-DIGEST]).hexdigest().encode() == content[-DIGEST:]
 
@@ -198,10 +198,11 @@ def read_state(path):
 
 def is_finished(state):
     """Whether the run of a training state has finished, including its fine-tuning, if any."""
-    flags, finetuning = state["flags"], state["finetuning"]
-    if flags.get("finetune") and not finetuning:
+    flags, epochs = state["flags"], state["flags"]["epochs"]
+    if state["finetuning"]:
+        epochs = flags.get("finetune", epochs)  # main.py's flag; finetune.py has --epochs
+    elif flags.get("finetune"):
         return False
-    epochs = flags.get("finetune", flags["epochs"]) if finetuning else flags["epochs"]
     return state["done"] or state["epoch"] > epochs
 
 
@@ -334,11 +335,11 @@ class Run:
             suffix = FINETUNE_RECORDS if finetuning else RECORDS
             self.write(f"{self.path}{suffix}", lines.encode())
 
-    def save_state(self, params, corpus, progress):
+    def save_state(self, params, corpus, trainer_state):
         """Writes the training state; returns whether no file is left pending."""
         succeeded = self.retry()  # the state is never newer than the checkpoint it refers to
         if succeeded and distributed.is_first():
-            state = {**self.contents(params, corpus), **progress, "command": self.command}
+            state = {**self.contents(params, corpus), **trainer_state, "command": self.command}
             path = f"{self.path}{STATE}"
             succeeded = self.write(path, pack("training state", state))
             self.pending.pop(path, None)  # the next save writes a newer state

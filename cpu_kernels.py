@@ -84,8 +84,8 @@ def has_recurrent_layer(module, x, bf16):
 def recurrent_layer(x, state, weights, dtype):
     """What an LSTM or GRU of one layer, in one or two directions, computes.
 
-    x [T, B, I]; state as the module's; weights of one direction, then of the other; `dtype` is that
-    of the factors of all products. Returns all h [T, B, directions * H] and the last state.
+    x [T, B, I]; state as the module's; weights of one direction, then of the other. The operands of
+    matrix products are cast to `dtype`. Returns all h [T, B, directions * H] and the last state.
     """
     is_lstm = isinstance(state, tuple)
     states = state if is_lstm else (state,)
@@ -105,8 +105,8 @@ class RecurrentLayer(torch.autograd.Function):
     """One direction of an LSTM or GRU layer over all time steps.
 
     On a CPU torch computes a GRU operation by operation, and a bfloat16 LSTM with oneDNN, which
-    also rounds h. Here only the factors of the products are of `dtype`. The products with x are
-    one large product for all time steps; those with h share a packed matrix.
+    also rounds h. Here only the operands of matrix products are cast to `dtype`. The products with
+    x are one large product for all time steps; those with h share a packed matrix.
     """
 
     @staticmethod
@@ -119,14 +119,14 @@ class RecurrentLayer(torch.autograd.Function):
         gates = product(x, w_ih, bias_x).view(steps, rows, -1)
         hs = h0.new_empty(steps + 1, rows, size)
         hs[0] = h0
-        ctx.cell = GRUSteps if c0 is None else LSTMSteps
-        kept = h0.new_empty(len(ctx.cell.KEPT), steps + 1, rows, size)
+        ctx.kind = GRUSteps if c0 is None else LSTMSteps
+        kept = h0.new_empty(ctx.kind.KEPT, steps + 1, rows, size)
         if c0 is not None:
             kept[0, 0] = c0
-        cell = ctx.cell(gates, hs, kept)
+        elementwise = ctx.kind(gates, hs, kept)
         recurrent = Packed(w_hh, rows)
         for t, h in enumerate(hs[:-1]):
-            cell.forward(t, recurrent(h, bias_h))
+            elementwise.forward(t, recurrent(h, bias_h))
         ctx.save_for_backward(x, w_ih, w_hh, gates, hs, kept)
         last = [hs[-1]] if c0 is None else [hs[-1], kept[0, -1]]
         return hs[1:], *(state.clone() for state in last)
@@ -136,21 +136,21 @@ class RecurrentLayer(torch.autograd.Function):
     def backward(ctx, d_hs, d_h, d_c=None):
         x, w_ih, w_hh, gates, hs, kept = ctx.saved_tensors
         steps, rows, size = d_hs.shape
-        cell = ctx.cell(gates, hs, kept)
+        elementwise = ctx.kind(gates, hs, kept)
         recurrent = Packed(w_hh.t(), rows)
         d_gates = torch.empty_like(gates[0])  # the gradients of what h adds to a step's gates
         factors = torch.empty_like(gates, dtype=x.dtype)  # those of all steps, rounded
         d_h = d_h + d_hs[-1]
         for t in range(steps - 1, -1, -1):
             d_before = d_hs[t - 1] if t else torch.zeros_like(d_h)
-            d_before, d_c = cell.backward(t, d_h, d_c, d_before, d_gates)
+            d_before, d_c = elementwise.backward(t, d_h, d_c, d_before, d_gates)
             d_h = recurrent(factors[t].copy_(d_gates)) + d_before
         factors = factors.flatten(0, 1)
         transposed = factors.t().contiguous()
         d_w_hh = product(transposed, hs[:-1].flatten(0, 1).to(x.dtype).t())
         d_b_hh = d_b_ih = factors.sum(0, dtype=hs.dtype)
-        if ctx.cell is GRUSteps:  # what x adds to n is not scaled by r
-            factors[:, 2 * size :] = torch.cat(cell.d_n[::-1])
+        if ctx.kind is GRUSteps:  # what x adds to n is not scaled by r
+            factors[:, 2 * size :] = torch.cat(elementwise.d_n[::-1])
             transposed = factors.t().contiguous()
             d_b_ih = factors.sum(0, dtype=hs.dtype)
         d_x = product(factors, w_ih.t()).view(steps, rows, -1)
@@ -166,7 +166,7 @@ class GRUSteps:
     adds to n, before r scales it.
     """
 
-    KEPT = ("hidden_n",)
+    KEPT = 1  # the number of tensors in `kept`
 
     def __init__(self, gates, hs, kept):
         self.size = hs.size(2)
@@ -205,7 +205,7 @@ class LSTMSteps:
     gates [T, B, 4H]; hs [T + 1, B, H]; kept [2, T + 1, B, H]: c and tanh(c). See GRUSteps.
     """
 
-    KEPT = ("c", "tanh_c")
+    KEPT = 2
 
     def __init__(self, gates, hs, kept):
         self.size = hs.size(2)

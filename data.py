@@ -83,7 +83,7 @@ class Corpus:
         if self.name == "sample":
             self.name = f"sample (documentation of Python {platform.python_version()})"
             for split, lines in build_sample().items():
-                setattr(self, split, self._encode(lines, f"sample {split}"))
+                setattr(self, split, self._add_split(lines, f"sample {split}"))
         else:
             files = [Path(path) / f"{split}.txt" for split in SPLITS]
             if cache and is_large(files):
@@ -134,14 +134,14 @@ class Corpus:
         """Reads one text file, adding its words to the dictionary; returns its ids, [N] int32."""
         try:
             with open(path, "rb") as lines:
-                return self._encode(lines, path)
+                return self._add_split(lines, path)
         except (FileNotFoundError, NotADirectoryError):
             raise InputError(
                 f"{path}: no such file; --data takes a folder with train.txt, valid.txt and "
                 "test.txt (./getdata.sh downloads some), or 'sample'"
             ) from None
 
-    def _encode(self, lines, name):
+    def _add_split(self, lines, name):
         word2idx = self.dictionary.word2idx
         id_of = word2idx.setdefault  # one look-up per token: a new word gets the next id
         self._hash.update(b"\0split\0")  # moving text between splits must change the digest
@@ -353,13 +353,13 @@ def exact_windows(ids, batch_size, bptt, columns):
     first input of the next. A window is (inputs [T, B], targets [T, B], count), int64, T <= bptt.
     Only the last row can be incomplete: the flattened targets after the first `count` are padding.
     """
-    n = len(ids) - 1
-    rows, rest = divmod(n, batch_size)  # the first `rest` columns have one more prediction
+    predictions = len(ids) - 1
+    rows, rest = divmod(predictions, batch_size)  # the first `rest` columns have one more
     column = torch.arange(batch_size)[columns]
     starts = column * rows + column.clamp(max=rest)
-    index = (starts + torch.arange(rows + (rest > 0)).unsqueeze(1)).clamp(max=n - 1)
+    index = (starts + torch.arange(rows + (rest > 0)).unsqueeze(1)).clamp(max=predictions - 1)
     inputs, targets, width = ids[index], ids[index + 1], len(column)
-    n = rows * width + min(max(rest - columns.start, 0), width)
+    n = rows * width + min(max(rest - columns.start, 0), width)  # predictions in these columns
     for i in range(0, len(inputs), bptt):
         window = inputs[i : i + bptt].long()
         yield window, targets[i : i + bptt].long(), max(0, min(window.numel(), n - i * width))

@@ -116,7 +116,7 @@ class Scorer:
             self.write_lines(batch)
 
     def write_lines(self, rows):
-        """Writes the rows of lines, with their scores unless they are bad."""
+        """Writes a row per line; a bad line has no score."""
         scores = iter(self.lm.score_each([row["words"] for row in rows if row["words"]]))
         for row in rows:
             if row["words"]:

@@ -26,7 +26,7 @@ from train import REGULARIZERS, Trainer, objective_loss, regularizers_at, train_
 from utils import log, log_parts, loss_columns, prepare, read_with_vocabulary
 
 COMMAND = "finetune.py"
-PHASE_FLAGS = (*OPTIMIZER_FLAGS, *REGULARIZERS)  # those that can differ from training
+PHASE_FLAGS = (*OPTIMIZER_FLAGS, *REGULARIZERS)  # those that flags_after can change
 INHERITED = (
     "data", "level", *PHASE_FLAGS, "clip", "batch_size", "bptt", "nonmono", "objective",
     "partial_shuffle", "precision", "pad_to", "unk",
@@ -39,7 +39,7 @@ def finetune(corpus, args, run, state=None):
     `args` are the flags of main.py, with at most `finetune` epochs, or those of finetune.py.
     Resumes from `state`, if given.
     """
-    args = tuning_flags(args, state)
+    args = finetuning_flags(args, state)
     if state:
         return train_and_test(resume_trainer(corpus, args, run, state))
     # A resumed run compares its flags with those of this phase.
@@ -63,7 +63,7 @@ def resume_trainer(corpus, args, run, state):
     return trainer
 
 
-def tuning_flags(args, state):
+def finetuning_flags(args, state):
     """The flags of fine-tuning: those of training, but SGD at a constant learning rate.
 
     A resumed run of main.py keeps the rates and regularizers with which it began to fine-tune.
@@ -159,7 +159,7 @@ def reread_state(args, corpus, command):
 def main(argv=None):
     """Fine-tunes the checkpoint that `--save` names, and tests it; returns the exit status."""
     args, state = parse_args(argv)
-    args.when = []
+    args.when = []  # read by open_run; only main.py has the flag
     with open_run(args, COMMAND) as run:
         corpus = prepare(args)
         if state:

@@ -55,7 +55,8 @@ FIXED_FLAGS = (
     "recipe", "batch_size", "optimizer", "seed", "objective", "level", *NEW_MODEL_FLAGS,
     *ARCHITECTURE,
 )
-# Flags that do not affect the result; `data` is compared by its content.
+# Flags that do not affect the result; `data` is compared by its content. Any other flag may change
+# on --resume, but the run is then not bit-identical: see `differences`.
 FREE_FLAGS = (
     "data", "save", "resume", "epochs", "finetune", "log_interval", "cuda", "device", "tied",
     "checkpoint_minutes", "on_divergence", "no_cache",
@@ -74,7 +75,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
     def add(self, name, default, help, **kwargs):
-        """Adds a flag that is absent from the namespace unless it is given."""
+        """Adds a flag. It is in the namespace only if given, so that a preset can set it."""
         dest = name.lstrip("-").replace("-", "_")
         self.defaults[dest] = default
         if dest in self.inherited:
@@ -85,6 +86,9 @@ class Parser(argparse.ArgumentParser):
         self.actions[dest] = self.add_argument(
             name, default=argparse.SUPPRESS, help=help, **kwargs
         )
+
+
+# ------------------------------------------------------------ argparse types
 
 
 def number(kind, low, high=float("inf"), open_low=False):
@@ -130,6 +134,9 @@ def parse_device(text):
 def follow_link(path):
     """An argparse type: the path itself, or the target of a symbolic link."""
     return os.path.realpath(path) if os.path.islink(path) else path
+
+
+# ------------------------------------------------------------ the flags of training
 
 
 def make_parser(description, inherited=(), source="as in training"):
@@ -209,8 +216,13 @@ def make_parser(description, inherited=(), source="as in training"):
     return parser
 
 
+# ------------------------------------------------------------ resolving and checking flags
+
+
 def resolve_flags(given, defaults, saved=None):
-    """The flags of a run, a Namespace, by precedence: defaults < recipe < saved < given.
+    """The flags of a run, a Namespace.
+
+    By precedence: defaults < the optimizer's < recipe < saved < given.
 
     `given` is a Namespace, `defaults` and `saved` (a saved run's or model's) are {name: value}.
     Raises InputError.

@@ -67,7 +67,7 @@ def parse_args(argv=None):
     if state:
         saved = flags_of_run(state, path)
         check_unchanged(given, saved, path)
-        if state["finetuning"]:
+        if state["finetuning"]:  # training is over: its length and schedules cannot change
             schedule = ("epochs", "when", "schedule", "regularization_ramp")
             check_unchanged(given, saved, path, schedule)
     elif path:

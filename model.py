@@ -87,7 +87,7 @@ class RNNModel(nn.Module):
         }
         self.rnn_type = rnn_type
         self.dropout, self.dropouth, self.dropouti = dropout, dropouth, dropouti
-        self.dropoute, self.wdrop = dropoute, wdrop
+        self.dropoute, self.wdrop = dropoute, wdrop  # wdrop is only read by make_layers
         self.bf16, self.pad_to = bf16, pad_to
 
         widths = [nhid] * (nlayers - 1) + [ninp if tie_weights else nhid]
@@ -144,18 +144,19 @@ class RNNModel(nn.Module):
         return self.read(self.rnns, input, hidden, return_h)
 
     def read(self, rnns, input, hidden, return_h=False):
-        """As `forward`, with `rnns` as the recurrent layers."""
+        """As `forward`, with other layers: biLM's backward stack, or Cells in generation."""
         embedded = embedded_dropout(self.encoder, input, self.dropoute if self.training else 0)
         x = self.lockdrop(embedded, self.dropouti)  # [T, B, E]
         new_hidden, raw_outputs, outputs = [], [], []
         for layer, rnn in enumerate(rnns):
+            is_last = layer == len(rnns) - 1
             x, state = rnn(x, hidden[layer], bf16=self.in_bf16())  # [T, B, H]
             new_hidden.append(state)
             raw_outputs.append(x)
-            if self.attention is not None and layer == len(rnns) - 1:
+            if self.attention is not None and is_last:
                 x, memory = self.attention(x, hidden[-1])
                 new_hidden.append(memory)
-            x = self.lockdrop(x, self.dropout if layer == len(rnns) - 1 else self.dropouth)
+            x = self.lockdrop(x, self.dropout if is_last else self.dropouth)
             outputs.append(x)
         output = self.as_operand(x.flatten(0, 1))
         if return_h:
@@ -194,8 +195,8 @@ class RNNModel(nn.Module):
 def activation_regularization(raw_output, output, alpha, beta):
     """AR + TAR of the last layer (Merity et al. 2017, 1708.01009), each a mean of squares.
 
-    AR is alpha * mean(output^2), over the output after dropout. TAR is beta * mean((h_t+1 -
-    h_t)^2), over the raw output before dropout, and 0 if T is 1. Both outputs are [T, B, H]. The
+    AR is alpha * mean(output^2), over the output after dropout. TAR is beta * mean((h_{t+1}
+    - h_t)^2), over the raw output before dropout, and 0 if T is 1. Both outputs are [T, B, H]. The
     papers print norms; the published results used means of squares.
     """
     penalty = 0.0
@@ -263,6 +264,7 @@ class LanguageModel:
         ids = words if words.dim() == 2 else words.unsqueeze(1)
         context = context or self.context(ids.size(1))
         before = self._read_on(ids, context)
+        # One step later: without the outputs before the first word, with those after the last.
         output = torch.cat([before, self._output(context)])[ids.size(1) :]
         return self._log_probs(output).view(*words.shape, len(self.vocabulary))
 
@@ -280,7 +282,8 @@ class LanguageModel:
             parts = ids.tensor_split(max(1, min(columns, len(ids))))
             context = self.context(len(parts))
             context.last[1:] = torch.tensor([part[-1] for part in parts[:-1]])
-        return self._make_score(tokens, [p for part in self._score(parts, context) for p in part])
+        log_probs = self._score_parts(parts, context)
+        return self._make_score(tokens, [p for part in log_probs for p in part])
 
     def score_each(self, texts):
         """A list with the Score of each of `texts`, which are read in parallel."""
@@ -290,7 +293,7 @@ class LanguageModel:
         for start in range(0, len(order), TEXTS):
             some = order[start : start + TEXTS]
             parts = [self.ids(texts[i]) for i in some]
-            log_probs |= zip(some, self._score(parts, self.context(len(some))))
+            log_probs |= zip(some, self._score_parts(parts, self.context(len(some))))
         return [self._make_score(text, log_probs[i]) for i, text in enumerate(texts)]
 
     def next_words(self, text="", k=10, context=None):
@@ -400,7 +403,7 @@ class LanguageModel:
             return criterion.logprob(*weights, output)
         return criterion.target_logprob(*weights, output, targets)
 
-    def _score(self, parts, context):
+    def _score_parts(self, parts, context):
         """For each of `parts`, vectors of ids, the list of their log-probabilities.
 
         Part i continues column i of `context`. Parts must not be longer than those before them:
@@ -437,8 +440,8 @@ def draw(log_prob, temperature=1.0, top_k=0, top_p=1.0, banned=(), generator=Non
     probability = (logits / temperature).softmax(-1)
     if top_k or top_p < 1:
         probability = truncate(probability, top_k, top_p)
-    # The word with the shortest exponential waiting time at rate p. torch.multinomial has drawn
-    # words of probability 0 on some devices.
+    # time / p is exponential with rate p, so the smallest is word w's with probability p(w).
+    # torch.multinomial has drawn words of probability 0 on some devices.
     times = torch.empty_like(probability).exponential_(generator=generator)
     return (probability / times.clamp_(min=torch.finfo(times.dtype).tiny)).argmax(-1)
 

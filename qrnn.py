@@ -42,7 +42,7 @@ class QRNN(nn.Module):
         """x [T, B, I], state -> all h [T, B, H], the state after them.
 
         The state is c [1, B, H]; with a window of 2 (c, the last input [1, B, I], detached). With
-        `bf16` the products have factors in bfloat16.
+        `bf16` the operands of matrix products are in bfloat16.
         """
         c, last = state if self.window == 2 else (state, None)
         inputs = x
@@ -57,7 +57,7 @@ class QRNN(nn.Module):
 class Recurrence(torch.autograd.Function):
     """A QRNN layer over all time steps: one product for all of them, then element by element.
 
-    The factors of the products are of `dtype`; all else is in the precision of the state.
+    The operands of matrix products are cast to `dtype`; all else has the dtype of the state.
     """
 
     @staticmethod

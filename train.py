@@ -1,4 +1,7 @@
-"""Training: a step, an evaluation, schedules, and a complete run with NT-ASGD."""
+"""Training: a step, an evaluation, schedules, and a complete run with NT-ASGD.
+
+`params` is everywhere nn.ModuleList([model, criterion]): a split softmax has weights too.
+"""
 
 import json
 import math
@@ -76,16 +79,13 @@ def new_params(corpus, args):
 
 
 class Objective(nn.Module):
-    """The training objective as one module, so that model and criterion are replicated together.
-
-    `params` is nn.ModuleList([model, criterion]).
-    """
+    """The training objective as one module, so that model and criterion are replicated together."""
 
     def __init__(self, params):
         super().__init__()
         self.params = params
 
-    def groups(self):
+    def clip_groups(self):
         """Lists of parameters; the gradient norm is clipped per list."""
         return [list(self.parameters())]
 
@@ -115,8 +115,8 @@ def train_step(objective, optimizer, data, targets, hidden, args, rate_share=1.0
     total, loss, hidden = objective(data, targets, hidden, args.alpha, args.beta, **more)
     total.backward()
     if args.clip:
-        for parameters in getattr(objective, "module", objective).groups():  # DDP has a `module`
-            clip_grad_norm_(parameters, args.clip)
+        for group in getattr(objective, "module", objective).clip_groups():  # DDP has a `module`
+            clip_grad_norm_(group, args.clip)
     rates = [group["lr"] for group in optimizer.param_groups]
     for group, rate in zip(optimizer.param_groups, rates):
         group["lr"] = rate * rate_share * len(data) / args.bptt
@@ -141,6 +141,9 @@ def make_optimizer(params, args):
     groups = [{"params": others}, {"params": biases, "lr": args.lr * args.bias_lr}]
     fused = others[0].device.type in ("cpu", "cuda")  # one pass over weights and gradients
     return kind(groups, lr=args.lr, weight_decay=args.wdecay, fused=fused, **settings)
+
+
+# ------------------------------------------------------------ averaging and its trigger
 
 
 class Average:
@@ -256,8 +259,8 @@ def regularizers_at(epochs, args):
 
     Their strength rises linearly from SHARE to 1 over the ramp's EPOCHS.
     """
-    share, ramp_epochs = args.regularization_ramp
-    strength = min(1.0, share + (1 - share) * epochs / ramp_epochs)
+    start, ramp_epochs = args.regularization_ramp
+    strength = min(1.0, start + (1 - start) * epochs / ramp_epochs)
     return {name: strength * getattr(args, name) for name in REGULARIZERS}
 
 
@@ -270,6 +273,7 @@ def settings_at(epochs, args, model):
     if not args.regularization_ramp:
         return args, share
     settings = regularizers_at(epochs, args)
+    # Each WeightDrop has a rate of its own; model.wdrop was read when the layers were made.
     for name in DROPOUTS:
         setattr(model, name, settings[name])
     for module in model.modules():
@@ -299,8 +303,7 @@ class Trainer:
     validation loss is below `best`. The training state is saved beside it at the start, after an
     epoch, and every `args.checkpoint_minutes`.
 
-    `params` is nn.ModuleList([model, criterion]). `run` is the checkpoint.Run that writes the files
-    and checks for signals.
+    `run` is the checkpoint.Run that writes the files and checks for signals.
     """
 
     # The trainer's attributes that the training state holds as plain data.
@@ -369,7 +372,7 @@ class Trainer:
         Preempted after a signal, once the state is saved.
         """
         try:
-            if self.is_over() and self.args.resume != self.args.save:  # under another name
+            if self.is_over() and self.args.resume != self.args.save:  # now at another path
                 self.save_state()
             elif self.args.device.type == "cuda" and not self.is_over():
                 self.try_longest_window()
@@ -517,7 +520,7 @@ class Trainer:
         self.run.save_records(self.records, self.finetuning)
 
     def state_dict(self):
-        """The tensors and plain data that `load_state_dict` needs to resume from here."""
+        """The training state without weights, flags and corpus, which `Run.save_state` adds."""
         hidden = distributed.all_gather(map_hidden(lambda h: h.detach().cpu(), self.hidden))
         return {
             **{name: getattr(self, name) for name in self.PROGRESS},
@@ -635,9 +638,10 @@ class Trainer:
         return succeeded
 
     def is_due(self, seconds=0.0):
-        """Whether to save the state again: it is `seconds` old, and losses are not too high.
+        """Whether to save again: the state is `seconds` old, and losses are not too high.
 
-        True only on the first rank, whose clock decides for all.
+        Nor may saving take more than SAVING_SHARE of the time. True only on the first rank, whose
+        clock decides for all.
         """
         since = time.perf_counter() - self.saved_at
         due = since >= max(seconds, self.saving_seconds / SAVING_SHARE)
@@ -683,6 +687,7 @@ class Trainer:
         if args.on_divergence == "rollback" and state and self.rollbacks < ROLLBACKS:
             best, rollbacks = self.best, self.rollbacks + 1
             self.load_state_dict(state)
+            # self.rollbacks is now the state's; repeat the halvings since it was written.
             self.rate_divisor *= 2 ** (rollbacks - self.rollbacks)
             self.set_rates()
             self.best, self.rollbacks = best, rollbacks
@@ -748,7 +753,7 @@ def report_test(trainer, check=None):
 
 
 class EpochLog:
-    """The progress bar of an epoch and its log line every --log-interval batches."""
+    """Follows an epoch: checks the losses that arrive, moves the progress bar, logs lines."""
 
     def __init__(self, trainer):
         self.trainer = trainer

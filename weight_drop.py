@@ -26,7 +26,7 @@ def drop_weight(weight, dropout, variational=False):
     # the top bit, which would bias every fourth draw.
     draws = torch.empty((weight.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
     draws = draws.view(torch.int16)[: weight.numel()].view_as(weight)
-    dropped = min(round(dropout * 65536), 65535)  # of the 65,536 values a draw can take
+    dropped = min(round(dropout * 65536), 65535)  # of a draw's 65,536 values, from -32,768 on
     kept = (draws >= dropped - 32768).to(weight.dtype)  # torch.where takes eight times as long
     return weight * kept.mul_(65536 / (65536 - dropped))
 
