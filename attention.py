@@ -20,9 +20,9 @@ class Attention(nn.Module):
         h'_t = tanh(W_c [h_t; c_t] + b)
 
     h'_t replaces h_t as the input of the tied decoder. If there is no earlier state, c_t is 0. The
-    part of W_c that multiplies h_t is initialized as the identity, and b as 0. With small
-    random values the states, small at first, would shrink further and the model would learn little:
-    see records/attention. `size` is the size of a state. Raises ValueError for an unknown kind.
+    part of W_c that multiplies h_t is initialized as the identity, and b as 0: with small random
+    values the states, small at first, would shrink further, and the model would learn little (see
+    records/attention). `size` is the size of a state. Raises ValueError for an unknown kind.
     """
 
     def __init__(self, size, kind, window):

@@ -55,8 +55,8 @@ FIXED_FLAGS = (
     "recipe", "batch_size", "optimizer", "seed", "objective", "level", *NEW_MODEL_FLAGS,
     *ARCHITECTURE,
 )
-# Flags that do not affect the result; `data` is compared by its content. Any other flag may change
-# on --resume, but the run is then not bit-identical: see `differences`.
+# Flags that do not affect the result; `data` is compared by its content. A flag in neither list may
+# change on --resume, but the run is then not bit-identical: see `differences`.
 FREE_FLAGS = (
     "data", "save", "resume", "epochs", "finetune", "log_interval", "cuda", "device", "tied",
     "checkpoint_minutes", "on_divergence", "no_cache",

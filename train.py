@@ -372,9 +372,10 @@ class Trainer:
         Preempted after a signal, once the state is saved.
         """
         try:
-            if self.is_over() and self.args.resume != self.args.save:  # now at another path
-                self.save_state()
-            elif self.args.device.type == "cuda" and not self.is_over():
+            if self.is_over():
+                if self.args.resume != self.args.save:  # a finished run gets another path
+                    self.save_state()
+            elif self.args.device.type == "cuda":
                 self.try_longest_window()
             while not self.is_over():
                 try:
@@ -638,10 +639,10 @@ class Trainer:
         return succeeded
 
     def is_due(self, seconds=0.0):
-        """Whether to save again: the state is `seconds` old, and losses are not too high.
+        """Whether to save again: the state on disk is `seconds` old, and losses are not too high.
 
-        Nor may saving take more than SAVING_SHARE of the time. True only on the first rank, whose
-        clock decides for all.
+        It must also be so old that saving takes at most SAVING_SHARE of the time. True only on the
+        first rank, whose clock decides for all.
         """
         since = time.perf_counter() - self.saved_at
         due = since >= max(seconds, self.saving_seconds / SAVING_SHARE)
