@@ -97,13 +97,15 @@ def kill_loop(folder, flags, cycles, seconds, signals=(signal.SIGKILL,), seed=0,
         part.mkdir()
         while True:
             process = start(part, flags)
+            number = generator.choice(signals)
             if kills == cycles:
                 process.wait()
-            elif generator.random() < 0.9:  # else while it still starts
+            elif generator.random() < 0.9:
                 while process.poll() is None and "Args:" not in (part / "log").read_text():
                     time.sleep(0.01)
+            else:  # while it still starts, when Ctrl-C ends in some error of torch's import
+                number = signal.SIGKILL
             time.sleep(generator.uniform(0, seconds))
-            number = generator.choice(signals)
             process.send_signal(number)  # which does nothing once the run has ended
             process.wait()
             if process.returncode not in (-number, 128 + number):
