@@ -107,9 +107,10 @@ def unpack(path, kind, device="cpu", content=None):
     If the bytes `content` are given, `path` is not read. Raises InputError, naming the file, when
     it is missing, damaged in any bit, or not of this kind and version.
     """
+    device = torch.device(device)  # a mistyped device is not damage: torch's RuntimeError
     if content is None:
         if not os.path.isfile(path):
-            raise InputError(f"{path}: no such {kind}; train one with main.py --save")
+            raise InputError(f"{path}: no such {kind}; main.py --save writes one after an epoch")
         content = Path(path).read_bytes()
     if not is_sealed(content):
         raise InputError(

@@ -59,8 +59,8 @@ def load_for_use(path, args):
         raise InputError(f"{path}: {NOTES['biLSTM']}; use another model")
     if is_bilm(lm.params):
         warn(
-            f"Note: {path} is a biLM: results are those of its forward language model, which "
-            "--objective cloze does not train"
+            f"Note: {path} is a biLM: results are those of its forward language model; after "
+            "training with --objective cloze they mean nothing"
         )
     return lm
 

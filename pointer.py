@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from bidirectional import is_bilm
 from checkpoint import read_checkpoint
-from data import Corpus
+from data import Corpus, InputError
 from dynamic_evaluation import Rule, read, root_mean_square
 from evaluate import load_for_use
 from flags import (
@@ -185,6 +185,8 @@ def report_split(reader, ids, split, args):
     if args.dynamic:
         fixed = read(reader.params, ids[: reader.words + 1], args.bptt)
         losses = {"model alone": mean_loss(fixed), "dynamic": loss}
+        if not loss < losses["model alone"] + 1:
+            raise InputError(f"--lr {args.lr:g}: the adapting weights diverged; try a lower --lr")
     if args.lambdasm:
         losses["dynamic and cache" if args.dynamic else "with cache"] = with_cache
     coverage = f" | {reader.words:,} of {len(ids) - 1:,} tokens" if args.seconds < math.inf else ""

@@ -246,6 +246,11 @@ def test_an_error_of_the_device_is_not_called_damage(kind, message, told, unfini
     assert "device" in err and told in err and "damaged" not in err
 
 
+def test_a_mistyped_device_is_not_called_damage(trained):
+    with pytest.raises(RuntimeError, match=r"device type .*: gpu"):
+        load(trained, "gpu")
+
+
 # ---------------------------------------------------------------- one run to a path
 
 

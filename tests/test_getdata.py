@@ -139,7 +139,7 @@ def test_mirrors_are_tried_in_turn_and_a_second_run_does_nothing(tool, project, 
 
 def test_no_good_mirror_leaves_nothing_behind(project, server):
     done = run(project, f"{server}/corrupt", DEAD)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "data/penn/train.txt: no mirror had it" in done.stderr
     assert files(project) == set()
     assert not (project / "data" / "penn").exists()
@@ -150,7 +150,7 @@ def test_a_file_that_is_not_the_published_one_is_not_overwritten(project, server
     mine.parent.mkdir(parents=True)
     mine.write_text("my own text\n")
     done = run(project, f"{server}/good")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "exists and is not the published file" in done.stderr
     assert mine.read_text() == "my own text\n"
 
@@ -229,17 +229,17 @@ def test_what_cannot_be_unpacked_leaves_no_folder(project, server):
     (project / "data").mkdir()
     (project / "data" / "enwik8.zip").write_bytes(broken)
     done = run(project, f"{server}/good", corpora=["enwik8"])
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.endswith("getdata.sh: data/enwik8.zip could not be unpacked\n")
     assert [path.name for path in (project / "data").iterdir()] == ["enwik8.zip"]
     (project / "data" / "enwik8").mkdir()
     done = run(project, f"{server}/good", corpora=["enwik8"])
     assert (done.returncode, done.stderr) == (
-        1, "getdata.sh: data/enwik8 exists without train.txt; move it away\n"
+        2, "getdata.sh: data/enwik8 exists without train.txt; move it away\n"
     )
 
 
 def test_an_unknown_corpus_is_refused_before_anything_is_fetched(project, server):
     done = run(project, f"{server}/good", corpora=["penn", "text8"])
-    assert (done.returncode, files(project)) == (1, set())
+    assert (done.returncode, files(project)) == (2, set())
     assert done.stderr.startswith("getdata.sh: text8: no such corpus; choose from penn ")

@@ -120,6 +120,8 @@ def test_dynamic_evaluation_with_the_cache(rule, lr, run):
     assert (status, err) == (0, "")
     alone, dynamic, both = (ppls(out, n) for n in ("model alone", "dynamic", "dynamic and cache"))
     assert alone != dynamic != both
+    status, _, err = run("--dynamic", rule, "--lr", "1e10", "--split", "test")
+    assert status == 2 and "--lr 1e+10: the adapting weights diverged" in err
     _, out, _ = run("--dynamic", rule, "--lr", "0", "--decay", "0", "--lambdasm", "0")
     assert ppls(out, "dynamic") == ppls(out, "model alone") == alone
     assert "cache" not in out
