@@ -170,7 +170,7 @@ def process_peak_mib():
 def matrix_flop(params, args):
     """Floating-point operations of a training step's matrix products.
 
-    Each weight and token: a multiplication and an addition, forward and for two gradients.
+    Per weight and token: a multiplication and an addition, forward and for each of two gradients.
     """
     weights = sum(weight.numel() for weight in params.parameters() if weight.dim() == 2)
     return 6 * weights * args.bptt * args.batch_size
@@ -187,7 +187,7 @@ TASKS = {}  # those of a side, in its own process
 
 def set_up_side(make_side, args):
     """Makes a side's tasks and warms up; returns (operations of a step, peak memory in MiB)."""
-    set_up_device(args)
+    set_up_device(args.device, args.precision)
     params, tasks = make_tasks(make_side, args)
     TASKS.update(tasks)
     for _ in range(3):
@@ -198,20 +198,21 @@ def set_up_side(make_side, args):
 
 
 def time_task(name, device):
-    """The time of one call of a side's task; on a GPU, of one of several without a pause.
+    """The time of one call of a side's task; of a step on a GPU, the mean of 20 without a pause.
 
     While the GPU computes a step, the host prepares the next one, as in training.
     """
-    calls = 1 if device.type == "cpu" else 20
+    calls = 20 if name == "step" and device.type != "cpu" else 1
     return seconds(lambda: [TASKS[name]() for _ in range(calls)], device) / calls
 
 
 def measure(args):
     """Yields {name: {figure: value}} of the run, of each side, and of ours over the baseline."""
-    set_up_device(args)
+    set_up_device(args.device, args.precision)
     sides = [("ours", our_side, args)] + [baseline(args)] * args.baseline
     processes = {name: new_process() for name, *_ in sides}
-    costs = {name: processes[name].submit(set_up_side, *side).result() for name, *side in sides}
+    set_up = {name: processes[name].submit(set_up_side, *side) for name, *side in sides}
+    costs = {name: cost.result() for name, cost in set_up.items()}
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     size = LARGE[args.device.type]
     operand = torch.randn(size, size, device=args.device, dtype=dtype)
@@ -247,7 +248,7 @@ def profile(args):
     First the time without the profiler, and the share of it in which nothing runs; then the
     operations (on CUDA: the kernels) that take the most time.
     """
-    set_up_device(args)
+    set_up_device(args.device, args.precision)
     _, tasks = make_tasks(our_side, args)
     TASKS.update(tasks)
     for name, function in tasks.items():

@@ -20,7 +20,7 @@ from data import Dictionary, InputError
 from model import DROPOUTS, NOTES, LanguageModel, training_settings
 from splitcross import SplitCrossEntropyLoss
 from utils import (
-    FINETUNE_RECORDS, RECORDS, Preemption, append_rest, is_device_error, log, plain,
+    FINETUNE_RECORDS, RECORDS, Preemption, append_rest, is_device_error, log, plain_flags,
     read_with_vocabulary, warn,
 )
 
@@ -169,7 +169,7 @@ def saved_params(path, corpus, args, content=None):
 
 
 def vocabulary_of(contents, unk=None):
-    """The data.Dictionary of a checkpoint or a training state. Raises InputError, see there."""
+    """The data.Dictionary of a checkpoint or state. Raises InputError if it lacks `unk`."""
     flags = contents["flags"]
     return Dictionary(contents["vocabulary"], flags["level"], flags["unk"] if unk is None else unk)
 
@@ -298,7 +298,7 @@ class Run:
     """
 
     def __init__(self, args, command, check=lambda due=False: due):
-        self.path, self.flags = args.save, plain(args)
+        self.path, self.flags = args.save, plain_flags(args)
         self.command, self.check = command, check
         self.resume_command = how_to_resume(command, args.save)
         self.pending = {}  # path: bytes that could not be written yet

@@ -300,7 +300,7 @@ def list_most_common(words):
     return f"{quoted} and {len(words) - 5} others" if len(words) > 5 else quoted
 
 
-def unigram(train, ntoken):
+def unigram_frequencies(train, ntoken):
     """The frequencies [ntoken] of the words in `train`, add-one smoothed, in float64."""
     counts = torch.bincount(train, minlength=ntoken).double() + 1
     return counts / counts.sum()
@@ -311,7 +311,7 @@ def unigram_loss(train, test, ntoken):
 
     Add-one smoothed. This is the score of a model that ignores all context.
     """
-    return -unigram(train, ntoken).log()[test[1:].long()].mean().item()
+    return -unigram_frequencies(train, ntoken).log()[test[1:].long()].mean().item()
 
 
 def batchify(data, bsz, args=None):

@@ -11,7 +11,6 @@ the others still are, and the exit code is 2.
 """
 
 import csv
-import json
 import math
 import sys
 from collections import Counter
@@ -23,8 +22,8 @@ from data import EOS, InputError, decode_line, encode, list_most_common, open_li
 from flags import Parser, add_model_flags, count, resolve_device, run_command
 from model import NOTES, WINDOW
 from utils import (
-    log, log_parts, log_word_perplexity, loss_columns, note_explicit_eos, perplexity, set_up_device,
-    warn, warn_about_unknown,
+    json_line, log, log_parts, log_word_perplexity, loss_columns, note_explicit_eos, perplexity,
+    set_up_device, warn, warn_about_unknown,
 )
 
 # The columns of a row for a file, a line and a token. log_prob is a natural logarithm, loss is its
@@ -47,8 +46,7 @@ def load_for_use(path, args):
     which sees the word it predicts, and if a flag cannot be met.
     """
     resolve_device(args)
-    args.precision = "fp32"
-    set_up_device(args)
+    set_up_device(args.device)
     lm = load(path, args.device, args.unk)
     model, _ = lm
     if args.model not in (None, model.rnn_type):
@@ -97,7 +95,7 @@ class Scorer:
         if self.kind == "file":
             self.write({"file": path}, score)
             if self.args.format == "text":
-                self.log_more(score, words)
+                self.log_other_losses(score, words)
             return
         tokens = iter(score.tokens)
         for row in rows:
@@ -160,7 +158,7 @@ class Scorer:
         warn(f"Warning: {message}")
         self.failed = True
 
-    def log_more(self, score, words):
+    def log_other_losses(self, score, words):
         """Logs the perplexity per word of a model of characters, and the other losses of a biLM."""
         ids = self.lm.ids([EOS, *words])
         log_word_perplexity(-score.log_prob / len(words), ids[1:].cpu(), self.lm.vocabulary)
@@ -188,10 +186,7 @@ class Scorer:
     def write_row(self, row, unknown=()):
         values = [row.get(column) for column in self.columns]
         if self.args.format == "json":
-            for i, value in enumerate(values):
-                if isinstance(value, float) and not math.isfinite(value):
-                    values[i] = None  # JSON has neither infinity nor NaN
-            print(json.dumps(dict(zip(self.columns, values)), ensure_ascii=False), flush=True)
+            print(json_line(dict(zip(self.columns, values))), flush=True)
         elif self.args.format == "csv":
             self.csv.writerow(values)
             sys.stdout.flush()

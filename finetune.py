@@ -45,9 +45,9 @@ def finetune(corpus, args, run, state=None):
     # A resumed run compares its flags with those of this phase.
     run.flags |= {flag: getattr(args, flag) for flag in PHASE_FLAGS}
     params = saved_params(args.save, corpus, args)
+    loss, parts = objective_loss(params, corpus.valid, args, run.check)
     base = broadcast(copy_base(args.save) if is_first() else None)
     log(f"Fine-tuning {args.save}; its base model stays at {base}")
-    loss, parts = objective_loss(params, corpus.valid, args, run.check)
     log(f"| base model | {loss_columns(loss, 'valid ')}")
     log_parts(parts)
     flags = (format_flag(flag, getattr(args, flag)) for flag in PHASE_FLAGS)
@@ -69,15 +69,14 @@ def finetuning_flags(args, state):
     A resumed run of main.py keeps the rates and regularizers with which it began to fine-tune.
     """
     flags = vars(args)
-    tuning = {"epochs": flags.get("finetune", args.epochs), "optimizer": "sgd", "when": [],
-              "schedule": "constant", "regularization_ramp": None, **flags_after(flags)}
-    if state:
-        tuning |= {flag: flags[flag] for flag in PHASE_FLAGS}
-    return Namespace(**{**flags, **tuning})
+    constant = {"epochs": flags.get("finetune", args.epochs), "optimizer": "sgd", "when": [],
+                "schedule": "constant", "regularization_ramp": None}
+    changed = {} if state else flags_after(flags)
+    return Namespace(**{**flags, **constant, **changed})
 
 
 def flags_after(training):
-    """{flag: value} of what changes after training with the flags `training`, a dictionary.
+    """The flags that change after training, {flag: value}; `training` has those of training.
 
     The regularizers keep the strength that a ramp reaches in that run's number of epochs; after
     Adam the rates are SGD's.

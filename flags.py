@@ -16,7 +16,7 @@ from attention import KINDS
 from cpu_kernels import has_bf16_products, keep_freed_memory
 from data import LEVELS, UNKNOWN_TOKENS, InputError
 from model import RNN_TYPES, check_architecture
-from utils import Preempted, environment, is_device_error, is_out_of_memory
+from utils import Preempted, environment, is_device_error, is_out_of_memory, log
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota, file size limit
 ARCHITECTURE = {  # flag: RNNModel's argument
@@ -363,7 +363,9 @@ def check_unchanged(given, saved, path, fixed=FIXED_FLAGS):
     """Raises InputError if a `fixed` flag in `given` differs from that of the run at `path`."""
     for flag in fixed:
         if flag in saved and getattr(given, flag, saved[flag]) != saved[flag]:
-            has = "its own" if saved[flag] is None else format_flag(flag, saved[flag])
+            has = format_flag(flag, saved[flag])
+            if saved[flag] is None:
+                has = "its own" if flag in NEW_MODEL_FLAGS else "none"
             advice = "leave the flag out"
             if flag not in (*ARCHITECTURE, *NEW_MODEL_FLAGS, "level"):
                 advice += f", or copy {path} elsewhere to start from its weights only"
@@ -377,8 +379,8 @@ def differences(state, flags, device):
     free = set(FREE_FLAGS)
     if not state["finetuning"] and flags.get("schedule", "constant") != "constant":
         free.remove("epochs")  # the schedule depends on them
-    before, after = state["environment"], environment(device)
-    before |= {flag: value for flag, value in state["flags"].items() if flag not in free}
+    after = environment(device)
+    before = state["environment"] | {f: v for f, v in state["flags"].items() if f not in free}
     after |= {flag: flags[flag] for flag in before if flag in flags}
     changes = [f"{n} {before.get(n)} -> {after[n]}" for n in after if before.get(n) != after[n]]
     if device.type != "cpu":
@@ -427,12 +429,14 @@ def run_command(main):
         encoding = None if sys.stdout.isatty() else "utf-8"
         sys.stdout.reconfigure(encoding=encoding, errors="backslashreplace")
     try:
-        status = main()
+        status = main() or 0
+        if not log.failed:  # otherwise that has been reported
+            sys.stdout.flush()
     except BrokenPipeError:  # the reader of the pipe has exited, as `head` does
         os._exit(141)  # 128 + SIGPIPE
     except (InputError, OSError, MemoryError, RuntimeError) as error:
         status = 2
-        message = explain(error)
+        message = error_line(error)
         if message is None:
             raise
         print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
@@ -441,15 +445,15 @@ def run_command(main):
         status = 128 + getattr(stop, "number", signal.SIGINT)
     try:
         sys.stdout.flush()
-    except OSError:  # utils.log has reported it; Python would report it again
+    except OSError:  # it has been reported; Python would report it again
         os._exit(status)
     if distributed.is_distributed():  # gloo's threads can abort the process in a normal exit
         sys.stderr.flush()
-        os._exit(status or 0)
+        os._exit(status)
     sys.exit(status)
 
 
-def explain(error):
+def error_line(error):
     """The line that reports an error to the user; None for a bug in the program."""
     if isinstance(error, InputError):
         return str(error)
@@ -462,7 +466,7 @@ def explain(error):
     if not is_device_error(error):
         return None
     on_cuda = torch.cuda.is_initialized() or any(t in str(error) for t in ("CUDA", "cuDNN"))
-    device = "cuda" if on_cuda else "cpu"
+    device = "mps" if "MPS" in str(error) else "cuda" if on_cuda else "cpu"
     if is_out_of_memory(error):
         return (
             f"device {device} is out of memory; lower --batch_size, --bptt or other flags that set "

@@ -7,22 +7,18 @@ Published AWD-LSTM commands run unchanged. Exit codes: 0; 2 for bad input or div
 Ctrl-C, which still tests the best model so far; 143 after SIGTERM.
 """
 
-import math
-import os
-from pathlib import Path
-
 import torch
 
 from checkpoint import copy_model, keep_older_run, open_run, read_checkpoint, saved_params
-from data import Dictionary, InputError, read_vectors, unigram
-from distributed import is_first
+from data import Dictionary, InputError, read_vectors, unigram_frequencies
+from distributed import broadcast, is_first
 from finetune import finetune, reread_state, resume_trainer, state_to_resume
 from flags import (
     NEW_MODEL_FLAGS, RECIPES, check_unchanged, describe_recipe, flags_of_run, make_parser,
     model_flags, number, resolve_flags, run_command,
 )
-from train import OPTIMIZERS, WARMUP, Trainer, new_params, objective_loss, train_and_test
-from utils import RECORDS, log, prepare
+from train import OPTIMIZERS, WARMUP, Trainer, new_params, train_and_test
+from utils import log, prepare
 
 COMMAND = "main.py"
 
@@ -109,29 +105,25 @@ def make_trainer(corpus, args, run, state):
     """
     if state:
         return resume_trainer(corpus, args, run, state)
-    best, records = math.inf, ""
     if args.resume:
         params = saved_params(args.resume, corpus, args)
         log(
             f"Warm start from the weights of {args.resume}: no run of {COMMAND} to resume; saving "
             f"to {args.save}"
         )
+        broadcast(None)  # all ranks have read the weights, whose file may be renamed now
     else:
-        Dictionary(corpus.dictionary.idx2word, args.level, args.unk)  # refuses an absent --unk
+        corpus.dictionary = Dictionary(corpus.dictionary.idx2word, args.level, args.unk)
         params = new_params(corpus, args)
         model, criterion = params
         if args.decoder_bias == "unigram":
-            criterion.init_bias(unigram(corpus.train, len(corpus.dictionary)), model.decoder.bias)
+            frequencies = unigram_frequencies(corpus.train, len(corpus.dictionary))
+            criterion.init_bias(frequencies, model.decoder.bias)
         if args.embeddings:
             load_pretrained_vectors(model.encoder.weight, corpus.dictionary, args)
-    if args.resume == args.save:  # only a better model replaces the file
-        best, _ = objective_loss(params, corpus.valid, args, run.check)
-        if os.path.exists(f"{args.save}{RECORDS}"):
-            records = Path(f"{args.save}{RECORDS}").read_text("utf-8", errors="replace")
-            records = records[: records.rfind("\n") + 1]  # without a part of a line
-    elif is_first():
+    if is_first():
         keep_older_run(args.save, args.when)
-    return Trainer(params, corpus, args, run, best=best, records=records)
+    return Trainer(params, corpus, args, run)
 
 
 @torch.no_grad()

@@ -69,7 +69,7 @@ class RNNModel(nn.Module):
     biLSTM is the report's model. Its backward direction has read the word to be predicted, so its
     perplexity is not a language model's.
 
-    Raises ValueError for an unknown type or an odd size with biLSTM.
+    Raises ValueError for a model that cannot be built, see check_architecture and Attention.
     """
 
     def __init__(
@@ -87,8 +87,8 @@ class RNNModel(nn.Module):
         }
         self.rnn_type = rnn_type
         self.dropout, self.dropouth, self.dropouti = dropout, dropouth, dropouti
-        self.dropoute, self.wdrop = dropoute, wdrop  # wdrop is only read by make_layers
-        self.bf16, self.pad_to = bf16, pad_to
+        self.dropoute, self.bf16 = dropoute, bf16
+        self.wdrop, self.pad_to = wdrop, pad_to  # each layer has its own copy
 
         widths = [nhid] * (nlayers - 1) + [ninp if tie_weights else nhid]
         self.widths = list(zip([ninp, *widths], widths))  # (input, output) of each layer

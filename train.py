@@ -3,7 +3,6 @@
 `params` is everywhere nn.ModuleList([model, criterion]): a split softmax has weights too.
 """
 
-import json
 import math
 import os
 import signal
@@ -26,8 +25,8 @@ from data import LEVELS, InputError, batchify, exact_windows, get_batch, unigram
 from model import DROPOUTS, NOTES, WINDOW, activation_regularization, training_settings
 from splitcross import SplitCrossEntropyLoss, default_splits
 from utils import (
-    Losses, Preempted, environment, float32_products, get_generators, is_out_of_memory, log,
-    log_parts, log_word_perplexity, loss_columns, map_hidden, perplexity, repackage_hidden,
+    Losses, Preempted, environment, float32_products, get_generators, is_out_of_memory, json_line,
+    log, log_parts, log_word_perplexity, loss_columns, map_hidden, perplexity, repackage_hidden,
     set_generators, warn,
 )
 from weight_drop import WeightDrop
@@ -155,7 +154,6 @@ class Average:
 
     def __init__(self, params):
         self.params = deepcopy(params).requires_grad_(False)
-        self.params.zero_grad()  # deepcopy copies the gradients too
         for module in self.params.modules():
             if isinstance(module, nn.RNNBase):  # cuDNN warns if copied weights are not contiguous
                 module.flatten_parameters()
@@ -312,7 +310,7 @@ class Trainer:
         "rollbacks", "rate_divisor", "offsets",
     )
 
-    def __init__(self, params, corpus, args, run, finetuning=False, best=math.inf, records=""):
+    def __init__(self, params, corpus, args, run, finetuning=False, best=math.inf):
         self.params, self.corpus, self.args, self.run = params, corpus, args, run
         self.finetuning = finetuning
         self.columns = distributed.columns(args.batch_size)  # this rank's
@@ -327,7 +325,7 @@ class Trainer:
         self.average = Average(params) if finetuning else None
         self.epoch, self.row = 1, 0  # the current epoch; where its next window starts
         self.hidden, self.losses = None, Losses()
-        self.valid_losses, self.best, self.records = [], best, records
+        self.valid_losses, self.best, self.records = [], best, ""
         self.done = False  # whether the trigger has ended fine-tuning
         self.high_loss_streak, self.rollbacks = 0, 0
         self.rate_divisor = 1  # of the learning rate, raised by --when and by rollbacks
@@ -515,9 +513,7 @@ class Trainer:
 
     def add_record(self, **record):
         """Adds one epoch's JSON line to the file beside the checkpoint."""
-        # JSON has no infinity: a perplexity that overflows becomes null.
-        record = {k: None if v == math.inf else v for k, v in record.items()}
-        self.records += json.dumps(record) + "\n"
+        self.records += json_line(record) + "\n"
         self.run.save_records(self.records, self.finetuning)
 
     def state_dict(self):
@@ -594,7 +590,7 @@ class Trainer:
         path = self.args.save
         if os.path.exists(path):
             checkpoint = read_checkpoint(path)
-            # A warm start or fine-tuning may have begun with a model of another text or objective.
+            # Fine-tuning may have begun with a model of another text or objective.
             comparable = checkpoint["corpus"]["sha256"] == state["corpus"]["sha256"] and all(
                 checkpoint["flags"][flag] == state["flags"][flag] for flag in ("objective", "unk")
             )

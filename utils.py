@@ -1,6 +1,7 @@
 """Model-independent helpers: log lines, losses, hidden states, precision, signals."""
 
 import contextlib
+import json
 import math
 import os
 import signal
@@ -91,6 +92,14 @@ def warn_about_unknown(unknown, unk):
         warn(f"Warning: not in the vocabulary, read as {unk}: {list_most_common(unknown)}")
 
 
+def json_line(record):
+    """A dictionary as JSON, which has neither infinity nor NaN: they become null."""
+    return json.dumps({
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in record.items()
+    }, ensure_ascii=False)
+
+
 # ------------------------------------------------------------ files
 
 
@@ -159,7 +168,7 @@ class Losses:
 def map_hidden(function, *states):
     """Applies `function` to the corresponding tensors of hidden states.
 
-    A hidden state is a tensor, nested tuples of tensors, or None.
+    A hidden state is a tensor, nested tuples or lists of tensors, or None; lists become tuples.
     """
     if states[0] is None:
         return None
@@ -208,13 +217,13 @@ def float32_products():
             setattr(*setting, value)
 
 
-def set_up_device(args):
-    """Makes `args.device` the current device and sets the precision of its matrix products."""
-    if args.device.type == "cuda":
-        if args.device.index is not None:
-            torch.cuda.set_device(args.device)
-        use_expandable_segments(args.device)
-    set_products(args.precision)
+def set_up_device(device, precision="fp32"):
+    """Makes `device` the current device and sets the precision of its matrix products."""
+    if device.type == "cuda":
+        if device.index is not None:
+            torch.cuda.set_device(device)
+        use_expandable_segments(device)
+    set_products(precision)
 
 
 def describe_device(device):
@@ -244,7 +253,7 @@ def is_device_error(error):
 # ------------------------------------------------------------ the start of a run
 
 
-def plain(args):
+def plain_flags(args):
     """The flags as plain data (strings, numbers, lists), for logs and checkpoints."""
     return {name: str(v) if isinstance(v, torch.device) else v for name, v in vars(args).items()}
 
@@ -262,7 +271,7 @@ def prepare(args):
         )
     np.random.seed(args.seed)
     torch.manual_seed(args.seed + distributed.rank())  # each rank draws its own dropout masks
-    set_up_device(args)
+    set_up_device(args.device, args.precision)
     sizes = ", ".join(f"{split} {len(getattr(corpus, split)):,}" for split in SPLITS)
     log(f"Corpus {corpus.name}: tokens {sizes}; {len(corpus.dictionary):,} {LEVELS[args.level]}s")
     log(f"Corpus sha256: {corpus.digest}")
@@ -272,15 +281,15 @@ def prepare(args):
         f"PyTorch {torch.__version__}, device {describe_device(args.device)}, "
         f"{torch.get_num_threads()} threads{ranks}"
     )
-    log(f"Args: {plain(args)}")
+    log(f"Args: {plain_flags(args)}")
     return corpus
 
 
-def note_explicit_eos(lines, report=log):
-    """Reports that so many lines of a text end in an explicit <eos>, if any do."""
-    if lines:
+def note_explicit_eos(count, report=log):
+    """Reports the number of lines that end in an explicit <eos>, unless it is 0."""
+    if count:
         report(
-            f"Note: lines that end in an explicit {EOS}: {lines:,}; it doubles the implied one and "
+            f"Note: lines that end in an explicit {EOS}: {count:,}; it doubles the implied one and "
             "lowers the perplexity; remove it from the text"
         )
 

@@ -52,12 +52,6 @@ class WeightDrop(nn.Module):
         self.variational = variational
         self.pad_to = pad_to
 
-    def extra_repr(self):
-        return (
-            f"weights={self.weights}, dropout={self.dropout}, variational={self.variational}, "
-            f"pad_to={self.pad_to}"
-        )
-
     def forward(self, *args, bf16=False):
         """As the module's own `forward`; in training, with dropped weights."""
         weights = dict(self.module.named_parameters())

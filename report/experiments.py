@@ -1,9 +1,7 @@
 """The experiments of "Regularizing and Optimizing RNN Language Models", and ours, as plain data.
 
-They share main.py's defaults: emsize 400, nhid 1150, three layers, bptt 70, SGD with a learning
-rate of 30 followed by NT-ASGD, clip 0.25, dropout 0.4, dropoute 0.1, wdrop 0.5, alpha 2, beta 1,
-wdecay 1.2e-6. The flags of an experiment override those of its corpus, and the flags of the scale
-override both.
+They share main.py's defaults, which are the report's. The flags of an experiment override those of
+its corpus, and the flags of the scale override both.
 """
 
 from typing import NamedTuple

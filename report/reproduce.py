@@ -4,8 +4,8 @@
     python -m report.reproduce --scale full --only ptb-lstm,wt2-lstm --devices cuda:0 cuda:1
 
 Each experiment is a run of main.py or finetune.py in the folder --out/runs/NAME. Running the same
-command again resumes interrupted runs and skips finished ones. Whenever a run ends, the results are
-updated: README.md, with a table and figures.
+command again resumes interrupted runs and skips finished ones. Whenever a run succeeds, and at the
+end, the results are updated: README.md, with a table and figures.
 """
 
 import os

@@ -70,8 +70,7 @@ def table(out, epochs):
     rows = [COLUMNS, ["---"] * len(COLUMNS)]
     for name, run in epochs.items():
         experiment = EXPERIMENTS[name]
-        parameters, _ = read_log(out, experiment.base or name)
-        _, test = read_log(out, name)
+        parameters, test = read_log(out, name)
         best = min(run, key=valid_ppl)
         so_far = "" if test else " so far"
         rows.append([

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -547,16 +548,6 @@ def test_a_resumed_run_repairs_the_lines(tail, unfinished, tmp_path):
     assert [line["epoch"] for line in lines(path.read_text())] == [1, 2, 3]
 
 
-def test_a_warm_start_goes_on_after_the_last_whole_line(trained, corpus_dir):
-    trained.with_name("trained.pt.state").unlink()
-    path = trained.with_name("trained.pt.jsonl")
-    before = path.read_text()
-    path.write_text(before + '{"epoch": 2, "sec')
-    succeed("--resume", trained, "--save", trained, "--epochs", 1, "--batch_size", 4)
-    assert path.read_text().startswith(before)
-    assert [line["epoch"] for line in lines(path.read_text())] == [1, 1]
-
-
 def test_a_disk_that_fills_up_within_a_line(tmp_path, capsys):
     run, path = Run(arguments(save=str(tmp_path / "m.pt")), "main.py"), tmp_path / "m.pt.jsonl"
     first, second, third = (f'{{"epoch": {n}, "lr": {"1" * 50}}}\n' for n in (1, 2, 3))
@@ -733,12 +724,9 @@ def test_a_warm_start_takes_the_weights_and_the_flags_given(trained, corpus_dir,
     assert after["valid_loss"] == pytest.approx(before["valid_loss"], abs=1e-4)
     assert (after["flags"]["lr"], after["flags"]["bptt"]) == (1e-9, 70)
     assert "leave the flag out" in refuse(*flags, "--decoder-bias", "unigram")
-    # Onto itself, it keeps the better model, and its record.
-    content = trained.read_bytes()
-    flags += ["--save", trained, "--on-divergence", "continue"]
-    assert "Saving" not in succeed(*flags, "--lr", 3000)
-    assert trained.read_bytes() == content
-    assert len(trained.with_name("trained.pt.jsonl").read_text().splitlines()) == 2
+    content = trained.read_bytes()  # a warm start onto itself renames the model
+    assert f"{trained}.old" in succeed(*flags, "--save", trained)
+    assert trained.with_name("trained.pt.old").read_bytes() == content
 
 
 def test_a_finished_run_says_so_and_more_epochs_extend_it(trained, corpus_dir, small, tmp_path):
@@ -868,6 +856,7 @@ def test_main_resumes_in_its_fine_tuning(corpus_dir, small, tmp_path):
     stop([115], *flags, parts)
     assert "at epoch 1 of fine-tuning" in stop([40], "--resume", parts)
     assert "--epochs 9: " in refuse("--resume", parts, "--epochs", 9)
+    assert f"{parts} has none; leave" in refuse("--resume", parts, "--regularization-ramp", 0, 3)
     succeed("--resume", parts)
     assert same(outcome(whole), outcome(parts))
     bases = [read_checkpoint(f"{path}.base")["model"] for path in (whole, parts)]
@@ -903,6 +892,13 @@ def test_finetune_resumes_itself_and_names_the_command_for_the_others(unfinished
     edit(path.with_name("run.pt.state"), done=True)  # by the trigger
     assert f"is finished; finetune.py --save {path} fine-tunes" in refuse("--resume", path)
     assert f"Resuming the run of {base} at epoch 2" in succeed("--resume", base)
+
+
+def test_an_interrupted_evaluation_of_the_base_model_leaves_no_copy(trained, monkeypatch):
+    monkeypatch.setattr(finetune, "objective_loss", Mock(side_effect=Preempted(signal.SIGTERM)))
+    with pytest.raises(Preempted):
+        finetune.main(["--save", str(trained), "--epochs", "1"])
+    assert not trained.with_name("trained.pt.base").exists()
 
 
 def test_finetune_from_another_name(trained, tmp_path):

@@ -195,7 +195,7 @@ def test_tritons_kernels_are_compiled_once_for_all_lengths(device, tmp_path):
 # ------------------------------------------------------------ a run
 
 
-def make_run(device, *points, name="LSTM", **flags):
+def make_run(device, *points, name="LSTM", nhid=256, **flags):
     """A Trainer with every dropout, which averages from its first step and ends at `points`."""
     torch.manual_seed(0)
     np.random.seed(0)
@@ -203,7 +203,7 @@ def make_run(device, *points, name="LSTM", **flags):
         "device": device, "batch_size": 20, "bptt": 20, "lr": 1.0, "epochs": 2,
         "objective": "both", **dict.fromkeys(DROPOUTS, 0.3), **flags,
     })
-    params = published(name, rate=0.3).to(device)
+    params = published(name, nhid, rate=0.3).to(device)
     params[0].bf16 = args.precision == "bf16"
     set_products(args.precision)
     corpus = stream(200 * args.batch_size)
@@ -242,9 +242,13 @@ def test_a_step_does_not_wait_for_the_device(flags, device):
         set_mode("default")
 
 
-@pytest.mark.parametrize("name", ["LSTM", "GRU", "QRNN", "biLSTM"])
-def test_no_step_and_no_evaluation_warns(name, device):
-    run = make_run(device, name=name)
+@pytest.mark.parametrize(
+    ("name", "nhid"),
+    [("LSTM", 256), ("LSTM", 1150), ("GRU", 256), ("GRU", 1150), ("QRNN", 256), ("biLSTM", 256)],
+)
+def test_no_step_and_no_evaluation_warns(name, nhid, device):
+    """For example that cuDNN compacts the weights at every call."""
+    run = make_run(device, name=name, nhid=nhid)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(3):

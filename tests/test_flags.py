@@ -9,7 +9,7 @@ import distributed
 import finetune
 import main
 from conftest import invoke
-from flags import explain
+from flags import error_line
 
 BAD_FLAGS = [
     ("--model lstm2", "--model: invalid choice: 'lstm2'"),
@@ -161,7 +161,7 @@ def test_a_recipe_is_the_flags_that_it_sets(flags, recipe, all_flags):
 
 def test_a_lost_connection_between_processes_is_no_bug():
     error = RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed")
-    assert explain(error).startswith("the processes cannot communicate: ")
+    assert error_line(error).startswith("the processes cannot communicate: ")
 
 
 def test_other_job_managers_are_not_torchrun(monkeypatch):

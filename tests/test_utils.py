@@ -177,8 +177,8 @@ def test_text_is_utf8_whatever_the_locale():
     assert written.decode() == "\u4eca\n"
 
 
-@pytest.mark.parametrize("reason", ["No space left on device", "Broken pipe"])
-def test_a_log_that_cannot_be_written_does_not_end_the_run(reason, flags, tmp_path):
+def run_without_output(reason, argv):
+    """Runs Python with a standard output that cannot be written; returns (status, stderr)."""
     if reason == "Broken pipe":  # as when Ctrl-C ends `| tee log` too
         reader, output = os.pipe()
         os.close(reader)
@@ -187,12 +187,32 @@ def test_a_log_that_cannot_be_written_does_not_end_the_run(reason, flags, tmp_pa
     else:
         pytest.skip("no /dev/full here")
     done = subprocess.run(
-        [sys.executable, str(ROOT / "main.py"), *map(str, flags), "--epochs", "1"],
-        stdout=output, stderr=subprocess.PIPE, text=True,
+        [sys.executable, *map(str, argv)],
+        stdout=output, stderr=subprocess.PIPE, text=True, cwd=ROOT,
     )
     os.close(output)
-    assert done.returncode == 0
-    assert done.stderr == (
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("reason", "status", "message"),
+    [
+        ("No space left on device", 2, "cannot write the output (No space left on device); free"),
+        ("Broken pipe", 141, ""),
+    ],
+)
+def test_output_that_is_lost_when_a_command_ends(reason, status, message):
+    program = "from flags import run_command; run_command(lambda: print('a row'))"
+    returned, err = run_without_output(reason, ["-c", program])
+    assert returned == status
+    assert message in err and err.count("\n") == (status == 2)
+
+
+@pytest.mark.parametrize("reason", ["No space left on device", "Broken pipe"])
+def test_a_log_that_cannot_be_written_does_not_end_the_run(reason, flags, tmp_path):
+    status, err = run_without_output(reason, [ROOT / "main.py", *flags, "--epochs", "1"])
+    assert status == 0
+    assert err == (
         f"Warning: cannot write to standard output ({reason}); log lines are lost\n"
     )
     assert read_checkpoint(tmp_path / "m.pt")["epoch"] == 1

@@ -32,7 +32,7 @@ def peak():
 def run():
     args, _ = main.parse_args(COMMAND.split() + sys.argv[1:])
     keep_freed_memory()
-    set_up_device(args)
+    set_up_device(args.device, args.precision)
     torch.manual_seed(args.seed)
     params = new_params(Namespace(dictionary=Dictionary(map(str, range(WORDS)))), args)
     optimizer, objective = make_optimizer(params, args), make_objective(params, args)

@@ -18,7 +18,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from bidirectional import make_model
-from data import Corpus, batchify, get_batch, unigram
+from data import Corpus, batchify, get_batch, unigram_frequencies
 from splitcross import SplitCrossEntropyLoss
 from train import Objective, evaluate, random_seq_len
 from utils import repackage_hidden
@@ -81,7 +81,7 @@ def main(argv):
                 if s["chrono"]:
                     gates += torch.empty_like(gates).uniform_(1, s["chrono"]).log()
         if s["unigram"]:
-            model.decoder.bias.copy_(unigram(corpus.train, ntoken).log())
+            model.decoder.bias.copy_(unigram_frequencies(corpus.train, ntoken).log())
     groups = [{"params": others}]
     for weight in recurrent:
         share = s["top"] if any(weight is p for p in tops) else 1
