@@ -38,7 +38,7 @@ from cpu_kernels import keep_freed_memory
 from data import InputError
 from flags import count, make_parser, resolve_flags, run_command
 from model import RNNModel
-from train import Objective, make_optimizer, new_params, objective_loss, train_step
+from train import Objective, evaluate_model, make_optimizer, new_params, train_step
 from utils import set_up_device
 
 # The published commands, and the size of their corpora's vocabularies.
@@ -139,7 +139,7 @@ def make_tasks(make_side, args):
         nonlocal hidden
         _, hidden = train_step(objective, optimizer, data, targets, hidden, args)
 
-    return params, {"step": step, "evaluation": lambda: objective_loss(params, ids, args)}
+    return params, {"step": step, "evaluation": lambda: evaluate_model(params, ids, args)}
 
 
 def zipf(ntoken, shape):

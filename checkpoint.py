@@ -293,13 +293,13 @@ class Run:
     """Writes the files of a run to `args.save`.
 
     A file that cannot be written is reported, kept in memory, and tried again at the next save.
-    `command` is the command's file name; `check` raises Preempted after a signal, see
-    utils.Preemption.
+    `command` is the command's file name; `check_signals` raises Preempted after a signal,
+    see utils.Preemption.
     """
 
-    def __init__(self, args, command, check=lambda due=False: due):
+    def __init__(self, args, command, check_signals=lambda due=False: due):
         self.path, self.flags = args.save, plain_flags(args)
-        self.command, self.check = command, check
+        self.command, self.check_signals = command, check_signals
         self.resume_command = how_to_resume(command, args.save)
         self.pending = {}  # path: bytes that could not be written yet
 
@@ -378,7 +378,7 @@ def open_run(args, command):
         if distributed.is_first():
             check_replaceable(args)
         with run_lock(args.save), Preemption() as preemption:
-            yield Run(args, command, preemption.check)
+            yield Run(args, command, preemption.check_signals)
 
 
 def keep_older_run(path, when):

@@ -350,8 +350,13 @@ def exact_windows(ids, batch_size, bptt, columns):
 
     The ids are arranged in `batch_size` columns, of which the slice `columns` is read. Columns are
     contiguous pieces of the text that overlap by one token: the last target of a column is the
-    first input of the next. A window is (inputs [T, B], targets [T, B], count), int64, T <= bptt.
+    first input of the next. A window is (inputs [L, B], targets [L, B], count), int64, L <= bptt.
     Only the last row can be incomplete: the flattened targets after the first `count` are padding.
+    In four columns, the targets of the text a b c d e f g h i j k are
+
+        b e h j
+        c f i k
+        d g . .
     """
     predictions = len(ids) - 1
     rows, rest = divmod(predictions, batch_size)  # the first `rest` columns have one more
@@ -359,10 +364,10 @@ def exact_windows(ids, batch_size, bptt, columns):
     starts = column * rows + column.clamp(max=rest)
     index = (starts + torch.arange(rows + (rest > 0)).unsqueeze(1)).clamp(max=predictions - 1)
     inputs, targets, width = ids[index], ids[index + 1], len(column)
-    n = rows * width + min(max(rest - columns.start, 0), width)  # predictions in these columns
+    own = rows * width + min(max(rest - columns.start, 0), width)  # predictions in these columns
     for i in range(0, len(inputs), bptt):
         window = inputs[i : i + bptt].long()
-        yield window, targets[i : i + bptt].long(), max(0, min(window.numel(), n - i * width))
+        yield window, targets[i : i + bptt].long(), max(0, min(window.numel(), own - i * width))
 
 
 # ------------------------------------------------------------ the sample corpus

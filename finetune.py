@@ -22,7 +22,7 @@ from flags import (
     make_parser, model_flags, resolve_flags, run_command, sgd_rates,
 )
 from model import training_settings
-from train import REGULARIZERS, Trainer, objective_loss, regularizers_at, train_and_test
+from train import REGULARIZERS, Trainer, evaluate_model, regularizers_at, train_and_test
 from utils import log, log_parts, loss_columns, prepare, read_with_vocabulary
 
 COMMAND = "finetune.py"
@@ -45,7 +45,7 @@ def finetune(corpus, args, run, state=None):
     # A resumed run compares its flags with those of this phase.
     run.flags |= {flag: getattr(args, flag) for flag in PHASE_FLAGS}
     params = saved_params(args.save, corpus, args)
-    loss, parts = objective_loss(params, corpus.valid, args, run.check)
+    loss, parts = evaluate_model(params, corpus.valid, args, run.check_signals)
     base = broadcast(copy_base(args.save) if is_first() else None)
     log(f"Fine-tuning {args.save}; its base model stays at {base}")
     log(f"| base model | {loss_columns(loss, 'valid ')}")
@@ -71,7 +71,7 @@ def finetuning_flags(args, state):
     flags = vars(args)
     constant = {"epochs": flags.get("finetune", args.epochs), "optimizer": "sgd", "when": [],
                 "schedule": "constant", "regularization_ramp": None}
-    changed = {} if state else flags_after(flags)
+    changed = {} if state else flags_after(flags)  # of main.py; parse_args did it for finetune.py
     return Namespace(**{**flags, **constant, **changed})
 
 

@@ -88,7 +88,7 @@ def main(argv=None):
     with open_run(args, COMMAND) as run:
         corpus = prepare(args)
         if state:
-            state = reread_state(args, corpus, COMMAND)
+            state = reread_state(args, corpus, COMMAND)  # under the lock
             copy_model(args.resume, args.save)
         if not (state and state["finetuning"]):
             status = train_and_test(make_trainer(corpus, args, run, state))

@@ -91,7 +91,7 @@ class RNNModel(nn.Module):
         self.wdrop, self.pad_to = wdrop, pad_to  # each layer has its own copy
 
         widths = [nhid] * (nlayers - 1) + [ninp if tie_weights else nhid]
-        self.widths = list(zip([ninp, *widths], widths))  # (input, output) of each layer
+        self.layer_sizes = list(zip([ninp, *widths], widths))  # (input, output) of each layer
 
         self.encoder = nn.Embedding(ntoken, ninp)
         self.lockdrop = LockedDropout()
@@ -109,18 +109,18 @@ class RNNModel(nn.Module):
         if self.rnn_type == "QRNN":
             return nn.ModuleList(
                 WeightDrop(QRNN(*sizes, window=1 if layer else 2), ["linear.weight"], self.wdrop)
-                for layer, sizes in enumerate(self.widths)
+                for layer, sizes in enumerate(self.layer_sizes)
             )
-        bidirectional = self.rnn_type == "biLSTM"
         cell = nn.GRU if self.rnn_type == "GRU" else nn.LSTM
-        recurrent = ["weight_hh_l0"] + ["weight_hh_l0_reverse"] * bidirectional
+        dropped, directions = ["weight_hh_l0"], 1
+        if self.rnn_type == "biLSTM":
+            dropped, directions = ["weight_hh_l0", "weight_hh_l0_reverse"], 2
         return nn.ModuleList(
             WeightDrop(
-                cell(input_width, width // (1 + bidirectional), bidirectional=bidirectional),
-                recurrent, self.wdrop,
-                pad_to=self.pad_to,
+                cell(input_width, width // directions, bidirectional=directions == 2),
+                dropped, self.wdrop, pad_to=self.pad_to,
             )
-            for input_width, width in self.widths
+            for input_width, width in self.layer_sizes
         )
 
     def init_weights(self):
@@ -154,7 +154,7 @@ class RNNModel(nn.Module):
             new_hidden.append(state)
             raw_outputs.append(x)
             if self.attention is not None and is_last:
-                x, memory = self.attention(x, hidden[-1])
+                x, memory = self.attention(x, hidden[len(rnns)])  # see init_hidden
                 new_hidden.append(memory)
             x = self.lockdrop(x, self.dropout if is_last else self.dropouth)
             outputs.append(x)
@@ -193,7 +193,7 @@ class RNNModel(nn.Module):
 
 
 def activation_regularization(raw_output, output, alpha, beta):
-    """AR + TAR of the last layer (Merity et al. 2017, 1708.01009), each a mean of squares.
+    """AR + TAR of the last layer (section 4.6 of 1708.02182; 1708.01009), each a mean of squares.
 
     AR is alpha * mean(output^2), over the output after dropout. TAR is beta * mean((h_{t+1}
     - h_t)^2), over the raw output before dropout, and 0 if T is 1. Both outputs are [T, B, H]. The
@@ -440,7 +440,7 @@ def draw(log_prob, temperature=1.0, top_k=0, top_p=1.0, banned=(), generator=Non
     probability = (logits / temperature).softmax(-1)
     if top_k or top_p < 1:
         probability = truncate(probability, top_k, top_p)
-    # time / p is exponential with rate p, so the smallest is word w's with probability p(w).
+    # time / p is exponential with rate p, so p / time is largest for word w with probability p(w).
     # torch.multinomial has drawn words of probability 0 on some devices.
     times = torch.empty_like(probability).exponential_(generator=generator)
     return (probability / times.clamp_(min=torch.finfo(times.dtype).tiny)).argmax(-1)

@@ -48,8 +48,8 @@ def cache_probabilities(pieces, thetas, windows):
 
         p_cache(w) = sum_i a_i [w_i = w],   a = softmax(theta h_t . h_i)
 
-    over the pairs (h_i, w_i) with t - window <= i < t, that is, over words already read. It is 0
-    for the first word, which has no cache.
+    over the pairs (h_i, w_i) with t - window <= i < t, that is, over words already read; w_i is the
+    word after the state h_i, the paper's x_{i+1}. It is 0 for the first word, which has no cache.
     """
     states, words, logprob = map(torch.cat, zip(*pieces))
     places = torch.arange(len(words), device=words.device)
@@ -57,7 +57,7 @@ def cache_probabilities(pieces, thetas, windows):
     for start, window in product(range(0, len(words), CHUNK), windows):
         now = slice(start, start + CHUNK)
         cached = slice(max(0, start - window), start + CHUNK - 1)  # the pairs that any word can use
-        age = places[now, None] - places[cached]  # [T, P]
+        age = places[now, None] - places[cached]  # [words, pairs]
         outside = (age < 1) | (age > window)
         products = states[now] @ states[cached].t()
         is_word = words[now, None] == words[cached]

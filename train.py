@@ -102,11 +102,13 @@ def make_objective(params, args):
     return BiObjective(params, args.objective) if is_bilm(params) else Objective(params)
 
 
-def train_step(objective, optimizer, data, targets, hidden, args, rate_share=1.0, **more):
+def train_step(objective, optimizer, data, targets, hidden, args, lr_share=1.0, **more):
     """One step of truncated BPTT on `data` [L, B] and `targets` [L*B].
 
-    The step uses the optimizer's learning rate times `rate_share` (the schedule's share) times
-    L / bptt, so that a short window weighs less than a long one. `more` is passed to the objective.
+    The learning rate of a group is its `lr` (see Trainer.set_rates) times `lr_share`, that of the
+    schedule, times L / bptt, so that a short window weighs less than a long one. `more` is what
+    biLM's objective needs besides, see Trainer.window.
+
     Returns the loss in nats without AR and TAR, a tensor on the device, and the new hidden state.
     """
     hidden = repackage_hidden(hidden)
@@ -118,7 +120,7 @@ def train_step(objective, optimizer, data, targets, hidden, args, rate_share=1.0
             clip_grad_norm_(group, args.clip)
     rates = [group["lr"] for group in optimizer.param_groups]
     for group, rate in zip(optimizer.param_groups, rates):
-        group["lr"] = rate * rate_share * len(data) / args.bptt
+        group["lr"] = rate * lr_share * len(data) / args.bptt
     optimizer.step()
     for group, rate in zip(optimizer.param_groups, rates):
         group["lr"] = rate
@@ -146,41 +148,42 @@ def make_optimizer(params, args):
 
 
 class Average:
-    """The plain mean of the weights over all steps since its creation, in `params`.
+    """The plain mean of the weights over all steps since its creation, in `mean`.
 
     Polyak and Juditsky 1992; section 3 of Merity et al. 2017 (1708.02182). The count is kept on the
     host, so that no step waits for the device.
     """
 
     def __init__(self, params):
-        self.params = deepcopy(params).requires_grad_(False)
-        for module in self.params.modules():
+        self.mean = deepcopy(params).requires_grad_(False)
+        for module in self.mean.modules():
             if isinstance(module, nn.RNNBase):  # cuDNN warns if copied weights are not contiguous
                 module.flatten_parameters()
         self.count = 0
 
     def update(self, params):
         """Adds the weights of `params` to the mean."""
-        mean, weights = list(self.params.parameters()), list(params.parameters())
+        mean, weights = list(self.mean.parameters()), list(params.parameters())
         with torch.no_grad():
-            get_swa_multi_avg_fn()(mean, weights, self.count)
+            get_swa_multi_avg_fn()(mean, weights, self.count)  # mean += (w - mean) / (count + 1)
         self.count += 1
 
     def state_dict(self):
-        return {"count": self.count, "params": self.params.state_dict()}
+        return {"count": self.count, "params": self.mean.state_dict()}
 
     def load_state_dict(self, state):
         self.count = state["count"]
-        self.params.load_state_dict(state["params"])
+        self.mean.load_state_dict(state["params"])
 
 
 def is_nonmonotone(valid_losses, loss, nonmono):
     """The trigger of NT-ASGD: whether `loss` exceeds the minimum of all but the last n losses.
 
-    `valid_losses` are those of the earlier epochs; n is `nonmono`. The paper's Algorithm 1
-    misprints the range; this is the range of the published code, which its authors confirmed.
+    `valid_losses` are those of the earlier epochs; n is `nonmono`. The paper's Algorithm 1 prints
+    the minimum of the last n; this is the range of the published code, which its authors confirmed.
     """
-    return len(valid_losses) > nonmono and loss > min(valid_losses[: len(valid_losses) - nonmono])
+    before = valid_losses[: len(valid_losses) - nonmono]  # [:-nonmono], also if that is 0
+    return len(valid_losses) > nonmono and loss > min(before)
 
 
 # ------------------------------------------------------------ one evaluation
@@ -210,8 +213,8 @@ def evaluate(params, ids, batch_size, bptt, check=None):
     return losses.mean_of_all_ranks()
 
 
-def objective_loss(params, ids, args, check=None, batch_size=EVAL_BATCH_SIZE):
-    """The objective's loss in nats on `ids` [N], and {name: loss} of its parts, if it has any.
+def evaluate_model(params, ids, args, check=None, batch_size=EVAL_BATCH_SIZE):
+    """The loss in nats on `ids` [N], without AR and TAR, and {name: loss} of biLM's parts.
 
     See `evaluate`. Reads long windows, except for biLSTM.
     """
@@ -262,14 +265,14 @@ def regularizers_at(epochs, args):
     return {name: strength * getattr(args, name) for name in REGULARIZERS}
 
 
-def settings_at(epochs, args, model):
+def apply_schedules(epochs, args, model):
     """The flags of a step after `epochs` epochs, and its share of the learning rate.
 
     With a ramp, also sets the dropout rates of `model`, an RNNModel.
     """
-    share = scheduled_share(args.schedule, epochs / args.epochs)
+    lr_share = scheduled_share(args.schedule, epochs / args.epochs)
     if not args.regularization_ramp:
-        return args, share
+        return args, lr_share
     settings = regularizers_at(epochs, args)
     # Each WeightDrop has a rate of its own; model.wdrop was read when the layers were made.
     for name in DROPOUTS:
@@ -277,7 +280,7 @@ def settings_at(epochs, args, model):
     for module in model.modules():
         if isinstance(module, WeightDrop):
             module.dropout = settings["wdrop"]
-    return Namespace(**{**vars(args), **settings}), share
+    return Namespace(**{**vars(args), **settings}), lr_share
 
 
 # ------------------------------------------------------------ a run
@@ -408,21 +411,21 @@ class Trainer:
             if args.partial_shuffle:
                 offsets = np.random.randint(self.rows, size=args.batch_size).tolist()
             self.set_offsets(offsets)
-        epoch_log = EpochLog(self)
-        with epoch_log.bar:
+        monitor = EpochMonitor(self)
+        with monitor.bar:
             while self.row < self.rows - 1:
-                settings, share = settings_at(self.epochs_read(), args, self.params[0])
+                settings, lr_share = apply_schedules(self.epochs_read(), args, self.params[0])
                 data, targets, more = self.window(self.row, random_seq_len(args.bptt))
                 loss, self.hidden = train_step(
-                    self.objective, self.optimizer, data, targets, self.hidden, settings, share,
-                    **more,
+                    self.objective, self.optimizer, data, targets, self.hidden, settings,
+                    lr_share, **more,
                 )
                 if self.average is not None:
                     self.average.update(self.params)
                 self.row += len(data)
                 self.losses.add(distributed.mean(loss), len(data) * args.batch_size)
-                epoch_log.after_batch(len(data), share)
-                if self.run.check(self.is_due(60 * args.checkpoint_minutes)):
+                monitor.after_batch(len(data), lr_share)
+                if self.run.check_signals(self.is_due(60 * args.checkpoint_minutes)):
                     self.save_state()
         self.check_losses()
 
@@ -430,8 +433,8 @@ class Trainer:
         """Evaluates, saves a new best model, checks the trigger, and starts the next epoch."""
         args, train_loss, train_seconds = self.args, self.losses.mean(), self.seconds()
         lr = self.optimizer.param_groups[0]["lr"]
-        evaluated = self.params if self.average is None else self.average.params
-        loss, parts = objective_loss(evaluated, self.corpus.valid, args, self.run.check)
+        evaluated = self.params if self.average is None else self.average.mean
+        loss, parts = evaluate_model(evaluated, self.corpus.valid, args, self.run.check_signals)
         log(
             f"{'-' * 89}\n| end of epoch {self.epoch:3d} | time: {self.seconds():5.2f}s "
             f"| {loss_columns(loss, 'valid ')}"
@@ -471,12 +474,10 @@ class Trainer:
             self.average = Average(self.params)
 
     def window(self, row, seq_len):
-        """Words [L, B] and targets [L*B] from `row` on, and the objective's other arguments."""
-        (data, targets), *backward = (
-            get_batch(stream, row, self.args, seq_len=seq_len) for stream in self.streams
-        )
-        more = {"backward": backward[0], "is_first_window": row == 0} if backward else {}
-        return data, targets, more
+        """Words [L, B], targets [L*B] from `row` on, and what biLM's objective needs besides."""
+        batches = [get_batch(text, row, self.args, seq_len=seq_len) for text in self.streams]
+        more = {"backward": batches[1], "is_first_window": row == 0} if is_bilm(self.params) else {}
+        return *batches[0], more
 
     def try_longest_window(self):
         """Computes and discards the gradients of the longest possible window.
@@ -545,7 +546,7 @@ class Trainer:
         self.set_offsets(self.offsets)
         self.high_loss_streak = 0
         if args.lr != state["flags"]["lr"]:
-            self.rate_divisor = 1
+            self.rate_divisor = 1  # a new rate is taken as it is
         self.set_rates()
         self.losses = Losses(state["losses"])
         self.start_clock(state["seconds"])
@@ -556,8 +557,8 @@ class Trainer:
 
     def set_rates(self):
         """Sets the optimizer's learning rates and weight decay from the flags."""
-        for group, share in zip(self.optimizer.param_groups, (1.0, self.args.bias_lr)):
-            group["lr"] = self.args.lr * share / self.rate_divisor
+        for group, factor in zip(self.optimizer.param_groups, (1.0, self.args.bias_lr)):
+            group["lr"] = self.args.lr * factor / self.rate_divisor
             group["weight_decay"] = self.args.wdecay
 
     def resume(self, state, changed):
@@ -713,7 +714,7 @@ def train_and_test(trainer):
     run, status = trainer.run, 0
     try:
         trainer.fit()
-        report_test(trainer, run.check)
+        report_test(trainer, run.check_signals)
     except Preempted as stop:
         status = 128 + stop.number
         if stop.number != signal.SIGINT:
@@ -736,7 +737,7 @@ def report_test(trainer, check=None):
         log("No epoch was finished, so there is no model to test")
         return
     params = trainer.run.best_model(corpus, args)
-    loss, parts = objective_loss(params, corpus.test, args, check, TEST_BATCH_SIZE)
+    loss, parts = evaluate_model(params, corpus.test, args, check, TEST_BATCH_SIZE)
     rule = "=" * 89
     log(f"{rule}\n| End of training | {loss_columns(loss, 'test ')}")
     log_word_perplexity(loss, corpus.test[1:], corpus.dictionary, "test ")
@@ -749,7 +750,7 @@ def report_test(trainer, check=None):
     log(f"For comparison: {tokens} frequencies alone (a unigram model) give test ppl {unigram:.2f}")
 
 
-class EpochLog:
+class EpochMonitor:
     """Follows an epoch: checks the losses that arrive, moves the progress bar, logs lines."""
 
     def __init__(self, trainer):
@@ -766,7 +767,7 @@ class EpochLog:
             file=sys.stderr, disable=not (sys.stderr.isatty() and distributed.is_first()),
         )
 
-    def after_batch(self, rows, share):
+    def after_batch(self, seq_len, lr_share):
         """Reads the losses that have arrived, and reports them. Raises Diverged."""
         trainer, args = self.trainer, self.trainer.args
         self.batches += 1
@@ -775,13 +776,13 @@ class EpochLog:
         if not self.bar.disable and trainer.losses.on_host:
             recent = trainer.losses.mean(last=(self.batches - 1) % args.log_interval + 1)
             self.bar.set_postfix(ppl=f"{perplexity(recent):.2f}", refresh=False)
-        self.bar.update(rows * args.batch_size)
+        self.bar.update(seq_len * args.batch_size)
         if is_time:
             now = time.perf_counter()
             log(
                 f"| epoch {trainer.epoch:3d} | {self.batches:5d}/"
                 f"{trainer.rows // args.bptt:5d} batches "
-                f"| lr {trainer.optimizer.param_groups[0]['lr'] * share:05.5f} "
+                f"| lr {trainer.optimizer.param_groups[0]['lr'] * lr_share:05.5f} "
                 f"| ms/batch {(now - self.since) * 1000 / (self.batches - self.logged):5.2f} "
                 f"| {loss_columns(trainer.losses.mean(last=args.log_interval))}"
             )

@@ -269,7 +269,7 @@ def prepare(args):
             f"--batch_size {args.batch_size}: the training split has {len(corpus.train)} tokens, "
             f"too few for {args.batch_size} columns of 2 tokens; use a smaller batch"
         )
-    np.random.seed(args.seed)
+    np.random.seed(args.seed)  # draws the windows, which all ranks share
     torch.manual_seed(args.seed + distributed.rank())  # each rank draws its own dropout masks
     set_up_device(args.device, args.precision)
     sizes = ", ".join(f"{split} {len(getattr(corpus, split)):,}" for split in SPLITS)
@@ -351,7 +351,7 @@ def set_generators(generators, device):
 
 
 class Preempted(Exception):
-    """Raised by `Preemption.check` after a signal; `number` is the signal's."""
+    """Raised by `Preemption.check_signals` after a signal; `number` is the signal's."""
 
     def __init__(self, number):
         super().__init__(signal.Signals(number).name)
@@ -359,7 +359,7 @@ class Preempted(Exception):
 
 
 class Preemption:
-    """Defers SIGINT, SIGTERM and SIGHUP until `check`; a second signal ends the process at once.
+    """Defers SIGINT, SIGTERM and SIGHUP until `check_signals`; a second ends the process at once.
 
     The exit code is 128 + the signal's number: 130 after Ctrl-C, 143 after SIGTERM.
     """
@@ -388,7 +388,7 @@ class Preemption:
             os._exit(128 + number)  # files are written atomically, so nothing saved is lost
         self.received = self.received or number
 
-    def check(self, due=False):
+    def check_signals(self, due=False):
         """Raises Preempted if any rank got a signal; returns whether `due` is true on any rank."""
         number, due = distributed.largest(self.received, int(due))
         if number:

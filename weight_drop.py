@@ -54,13 +54,13 @@ class WeightDrop(nn.Module):
 
     def forward(self, *args, bf16=False):
         """As the module's own `forward`; in training, with dropped weights."""
-        weights = dict(self.module.named_parameters())
+        parameters = dict(self.module.named_parameters())
         if self.training and self.dropout:
             for name in self.weights:
-                weights[name] = drop_weight(weights[name], self.dropout, self.variational)
+                parameters[name] = drop_weight(parameters[name], self.dropout, self.variational)
         if isinstance(self.module, nn.LSTM | nn.GRU):
-            return call_recurrent(self.module, weights, *args, bf16=bf16, pad_to=self.pad_to)
-        return functional_call(self.module, weights, args, {"bf16": True} if bf16 else {})
+            return call_recurrent(self.module, parameters, *args, bf16=bf16, pad_to=self.pad_to)
+        return functional_call(self.module, parameters, args, {"bf16": True} if bf16 else {})
 
 
 def call_recurrent(module, weights, x, state=None, bf16=False, pad_to=1):

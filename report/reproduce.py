@@ -158,7 +158,8 @@ def main(argv=None):
     prepare(args.out, args.scale, args.only)
     try:
         with Preemption() as preemption:
-            failed = run_all(args.only, args.scale, args.out, args.devices, preemption.check)
+            check = preemption.check_signals
+            failed = run_all(args.only, args.scale, args.out, args.devices, check)
     finally:
         write_results(args.out, args.scale)
         print(f"Wrote {args.out / 'README.md'}")

@@ -52,6 +52,12 @@ def corpus_dir(tmp_path):
 
 
 @pytest.fixture
+def with_bf16(monkeypatch):
+    """--precision bf16 is accepted on a processor that only emulates bfloat16, too."""
+    monkeypatch.setattr(flags, "has_bf16_products", lambda: True)
+
+
+@pytest.fixture
 def real_corpus():
     """A function from a folder's name to the path of the real corpus; skips, by name, if absent."""
 

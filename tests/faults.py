@@ -62,7 +62,7 @@ FAULTS = {
         "main.py", 'if args.decoder_bias == "unigram":', 'if args.decoder_bias == "none":',
         "test_main.py::test_the_decoders_bias_begins_at_the_words_frequencies"),
     "weight drop: the kernel gets the raw weights": Fault(
-        "weight_drop.py", "weights[name] = drop_weight(", "_ = drop_weight(",
+        "weight_drop.py", "parameters[name] = drop_weight(", "_ = drop_weight(",
         "test_weight_drop.py::test_it_is_torchs_layer_with_the_dropped_weights"),
     "weight drop in evaluation": Fault(
         "weight_drop.py", "if self.training and self.dropout:", "if self.dropout:", GRU),
@@ -95,7 +95,7 @@ FAULTS = {
         "utils.py", "map_hidden(torch.Tensor.detach, h)", "map_hidden(torch.Tensor.clone, h)",
         LSTM),
     "learning rate not scaled by the window": Fault(
-        "train.py", "rate * rate_share * len(data) / args.bptt", "rate * rate_share", LSTM),
+        "train.py", "rate * lr_share * len(data) / args.bptt", "rate * lr_share", LSTM),
     "clipping reversed": Fault("train.py", "    if args.clip:\n", "    if not args.clip:\n", LSTM),
     "TAR: wrong axis": Fault(
         "model.py", "(raw_output[1:] - raw_output[:-1])",
@@ -104,8 +104,8 @@ FAULTS = {
     "average: steps counted twice": Fault(
         "train.py", "        self.count += 1\n", "        self.count += 2\n", LSTM),
     "trigger: compares with the last n epochs": Fault(
-        "train.py", "min(valid_losses[: len(valid_losses) - nonmono])",
-        "min(valid_losses[-nonmono:])", LSTM),
+        "train.py", "valid_losses[: len(valid_losses) - nonmono]",
+        "valid_losses[-nonmono:]", LSTM),
     "evaluation divides by rows": Fault(
         "train.py", "targets.flatten()[:count]), count)", "targets.flatten()[:count]), len(data))",
         LSTM),

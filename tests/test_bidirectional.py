@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from bidirectional import OBJECTIVES, BiObjective, evaluate_directions
 from conftest import arguments, make_params, reversed_text
-from train import make_optimizer, objective_loss, train_step
+from train import evaluate_model, make_optimizer, train_step
 
 V, E = 20, 8
 
@@ -50,7 +50,7 @@ def test_evaluation_is_over_whole_columns(params, columns):
         assert found == expected
     for objective, names in OBJECTIVES.items():
         args = arguments(objective=objective)
-        loss, parts = objective_loss(params, ids.flatten(), args, batch_size=columns)
+        loss, parts = evaluate_model(params, ids.flatten(), args, batch_size=columns)
         assert parts == expected
         assert loss == pytest.approx(sum(found[name] for name in names) / len(names))
 

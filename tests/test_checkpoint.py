@@ -52,7 +52,7 @@ def refuse(*argv, command=main.main):
 def stop(points, *argv, command=main.main):
     """Runs a command that is ended by a signal at these calls of `check`; returns its output."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("utils.Preemption.check", Interrupting(*points))
+        patch.setattr("utils.Preemption.check_signals", Interrupting(*points))
         status, out, err = invoke(command, *argv)
     assert (status, err) == (143, "")
     return out
@@ -93,8 +93,10 @@ def full_disk(size):
     """No file can grow beyond `size` bytes."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 # ---------------------------------------------------------------- whole or absent
@@ -151,6 +153,10 @@ def test_what_is_sealed_is_read_back(trained):
         assert archive.comment.decode() == f"sha256:{digest}"
     model, vocabulary = load(trained)
     assert (model.training, model.dropout, "ann" in vocabulary.word2idx) == (False, 0.4, True)
+    assert read_checkpoint(trained).keys() - {"format", "version"} == {
+        "model", "criterion", "splits", "architecture", "flags", "vocabulary", "corpus", "note",
+        "epoch", "valid_loss", "averaged", "finetuned",
+    }
 
 
 SEALED = bytes(pack("checkpoint", {"model": torch.arange(50.0)}))
@@ -280,6 +286,18 @@ def test_a_path_is_refused_while_another_run_holds_it(unfinished, tmp_path):
     holder.send_signal(signal.SIGKILL)
     holder.communicate()
     succeed("--resume", path)
+
+
+def test_a_lock_whose_file_has_just_been_removed_is_not_held(tmp_path, monkeypatch):
+    path, flock = tmp_path / "m.pt", checkpoint.fcntl.flock
+
+    def after_its_removal(file, how):  # by a run that ended after this one had opened the file
+        os.unlink(f"{path}.lock")
+        flock(file, how)
+
+    monkeypatch.setattr(checkpoint.fcntl, "flock", after_its_removal)
+    with pytest.raises(InputError, match="in use"), run_lock(path):
+        pass
 
 
 def test_a_new_run_keeps_the_files_of_an_older_one(unfinished):
@@ -685,17 +703,16 @@ def test_more_than_two_processes_are_not_called_bit_identical(ranks, unfinished,
     assert len(differences(state, state["flags"], cpu)) == ranks - 2
 
 
-@pytest.mark.parametrize(
-    ("flag", "value"),
-    [("--nhid", 14), ("--model", "GRU"), ("--nlayers", 1), ("--emsize", 10), ("--batch_size", 5),
-     ("--seed", 5), ("--optimizer", "adam"), ("--objective", "cloze"),
-     ("--decoder-bias", "unigram"), ("--embeddings", "vectors.txt")],
-)
-def test_what_cannot_change_is_refused_by_name(flag, value, unfinished):
+def test_what_cannot_change_is_refused_by_name(unfinished):
     path, _ = unfinished
     before = files_at(path)
-    err = refuse("--resume", path, flag, value)
-    assert f"{flag} {value}: " in err and "leave the flag out" in err
+    for change in (
+        "--nhid 14", "--model GRU", "--nlayers 1", "--emsize 10", "--batch_size 5", "--seed 5",
+        "--optimizer adam", "--objective cloze", "--decoder-bias unigram", "--recipe short",
+        "--embeddings vectors.txt", "--attention single", "--attention-window 5",
+    ):
+        err = refuse("--resume", path, *change.split())
+        assert f"{change}: " in err and "leave the flag out" in err
     assert files_at(path) == before
 
 
@@ -727,6 +744,16 @@ def test_a_warm_start_takes_the_weights_and_the_flags_given(trained, corpus_dir,
     content = trained.read_bytes()  # a warm start onto itself renames the model
     assert f"{trained}.old" in succeed(*flags, "--save", trained)
     assert trained.with_name("trained.pt.old").read_bytes() == content
+
+
+def test_a_warm_start_keeps_the_objective_and_no_other_flag_of_training(trained):
+    trained.with_name("trained.pt.state").unlink()
+    held = read_checkpoint(trained)
+    edit(trained, flags={**held["flags"], "objective": "both", "clip": 9.0},
+         architecture={**held["architecture"], "rnn_type": "biLM"})
+    args, state = main.parse_args(["--resume", str(trained), "--epochs", "1"])
+    assert (state, args.objective, args.data) == (None, "both", held["flags"]["data"])
+    assert args.clip == 0.25
 
 
 def test_a_finished_run_says_so_and_more_epochs_extend_it(trained, corpus_dir, small, tmp_path):
@@ -856,6 +883,8 @@ def test_main_resumes_in_its_fine_tuning(corpus_dir, small, tmp_path):
     stop([115], *flags, parts)
     assert "at epoch 1 of fine-tuning" in stop([40], "--resume", parts)
     assert "--epochs 9: " in refuse("--resume", parts, "--epochs", 9)
+    for change in ("--when 2", "--schedule trapezoid"):
+        assert f"{change}: " in refuse("--resume", parts, *change.split())
     assert f"{parts} has none; leave" in refuse("--resume", parts, "--regularization-ramp", 0, 3)
     succeed("--resume", parts)
     assert same(outcome(whole), outcome(parts))
@@ -895,7 +924,7 @@ def test_finetune_resumes_itself_and_names_the_command_for_the_others(unfinished
 
 
 def test_an_interrupted_evaluation_of_the_base_model_leaves_no_copy(trained, monkeypatch):
-    monkeypatch.setattr(finetune, "objective_loss", Mock(side_effect=Preempted(signal.SIGTERM)))
+    monkeypatch.setattr(finetune, "evaluate_model", Mock(side_effect=Preempted(signal.SIGTERM)))
     with pytest.raises(Preempted):
         finetune.main(["--save", str(trained), "--epochs", "1"])
     assert not trained.with_name("trained.pt.base").exists()

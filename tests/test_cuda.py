@@ -30,7 +30,9 @@ from dynamic_evaluation import Rule, read, root_mean_square
 from flags import has_precision
 from model import DROPOUTS, draw
 from pointer import evaluate_cache
-from train import evaluate, make_objective, objective_loss, random_seq_len, settings_at, train_step
+from train import (
+    apply_schedules, evaluate, evaluate_model, make_objective, random_seq_len, train_step,
+)
 from utils import Preempted, describe_device, set_products
 from weight_drop import WeightDrop, drop_weight
 
@@ -214,7 +216,7 @@ def step(run, seq_len=None):
     """A step on the text's first window, of random length unless that is given."""
     data, targets, more = run.window(0, seq_len or random_seq_len(run.args.bptt))
     hidden = run.hidden or run.params[0].init_hidden(run.args.batch_size)
-    settings, share = settings_at(0.3, run.args, run.params[0])
+    settings, share = apply_schedules(0.3, run.args, run.params[0])
     loss, run.hidden = train_step(
         run.objective, run.optimizer, data, targets, hidden, settings, share, **more
     )
@@ -253,7 +255,7 @@ def test_no_step_and_no_evaluation_warns(name, nhid, device):
         warnings.simplefilter("error")
         for _ in range(3):
             step(run)
-        evaluate(run.average.params, run.corpus.valid, 10, 200)
+        evaluate(run.average.mean, run.corpus.valid, 10, 200)
         evaluate(run.params, run.corpus.valid, 1, 200)
 
 
@@ -312,7 +314,7 @@ def test_a_checkpoint_is_scored_alike_on_every_device(device, tmp_path):
         run.fit()
         for scored_on in (device, CPU):
             params = build_params(read_checkpoint(run.args.save, scored_on))
-            found, _ = objective_loss(params, run.corpus.valid, run.args)
+            found, _ = evaluate_model(params, run.corpus.valid, run.args)
             assert found == pytest.approx(run.best, rel=1e-5)
 
 
@@ -320,8 +322,8 @@ def test_evaluation_of_every_model_is_the_cpus(device):
     for name in MODELS:
         params = published(name, splits=(200, 600))
         ids, args = stream().valid, arguments(bptt=20, objective="both")
-        expected, parts = objective_loss(params, ids, args)
-        found, found_parts = objective_loss(params.to(device), ids, args)
+        expected, parts = evaluate_model(params, ids, args)
+        found, found_parts = evaluate_model(params.to(device), ids, args)
         assert found == pytest.approx(expected, rel=1e-5)
         assert found_parts == pytest.approx(parts, rel=1e-5)
 

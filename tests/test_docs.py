@@ -8,6 +8,7 @@ And faults.py, which no other test runs: each fault is still in the code.
 import importlib
 import os
 import re
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -19,6 +20,7 @@ from unittest.mock import patch
 import pytest
 
 from faults import FAULTS
+from flags import make_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "flags.md"
@@ -56,9 +58,39 @@ def test_links_lead_to_files(page):
     for file in sorted(path.rglob("*.md")) if path.is_dir() else [path]:
         text = re.sub(r"```.*?```|`[^`]*`", "", file.read_text(encoding="utf-8"), flags=re.DOTALL)
         for link in re.findall(r"\]\(([^)\s]+)\)", text):
-            target = link.partition("#")[0]
-            if "://" not in link and target:
-                assert (file.parent / target).exists(), f"{file.relative_to(ROOT)}: {link}"
+            if "://" in link:
+                continue
+            target, _, anchor = link.partition("#")
+            other = file.parent / target if target else file
+            assert other.exists(), f"{file.relative_to(ROOT)}: {link}"
+            assert not anchor or anchor in anchors(other), f"{file.relative_to(ROOT)}: {link}"
+
+
+def anchors(page):
+    """Those of a page's headings, as GitHub makes them."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    headings = re.findall(r"(?m)^#+ (.*)", text)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_printed_commands_have_flags_that_exist():
+    found = []
+    for page in [ROOT / "README.md", ROOT / "Makefile", *(ROOT / "docs").glob("*.md")]:
+        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+        found += re.findall(r"(?m)^(?:\t| {4}).*?python (?:-u )?(\w+)\.py ([^$\n]*)$", text)
+    assert len(found) > 30
+    for command, argv in found:
+        parse(command, shlex.split(argv, comments=True))
+
+
+def parse(command, argv):
+    """Exits if the command has no such flags. finetune.parse_args would read the checkpoint."""
+    module = importlib.import_module(command)
+    if command == "main":
+        return module.make_main_parser().parse_args(argv)
+    if command == "finetune":
+        return make_parser("").parse_args(argv)
+    return module.parse_args(argv)
 
 
 def run_python(argv, folder):
@@ -96,6 +128,8 @@ def test_the_examples_run_as_printed(page, model, examples, tmp_path):
 def test_each_fault_is_in_the_code(name):
     fault = FAULTS[name]
     assert (ROOT / fault.file).read_text().count(fault.old) == 1
+    file, test = fault.test.split("::")
+    assert f"def {test.partition('[')[0]}(" in (ROOT / "tests" / file).read_text()
 
 
 if __name__ == "__main__":

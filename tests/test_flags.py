@@ -8,15 +8,15 @@ import torch
 import distributed
 import finetune
 import main
-from conftest import invoke
-from flags import error_line
+from conftest import ROOT, invoke, succeed
+from flags import FIXED_FLAGS, FREE_FLAGS, error_line
 
 BAD_FLAGS = [
     ("--model lstm2", "--model: invalid choice: 'lstm2'"),
     ("--emsize -5", "--emsize: must be a whole number in [1, 2147483648), not -5"),
     ("--nhid 0", "--nhid: must be"),
     ("--nhid 100000000000", "--nhid: must be a whole number in [1, 2147483648)"),
-    ("--nhid 2000000", "out of memory; lower"),
+    ("--nhid 100000000", "out of memory; lower"),
     ("--nlayers two", "--nlayers: 'two' is not a whole number"),
     ("--batch_size 0", "--batch_size: must be"),
     ("--batch_size 5000", "--batch_size 5000: the training split has 1250 tokens"),
@@ -110,13 +110,28 @@ def test_finetune_names_what_does_not_fit(trained, tmp_path):
         assert re.search(message, err)
 
 
-def test_a_diverging_run_says_so(cli, corpus_dir, small):
-    done = cli("main.py", "--data", corpus_dir, *small, "--clip", 0, "--lr", 1e29, "--save", "m.pt")
-    assert done.returncode == 2
-    command = re.search(r"python main\.py (--resume m\.pt) --lr 5e\+28 resumes", done.stderr)[1]
-    assert [path.name for path in cli.folder.iterdir()] == ["m.pt.state"]
-    done = cli("main.py", *command.split(), "--lr", 5, "--epochs", 1)
-    assert (done.returncode, done.stderr) == (0, "")
+def test_the_table_of_flags_on_resume_is_that_of_the_code():
+    page = (ROOT / "docs" / "interruptions.md").read_text(encoding="utf-8")
+    must, may, freely = (
+        {flag.replace("-", "_") for flag in re.findall(r"`--([\w-]+)`", row)}
+        for row in re.findall(r"(?m)^\| (?:must match|may change)[^|]*\|([^|;]*)", page)
+    )
+    rest = main.make_main_parser().defaults.keys() - {*FIXED_FLAGS, *FREE_FLAGS}
+    assert must == {*FIXED_FLAGS, "data"}
+    assert may == rest - {"dropout", "dropouth", "dropouti", "dropoute"} | {"epochs"}
+    assert freely == {*FREE_FLAGS} - {"data", "resume", "cuda", "device", "tied"}
+
+
+def test_a_diverging_run_says_so(corpus_dir, small, tmp_path, monkeypatch):
+    folder = tmp_path / "cwd"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    flags = ["--data", corpus_dir, *small, "--clip", 0, "--lr", 1e29, "--save", "m.pt"]
+    status, _, err = invoke(main.main, *flags)
+    assert status == 2
+    command = re.search(r"python main\.py (--resume m\.pt) --lr 5e\+28 resumes", err)[1]
+    assert [path.name for path in folder.iterdir()] == ["m.pt.state"]
+    succeed(*command.split(), "--lr", 5, "--epochs", 1)
 
 
 PUBLISHED = "--lr 30 --bias-lr 1 --decoder-bias zeros --alpha 2 --beta 1"

@@ -11,6 +11,7 @@ import time
 import pytest
 
 from conftest import ROOT
+from cpu_kernels import has_bf16_products
 
 GPU = ROOT / "records" / "gpu"
 ENTRIES = (
@@ -89,6 +90,7 @@ def test_models_share_the_time(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not has_bf16_products(), reason="this processor only emulates bfloat16")
 def test_check_lists_benchmarks_and_what_was_skipped(tmp_path):
     log, table = rehearse("check", tmp_path)
     assert "| LSTM | ptb | 20 | fp32 |" in table and "step: ms " in table

@@ -1,14 +1,12 @@
 """LanguageModel: what a trained model says of texts, against one pass of the model in float64."""
 
 import copy
-import math
 from itertools import islice
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from checkpoint import load
 from conftest import make_params
 from data import EOS, Dictionary, InputError
 from model import LanguageModel, draw, truncate
@@ -213,15 +211,6 @@ def test_bilstm_is_refused_at_every_use():
     for use in uses:
         with pytest.raises(InputError, match="biLSTM"):
             use()
-
-
-def test_load_returns_it_and_it_unpacks(trained):
-    lm = load(trained)
-    model, vocabulary = lm
-    assert not model.training
-    assert model is lm.params[0]
-    assert vocabulary is lm.vocabulary
-    assert math.isfinite(lm.score("ann sees the dog\n").log_prob)
 
 
 # ------------------------------------------------------------ drawing

@@ -150,7 +150,6 @@ python pointer.py --model QRNN --lambdasm 0.1 --theta 1.0 --window 500 --bptt 50
 python -u main.py --epochs 500 --data data/wikitext-2 --clip 0.25 --dropouti 0.4 --dropouth 0.2 --nhid 1550  --nlayers 4 --seed 4002 --model QRNN --wdrop 0.1 --batch_size 40 --save WT2.pt
 python finetune.py --epochs 500 --data data/wikitext-2 --clip 0.25 --dropouti 0.4 --dropouth 0.2 --nhid 1550 --nlayers 4 --seed 4002 --model QRNN --wdrop 0.1 --batch_size 40 --save WT2.pt
 python -u pointer.py --save WT2.pt --model QRNN --lambdasm 0.1279 --theta 0.662 --window 3785 --bptt 2000 --data data/wikitext-2
-python -u main.py --epochs 14 --nlayers 4 --emsize 400 --nhid 2500 --alpha 0 --beta 0 --dropoute 0 --dropouth 0.1 --dropouti 0.1 --dropout 0.1 --wdrop 0 --wdecay 0 --bptt 140 --batch_size 60 --optimizer adam --lr 1e-3 --data data/wikitext-103 --save WT103.12hr.QRNN.pt --when 12 --model QRNN
 """  # noqa: E501
 CUT_DOWN = {
     "main.py": "--epochs 2 --emsize 8 --nhid 12 --batch_size 4 --bptt 10 --when 1",
@@ -160,7 +159,7 @@ SCRIPTS = {"main.py": main.main, "finetune.py": finetune.main, "pointer.py": poi
 
 
 def test_the_originals_commands_run_from_their_own_text(corpus_dir, tmp_path, monkeypatch):
-    for name in ("penn", "wikitext-2", "wikitext-103"):
+    for name in ("penn", "wikitext-2"):
         shutil.copytree(corpus_dir, tmp_path / "data" / name)
     monkeypatch.chdir(tmp_path)
     for command in COMMANDS.strip().splitlines():

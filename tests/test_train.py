@@ -1,9 +1,11 @@
 """Training against its definitions: steps, evaluation, schedules, and what a run does with them."""
 
+import io
 import json
 import math
 import re
 import signal
+import sys
 from argparse import Namespace
 from collections import namedtuple
 from itertools import accumulate
@@ -22,8 +24,8 @@ from data import InputError
 from kill_loop import lines, same
 from model import DROPOUTS
 from train import (
-    FINAL_SHARE, WARMUP, Average, Diverged, evaluate, is_nonmonotone, make_objective,
-    make_optimizer, objective_loss, random_seq_len, scheduled_share, settings_at, train_step,
+    FINAL_SHARE, WARMUP, Average, Diverged, apply_schedules, evaluate, evaluate_model,
+    is_nonmonotone, make_objective, make_optimizer, random_seq_len, scheduled_share, train_step,
 )
 from utils import Losses, Preempted, loss_columns, perplexity
 from weight_drop import WeightDrop
@@ -98,7 +100,7 @@ def test_the_averages_weights_lie_in_one_piece(monkeypatch):
     params, flattened = make_params(), []
     monkeypatch.setattr(nn.RNNBase, "flatten_parameters", lambda rnn: flattened.append(rnn))
     average = Average(params)
-    assert flattened == [rnn.module for rnn in average.params[0].rnns]
+    assert flattened == [rnn.module for rnn in average.mean[0].rnns]
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -116,9 +118,9 @@ def test_nothing_is_left_on_the_cpu_by_accident(length, model):
     assert loss.is_meta and all(p.grad is not None for p in params.parameters())
     average = Average(params)
     average.update(params)
-    assert all(p.grad is None for p in average.params.parameters())
+    assert all(p.grad is None for p in average.mean.parameters())
     with pytest.raises(RuntimeError, match="meta"):
-        objective_loss(params, words.flatten().repeat(20), args)
+        evaluate_model(params, words.flatten().repeat(20), args)
 
 
 def test_a_gpu_is_not_waited_for_within_a_step():
@@ -177,7 +179,7 @@ def test_the_ramp_reaches_every_regularizer(kind):
     model = make_params(kind, rate=0.5)[0]
     args = arguments(alpha=2.0, beta=1.0, regularization_ramp=[0.0, 2.0])
     for epochs, strength in ((0.0, 0.0), (0.5, 0.25), (3.0, 1.0)):
-        now, _ = settings_at(epochs, args, model)
+        now, _ = apply_schedules(epochs, args, model)
         assert (now.alpha, now.beta) == pytest.approx((2 * strength, strength))
         for name in DROPOUTS:
             assert getattr(model, name) == pytest.approx(strength * getattr(args, name))
@@ -215,7 +217,7 @@ def spy(monkeypatch):
     `losses` {number of the step: loss}, `valid_losses` [loss].
     """
     spy = Namespace(steps=[], evaluated=[], losses={}, valid_losses=[])
-    step, real_loss = train.train_step, train.objective_loss
+    step, real_loss = train.train_step, train.evaluate_model
 
     def recorded_step(objective, optimizer, data, targets, hidden, args, share):
         loss, hidden = step(objective, optimizer, data, targets, hidden, args, share)
@@ -228,7 +230,7 @@ def spy(monkeypatch):
         return (spy.valid_losses.pop(0), {}) if spy.valid_losses else found
 
     monkeypatch.setattr(train, "train_step", recorded_step)
-    monkeypatch.setattr(train, "objective_loss", recorded_loss)
+    monkeypatch.setattr(train, "evaluate_model", recorded_loss)
     return spy
 
 
@@ -321,7 +323,7 @@ def test_bilm_also_reads_the_reversed_text(begin):
 
 def test_bilstm_is_evaluated_in_windows_of_bptt():
     params, ids, args = make_params("biLSTM"), torch.randint(50, (400,)), arguments(bptt=7)
-    found, _ = objective_loss(params, ids, args)
+    found, _ = evaluate_model(params, ids, args)
     assert found == evaluate(params, ids, 10, 7) != evaluate(params, ids, 10, 40)
 
 
@@ -376,7 +378,7 @@ def test_a_run_follows_its_schedule_interrupted_or_not(begin, spy):
         "optimizer": "adamw", "lr": 0.01, "wdrop": 0.4, "on_divergence": "continue",
     }
     run = begin(**flags)
-    run.run.check = Interrupting(9)
+    run.run.check_signals = Interrupting(9)
     with pytest.raises(Preempted):
         run.fit()
     run = begin(**flags)
@@ -391,6 +393,31 @@ def test_a_run_follows_its_schedule_interrupted_or_not(begin, spy):
     assert epochs > 1.8
     found = [record["lr"] for record in lines(run.records)]
     assert found == pytest.approx([0.01 * scheduled_share("onecycle", 0.5), 0.01 * FINAL_SHARE])
+
+
+@pytest.mark.parametrize(
+    ("kind", "parts"),
+    [("LSTM", set()), ("biLM", {"forward_ppl", "backward_ppl", "cloze_ppl"})],
+)
+def test_a_record_has_the_documented_fields(kind, parts, begin):
+    run = begin(make_params(kind), epochs=1)
+    run.fit()
+    record = json.loads(run.records)
+    assert record.keys() == parts | {
+        "epoch", "seconds", "train_loss", "train_ppl", "valid_loss", "valid_ppl", "lr",
+        "averaging", "tokens_per_s",
+    }
+    assert record["tokens_per_s"] > 0
+
+
+def test_on_a_terminal_the_bar_shows_the_perplexity_since_the_last_line(begin, spy, monkeypatch):
+    shown, terminal = [], io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(train.tqdm, "set_postfix", lambda bar, ppl, refresh: shown.append(ppl))
+    spy.losses = {n: 1.0 + (n > 10) for n in range(1, 99)}
+    begin(epochs=1).fit()
+    assert (shown[9], shown[10]) == ("2.72", "7.39")
 
 
 @pytest.mark.parametrize("rnn_type", ["LSTM", "biLM"])

@@ -1,5 +1,6 @@
 """Signals, kills and logs that cannot be written."""
 
+import errno
 import os
 import re
 import shutil
@@ -9,10 +10,12 @@ import sys
 import threading
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
+from unittest.mock import Mock
 
 import pytest
 import torch
 
+import evaluate
 import finetune
 import main
 import pointer
@@ -21,6 +24,7 @@ import utils
 from checkpoint import read_checkpoint, read_state
 from conftest import ROOT, arguments, invoke
 from kill_loop import kill_loop
+from utils import Preempted
 
 TEST = "| End of training | test loss"
 
@@ -169,6 +173,24 @@ def test_the_commands_run_in_another_thread_and_leave_signals_alone(flags):
 # ---------------------------------------------------------------- logs
 
 
+def test_under_torchrun_a_second_signal_repeats_the_first(monkeypatch):
+    monkeypatch.setattr("distributed.is_distributed", lambda: True)
+    monkeypatch.setattr("distributed.largest", lambda *numbers: list(numbers))
+    monkeypatch.setattr(os, "_exit", lambda status: pytest.fail(f"exit {status}"))
+    with utils.Preemption() as preemption, pytest.raises(Preempted, match="SIGTERM"):
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+        preemption.check_signals()
+
+
+@pytest.mark.parametrize(
+    ("stop", "status"), [(KeyboardInterrupt(), 130), (Preempted(signal.SIGTERM), 143)]
+)
+def test_a_signal_outside_training_is_one_line(stop, status):
+    found, out, err = invoke(Mock(side_effect=stop))
+    assert (found, out, err.count("\n")) == (status, "", 1)
+
+
 def test_text_is_utf8_whatever_the_locale():
     program = "from flags import run_command; run_command(lambda: print('\u4eca'))"
     written = subprocess.check_output(
@@ -206,6 +228,20 @@ def test_output_that_is_lost_when_a_command_ends(reason, status, message):
     returned, err = run_without_output(reason, ["-c", program])
     assert returned == status
     assert message in err and err.count("\n") == (status == 2)
+
+
+@pytest.mark.parametrize(
+    ("command", "argv"),
+    [(evaluate, "--checkpoint {0} {1}/test.txt"), (pointer, "--save {0} --data {1} --split test")],
+)
+def test_a_result_that_is_lost_is_an_error(command, argv, trained, corpus_dir, monkeypatch):
+    class Full(StringIO):
+        def write(self, text):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(utils.log, "failed", False)  # so that it is false again afterwards
+    monkeypatch.setattr(sys, "stdout", Full())
+    assert command.main(argv.format(trained, corpus_dir).split()) == 2
 
 
 @pytest.mark.parametrize("reason", ["No space left on device", "Broken pipe"])

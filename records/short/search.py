@@ -79,7 +79,7 @@ def patch(variant):
         betas = tuple(map(float, variant.split("-")[1:]))
         train.OPTIMIZERS["adamw"] = (torch.optim.AdamW, {"betas": betas})
     train_epoch, seq_len = train.Trainer.train_epoch, train.random_seq_len
-    settings_at = train.settings_at
+    apply_schedules = train.apply_schedules
     if variant.endswith("averaging"):  # the mean of the weights over the last epoch
 
         def averaged_epoch(self):
@@ -104,9 +104,9 @@ def patch(variant):
         def growing(epochs, args, model):
             share = 0.5 + epochs / args.epochs
             train.random_seq_len = lambda bptt: seq_len(round(bptt * share))
-            return settings_at(epochs, args, model)
+            return apply_schedules(epochs, args, model)
 
-        train.settings_at = growing
+        train.apply_schedules = growing
 
 
 def parts(name):
