@@ -10,7 +10,7 @@ a step's time that its matrix products would take at the speed of a large one (t
 between the steps). With `--baseline` the model, the loss and the optimizer in plain PyTorch run
 beside ours, step for step (on a GPU, 20 steps at a time), so that a noisy machine disturbs both
 alike; `ratio` is ours over theirs. With `--attention` the baseline is our model without it. Each
-side runs in a process of its own, which waits while the other runs. Peak memory is measured after
+side has a process of its own, which waits while the other is timed. Peak memory is measured after
 three steps: that of the whole process or, on CUDA, what torch has allocated.
 """
 
@@ -211,8 +211,8 @@ def measure(args):
     set_up_device(args.device, args.precision)
     sides = [("ours", our_side, args)] + [baseline(args)] * args.baseline
     processes = {name: new_process() for name, *_ in sides}
-    set_up = {name: processes[name].submit(set_up_side, *side) for name, *side in sides}
-    costs = {name: cost.result() for name, cost in set_up.items()}
+    futures = {name: processes[name].submit(set_up_side, *side) for name, *side in sides}
+    costs = {name: future.result() for name, future in futures.items()}
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     size = LARGE[args.device.type]
     operand = torch.randn(size, size, device=args.device, dtype=dtype)

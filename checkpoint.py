@@ -114,7 +114,7 @@ def unpack(path, kind, device="cpu", content=None):
         content = Path(path).read_bytes()
     if not is_sealed(content):
         raise InputError(
-            f"{path}: is damaged, or not a {kind} of main.py (the original code's pickled modules "
+            f"{path}: is damaged, or not a {kind} of main.py (awd-lstm-lm's pickled modules "
             "cannot be loaded safely); use a copy, or train again"
         )
     try:

@@ -364,10 +364,10 @@ def exact_windows(ids, batch_size, bptt, columns):
     starts = column * rows + column.clamp(max=rest)
     index = (starts + torch.arange(rows + (rest > 0)).unsqueeze(1)).clamp(max=predictions - 1)
     inputs, targets, width = ids[index], ids[index + 1], len(column)
-    own = rows * width + min(max(rest - columns.start, 0), width)  # predictions in these columns
+    total = rows * width + min(max(rest - columns.start, 0), width)  # predictions in these columns
     for i in range(0, len(inputs), bptt):
         window = inputs[i : i + bptt].long()
-        yield window, targets[i : i + bptt].long(), max(0, min(window.numel(), own - i * width))
+        yield window, targets[i : i + bptt].long(), max(0, min(window.numel(), total - i * width))
 
 
 # ------------------------------------------------------------ the sample corpus

@@ -71,12 +71,12 @@ def finetuning_flags(args, state):
     flags = vars(args)
     constant = {"epochs": flags.get("finetune", args.epochs), "optimizer": "sgd", "when": [],
                 "schedule": "constant", "regularization_ramp": None}
-    changed = {} if state else flags_after(flags)  # of main.py; parse_args did it for finetune.py
+    changed = {} if state else flags_after(flags)  # finetune.py's parse_args has applied them
     return Namespace(**{**flags, **constant, **changed})
 
 
 def flags_after(training):
-    """The flags that change after training, {flag: value}; `training` has those of training.
+    """{flag: value} of the flags that change after training; `training` is that of training.
 
     The regularizers keep the strength that a ramp reaches in that run's number of epochs; after
     Adam the rates are SGD's.

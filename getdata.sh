@@ -8,7 +8,7 @@
 #     pennchar      its characters, made from the words: byte for byte Mikolov's ptb.char.*.txt
 #     wikitext-2, wikitext-103
 #     enwik8        the first 100 million bytes of Wikipedia as decimal numbers, line for line, as
-#                   the original's prep_enwik8.py writes them; valid and test are the last two
+#                   the reference's prep_enwik8.py writes them; valid and test are the last two
 #                   blocks of 5 million bytes
 #
 # Every file, or the archive that it comes from, is checked against its SHA-256 before it gets its

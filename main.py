@@ -113,6 +113,7 @@ def make_trainer(corpus, args, run, state):
         )
         broadcast(None)  # all ranks have read the weights, whose file may be renamed now
     else:
+        # Refuses an --unk that is not in the vocabulary.
         corpus.dictionary = Dictionary(corpus.dictionary.idx2word, args.level, args.unk)
         params = new_params(corpus, args)
         model, criterion = params

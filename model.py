@@ -49,7 +49,7 @@ def training_settings(args):
 class RNNModel(nn.Module):
     """A weight-dropped recurrent language model (Merity et al. 2017, 1708.02182).
 
-    rnn_type: "LSTM", "GRU", "QRNN" (its first layer reads two words per step, as in the original)
+    rnn_type: "LSTM", "GRU", "QRNN" (its first layer reads two words per step, as in the reference)
     or "biLSTM" (each direction half as wide); for "biLM" see bidirectional.py. ntoken: vocabulary
     size V. ninp: embedding size E. nhid: hidden size of all layers but the last, whose size is E if
     the weights are tied (then `decoder.weight is encoder.weight`).

@@ -106,8 +106,8 @@ def train_step(objective, optimizer, data, targets, hidden, args, lr_share=1.0, 
     """One step of truncated BPTT on `data` [L, B] and `targets` [L*B].
 
     The learning rate of a group is its `lr` (see Trainer.set_rates) times `lr_share`, that of the
-    schedule, times L / bptt, so that a short window weighs less than a long one. `more` is what
-    biLM's objective needs besides, see Trainer.window.
+    schedule, times L / bptt, so that a short window weighs less than a long one. `more` is passed
+    to the objective, see Trainer.window.
 
     Returns the loss in nats without AR and TAR, a tensor on the device, and the new hidden state.
     """
@@ -180,9 +180,9 @@ def is_nonmonotone(valid_losses, loss, nonmono):
     """The trigger of NT-ASGD: whether `loss` exceeds the minimum of all but the last n losses.
 
     `valid_losses` are those of the earlier epochs; n is `nonmono`. The paper's Algorithm 1 prints
-    the minimum of the last n; this is the range of the published code, which its authors confirmed.
+    the minimum of the last n; the published code has this range, which its authors confirmed.
     """
-    before = valid_losses[: len(valid_losses) - nonmono]  # [:-nonmono], also if that is 0
+    before = valid_losses[: len(valid_losses) - nonmono]  # [:-0] would be empty
     return len(valid_losses) > nonmono and loss > min(before)
 
 
@@ -214,7 +214,7 @@ def evaluate(params, ids, batch_size, bptt, check=None):
 
 
 def evaluate_model(params, ids, args, check=None, batch_size=EVAL_BATCH_SIZE):
-    """The loss in nats on `ids` [N], without AR and TAR, and {name: loss} of biLM's parts.
+    """The loss in nats on `ids` [N], without AR and TAR, and {name: loss} of its parts, if any.
 
     See `evaluate`. Reads long windows, except for biLSTM.
     """
@@ -474,9 +474,9 @@ class Trainer:
             self.average = Average(self.params)
 
     def window(self, row, seq_len):
-        """Words [L, B], targets [L*B] from `row` on, and what biLM's objective needs besides."""
+        """Words [L, B] and targets [L*B] from `row` on, and the objective's other arguments."""
         batches = [get_batch(text, row, self.args, seq_len=seq_len) for text in self.streams]
-        more = {"backward": batches[1], "is_first_window": row == 0} if is_bilm(self.params) else {}
+        more = {"backward": batches[1], "is_first_window": row == 0} if batches[1:] else {}
         return *batches[0], more
 
     def try_longest_window(self):

@@ -110,8 +110,8 @@ FAULTS = {
         "train.py", "targets.flatten()[:count]), count)", "targets.flatten()[:count]), len(data))",
         LSTM),
     "evaluation drops the tail": Fault(
-        "data.py", "n = rows * width + min(max(rest - columns.start, 0), width)",
-        "n = rows * width",
+        "data.py", "total = rows * width + min(max(rest - columns.start, 0), width)",
+        "total = rows * width",
         LSTM),
     # ------------------------------------------------------------ flags
     "preset not applied": Fault(

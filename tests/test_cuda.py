@@ -249,7 +249,7 @@ def test_a_step_does_not_wait_for_the_device(flags, device):
     [("LSTM", 256), ("LSTM", 1150), ("GRU", 256), ("GRU", 1150), ("QRNN", 256), ("biLSTM", 256)],
 )
 def test_no_step_and_no_evaluation_warns(name, nhid, device):
-    """For example that cuDNN compacts the weights at every call."""
+    """A warning would be, for example, that cuDNN compacts the weights at every call."""
     run = make_run(device, name=name, nhid=nhid)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -1,4 +1,4 @@
-"""The documentation: docs/flags.md is what --help prints, links lead to files, examples run.
+"""The documentation: --help, links, flags of printed commands, examples.
 
 And faults.py, which no other test runs: each fault is still in the code.
 

@@ -184,6 +184,7 @@ def test_a_line_is_answered_before_the_next_is_written(trained):
     flags = [sys.executable, ROOT / "evaluate.py", "--checkpoint", trained, "--per-line"]
     with subprocess.Popen(flags, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         limit = threading.Timer(120, process.kill)  # else an answer held back would hang the test
+        limit.daemon = True
         limit.start()
         assert process.stdout.readline().startswith(b"ppl\t")
         for line in (b"ann sees the dog\n", b"bob\n"):

@@ -140,7 +140,7 @@ def test_where_triton_fails_a_warning_and_torchs_loop(installed, monkeypatch, ca
     assert capsys.readouterr().err == expected
 
 
-# ------------------------------------------------------------ the original's commands
+# ------------------------------------------------------------ the reference's commands
 
 # As they stand in the README of salesforce/awd-lstm-lm.
 COMMANDS = """
@@ -158,7 +158,7 @@ CUT_DOWN = {
 SCRIPTS = {"main.py": main.main, "finetune.py": finetune.main, "pointer.py": pointer.main}
 
 
-def test_the_originals_commands_run_from_their_own_text(corpus_dir, tmp_path, monkeypatch):
+def test_the_references_commands_run_from_their_own_text(corpus_dir, tmp_path, monkeypatch):
     for name in ("penn", "wikitext-2"):
         shutil.copytree(corpus_dir, tmp_path / "data" / name)
     monkeypatch.chdir(tmp_path)
