@@ -52,7 +52,7 @@ UNUSED = (  # flags of training that make no difference to a step's time
     "unk", "tied",
 )
 EVALUATED = 6000  # tokens of an evaluation
-LARGE = {"cpu": 2048, "mps": 4096, "cuda": 8192}  # rows and columns of the large product's operands
+LARGE = {"cpu": 2048, "cuda": 8192}  # rows and columns of the large product's operands
 
 
 # ------------------------------------------------------------ the sides
@@ -143,7 +143,7 @@ def make_tasks(make_side, args):
 
 
 def zipf(ntoken, shape):
-    """Random ids, the n-th of which is 1/n as frequent as the first (Zipf's law)."""
+    """Random ids; the frequency of the n-th falls about as 1/n (Zipf's law)."""
     return (ntoken ** torch.rand(shape, dtype=torch.float64)).long() - 1
 
 

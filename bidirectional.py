@@ -85,7 +85,7 @@ class BiObjective(nn.Module):
     def forward(self, data, targets, hidden, alpha, beta, backward, is_first_window):
         """data [L, B], targets [L*B]; backward: (data, targets) of the reversed stream.
 
-        Returns (the sum of the losses + AR + TAR, their mean in nats, hidden).
+        Returns (the sum of all losses + AR + TAR, the mean loss of the objective in nats, hidden).
         """
         model, criterion = self.params
         weight, bias = model.decoder.weight, model.decoder.bias

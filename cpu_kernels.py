@@ -295,11 +295,12 @@ def use_expandable_segments(device):
         return
     for name in ("_accelerator_setAllocatorSettings",
                  "_cuda_cudaCachingAllocator_set_allocator_settings"):  # newer, older torch
-        if hasattr(torch._C, name):
-            getattr(torch._C, name)("expandable_segments:True")
+        configure = getattr(torch._C, name, None)
+        if configure is not None:
+            configure("expandable_segments:True")
             torch.cuda.empty_cache()  # so that the next tensor needs a new segment
             try:
                 torch.empty(1, device=device)
             except RuntimeError:  # some virtual machines do not support it
-                getattr(torch._C, name)("expandable_segments:False")
+                configure("expandable_segments:False")
             return

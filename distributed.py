@@ -96,5 +96,5 @@ def all_gather(value):
 
 
 def broadcast(value):
-    """The first rank's `value`, any object."""
+    """The first rank's `value`, any object. Returns only after all ranks have called it."""
     return all_gather(value)[0]

@@ -72,10 +72,8 @@ def read_columns(params, columns, length, with_gradients):
             output, hidden = model(data, repackage_hidden(hidden))
             weight, bias = model.decoder.weight, model.decoder.bias
             logprob = criterion.target_logprob(weight, bias, output, words)
-            if with_gradients:  # materialize: a tail of a split softmax may have none of the words
-                gradients = torch.autograd.grad(
-                    -logprob.mean(), list(params.parameters()), materialize_grads=True
-                )
+            if with_gradients:
+                gradients = torch.autograd.grad(-logprob.mean(), list(params.parameters()))
         yield output.detach(), words, logprob.detach(), gradients
 
 

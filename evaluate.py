@@ -196,7 +196,8 @@ class Scorer:
                 f"{row['unknown']:,} unknown{named}")
         else:
             shown = (f"{value:.4f}" if isinstance(value, float) else value for value in values)
-            print(*("" if value is None else value for value in shown), sep="\t", flush=True)
+            shown = ("" if value is None else str(value).replace("\t", "\\t") for value in shown)
+            print(*shown, sep="\t", flush=True)
 
 
 def results(tokens, unknown, log_prob):

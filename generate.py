@@ -31,7 +31,7 @@ def write_text(lm, prompt, out, args):
     words = lm.generate(
         prompt, args.words, args.seed, args.temperature, args.top_k, args.top_p, args.no_unk
     )
-    in_sentence, space = False, lm.vocabulary.join(["", ""])
+    in_sentence, space = False, "" if lm.vocabulary.level == "char" else " "
     for generated, word in enumerate(chain(shown, words), 1 - len(prompt)):
         out.write("\n" if word == EOS else space * in_sentence + word)
         out.flush()

@@ -42,7 +42,7 @@ def read_run(path):
         files = [Path(path)]
     epochs, minutes = [], 0.0
     for file in files:
-        text = file.read_text(encoding="utf-8") if file.exists() else ""
+        text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
         for line in text[: text.rfind("}") + 1].splitlines():  # a full disk can cut the last one
             try:
                 epoch = json.loads(line)

@@ -95,7 +95,8 @@ def describe_departure(epochs, report):
                 f"**more than 10% off the report's curve**, first in epoch {ours['epoch']}: "
                 f"{valid_ppl(ours):.2f}, the report's {valid_ppl(theirs):.2f}."
             )
-    return f"within 10% of the report's curve in all epochs so far ({len(epochs)})."
+    compared = min(len(epochs), len(report))
+    return f"within 10% of the report's curve in all epochs that both have ({compared})."
 
 
 def curves(name, epochs, field):
@@ -141,10 +142,12 @@ def write_results(out, scale):
     """Writes the results so far of the runs in `out`."""
     epochs = read_epochs(out)
     report = read_report() if scale == "full" else {}
+    names = ",".join(epochs or EXPERIMENTS)
+    flags = ["--scale", scale, "--only", names, "--out", str(out)]
     lines = [
         '# "Regularizing and Optimizing RNN Language Models", run again',
         f"Scale `{scale}`: {SCALES[scale].about}. "
-        f"Made by `python -m report.reproduce --scale {scale} --only {','.join(epochs)}`.",
+        f"Made by `python -m report.reproduce {shlex.join(flags)}`.",
         "The report's numbers are comparable only with scale `full`.",
         "## The report's Table 1, and perplexities",
         table(out, epochs),

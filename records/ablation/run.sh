@@ -3,8 +3,8 @@
 #
 #     records/ablation/run.sh data/penn OUT
 #
-# trains one model after the other and writes its log and JSON lines into the folder OUT; run by
-# run the best validation perplexity is then printed by records/ablation/table.py OUT.
+# trains one model after another and writes the log and JSON lines of each to the folder OUT. Then
+# records/ablation/table.py OUT prints a table of the runs.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 penn=$1
@@ -12,7 +12,7 @@ out=$2
 python=${PYTHON:-python}
 
 # The first twentieth of the training text and an eighth of validation and test: few enough
-# tokens for a small model to overfit within minutes, which is what regularizers are against.
+# tokens for a small model to overfit within minutes, which regularizers should prevent.
 mkdir -p "$out/penn-twentieth"
 head -n 2100 "$penn/train.txt" >"$out/penn-twentieth/train.txt"
 head -n 420 "$penn/valid.txt" >"$out/penn-twentieth/valid.txt"

@@ -3,7 +3,8 @@
     PYTHONPATH=. python records/big/read.py 1 10 100
 
 The texts are random (Zipf's law), with WikiText-103's number of words. Each is read twice, each
-time in a new process. `peak_over_ids` is the peak memory that reading added, over that of the ids.
+time in a new process. `peak_over_ids` is the peak memory that reading added, divided by the size of
+the training ids.
 """
 
 import sys

@@ -41,7 +41,8 @@ def run():
           f"{peak()}", flush=True)
     lengths = [args.bptt] * STEPS + [args.bptt + MAX_EXCESS]
     ids = zipf(WORDS, (args.batch_size * (sum(lengths) + 1),)).int()
-    text, row, hidden = batchify(ids, args.batch_size), 0, params[0].init_hidden(args.batch_size)
+    text, row = batchify(ids, args.batch_size, args), 0
+    hidden = params[0].init_hidden(args.batch_size)
     params.train()
     for length in lengths:
         begin = time.perf_counter()

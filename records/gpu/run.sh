@@ -4,8 +4,8 @@
 #     records/gpu/run.sh list
 #     records/gpu/run.sh ptb FOLDER
 #
-# An entry ends within 560 seconds, or with END=300 after about 300 (use 250 or more), and needs no
-# network. FOLDER gets log.txt, written as the run goes (so that it survives the loss of the machine),
+# An entry ends within 560 seconds, or with END=300 after about 300 (use 250 or more, for the four
+# models of `models` 400), and needs no network. FOLDER gets log.txt, written as the run goes (so that it survives the loss of the machine),
 # table.md, which table.py makes from the log, and the JSON lines of each model. PYTHON names the
 # interpreter (default: python3), COMMIT the commit where there is no git. main.py gets the flags in
 # FLAGS, such as "--precision bf16 --pad-to 8", too. REHEARSE=1 runs an entry on a CPU, with tiny
@@ -125,6 +125,7 @@ budget() { # RECIPE NAME CORPUS FLAGS...: as many epochs as fit, judging by the 
     wait $!
     seconds=$(sed -n '$s/.*"seconds": \([0-9.]*\).*/\1/p' first.pt.jsonl)
     [ -z "${REHEARSE:-}" ] || stop=$((SECONDS + startup + 2))
+    # 1.07: a margin for slower epochs.
     epochs=$(awk "BEGIN { print int(($stop - $SECONDS - $startup) / (1.07 * ${seconds:-1e9})) }")
     epochs=$((epochs > 1 ? epochs : 1))
     note "an epoch takes ${seconds:-too many} s: --epochs $epochs"

@@ -27,19 +27,19 @@ SETTINGS = {
     "lstm": 0,  # 1: an LSTM instead
     "lr": 10,  # the learning rate of all weights but those below
     "recurrent": 1,  # the rate of the recurrent layers' weights, as a share of lr
-    "top": 1,  # that of the last layer's, beside it; its gradient is scaled by it too
+    "top": 1,  # a further factor of the last layer's rate, and a factor of its gradient
     "biases": 1,  # the rate of the recurrent layers' biases, as a share of lr
-    "later": 0,  # if not 0, that share from the batch `at` on
+    "later": 0,  # if not 0, replaces `biases` from batch `at` on
     "at": 400,
     "slower": 1,  # a factor of all rates from the batch `at` on
     "grow": 0,  # if not 0, what `recurrent` has grown to at batch 600, from batch 300 on
-    # Factors of gradients before they are clipped, which leave more of the norm to the others:
+    # Factors of gradients before clipping; a small one leaves more of the norm to the others:
     "all_before": 1,  # of the recurrent layers'
     "biases_before": 1,  # of their biases'
     "hidden_before": 1,  # of weight_hh's
-    # How they begin:
+    # Initial values:
     "scale": 1,  # a factor of the recurrent layers' weights and biases
-    "inputs": 1,  # of weight_ih, beside it
+    "inputs": 1,  # a further factor of weight_ih
     "update": 0,  # the bias of the update gates, which keep the state where it is large
     "chrono": 0,  # if not 0, that bias is log(u), u uniform in [1, chrono] (1804.11188)
     "unigram": 0,  # 1: the decoder's bias is at the words' log frequencies
@@ -55,6 +55,7 @@ CLIP, BPTT, BATCH, EMSIZE, NHID, SEED = 0.25, 70, 20, 200, 400, 141
 def main(argv):
     s = {**SETTINGS, **{name: float(value) for name, value in (word.split("=") for word in argv)}}
     assert set(s) == set(SETTINGS), f"there are {', '.join(SETTINGS)}"
+    assert not (s["lstm"] and (s["update"] or s["chrono"])), "an LSTM has no update gate"
     corpus = Corpus("data/penn")
     torch.manual_seed(SEED)
     np.random.seed(SEED)
@@ -87,8 +88,8 @@ def main(argv):
         share = s["top"] if any(weight is p for p in tops) else 1
         is_bias = any(weight is p for p in biases)
         groups.append({"params": [weight], "share": share, "is_bias": is_bias})
-    kind = torch.optim.Adam if s["adam"] else torch.optim.SGD
-    optimizer = kind(groups, lr=s["lr"], weight_decay=1.2e-6)
+    optimizer_type = torch.optim.Adam if s["adam"] else torch.optim.SGD
+    optimizer = optimizer_type(groups, lr=s["lr"], weight_decay=1.2e-6)
     source, valid = batchify(corpus.train, BATCH), corpus.valid
     objective, state, row, epoch = Objective(params), model.init_hidden(BATCH), 0, 0
     losses, norms, begun, step = [], [], time.time(), 0

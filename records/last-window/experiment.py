@@ -11,7 +11,6 @@ trajectory, this takes that last step both ways and evaluates each.
 
 import copy
 import math
-import random
 import statistics
 import sys
 from argparse import Namespace
@@ -19,14 +18,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import numpy as np
 import torch
 
 from data import Corpus, batchify, get_batch
-from train import evaluate, make_optimizer, train_step
+from train import Objective, evaluate, make_optimizer, train_step
 from checkpoint import build_params, read_checkpoint
 from model import DROPOUTS
-from utils import repackage_hidden
 
 POINTS, STEPS_BETWEEN, VALID_TOKENS = 8, 3, 10_000
 
@@ -34,8 +31,7 @@ checkpoint = read_checkpoint(sys.argv[1])
 corpus = Corpus(sys.argv[2])
 args = Namespace(**checkpoint["flags"])
 print(f"checkpoint: epoch {checkpoint['epoch']}, valid loss {checkpoint['valid_loss']:.4f}")
-for seed in (random.seed, np.random.seed, torch.manual_seed):
-    seed(0)
+torch.manual_seed(0)
 params = build_params(checkpoint, **{rate: getattr(args, rate) for rate in DROPOUTS})
 optimizer = make_optimizer(params, args)
 source = batchify(corpus.train, args.batch_size)
@@ -55,7 +51,7 @@ def after_last_window(scale):
     words, targets = get_batch(tail, 0, args)
     torch.manual_seed(point)
     twin.train()
-    train_step(twin, make_optimizer(twin, scaled), words, targets, repackage_hidden(hidden), args)
+    train_step(Objective(twin), make_optimizer(twin, scaled), words, targets, hidden, args)
     return valid(twin)
 
 
@@ -65,7 +61,7 @@ for point in range(POINTS):
     for _ in range(STEPS_BETWEEN):
         params.train()
         words, targets = get_batch(source, i, args)
-        _, hidden = train_step(params, optimizer, words, targets, hidden, args)
+        _, hidden = train_step(Objective(params), optimizer, words, targets, hidden, args)
         i += len(words)
     losses = [valid(params), after_last_window(24 / 70), after_last_window(67 / 70)]
     for column, loss in zip(columns.values(), losses):

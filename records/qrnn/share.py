@@ -4,7 +4,8 @@
 
 The two models are those of the published Penn Treebank commands, with random words. Their steps
 alternate, so that a noisy machine disturbs both alike; medians of 9 are printed, as shares of the
-QRNN's step. The element-wise part is all of the layers but their products and weight drop.
+QRNN's step. The element-wise part is the gates and the recurrence: torch_forward and
+torch_backward.
 """
 
 from statistics import median

@@ -1,9 +1,9 @@
 """Projects the short recipe to budgets that were not run: projection.py PERPLEXITY BUDGET ...
 
 Fits loss = floor + scale * budget^-power, and the same for the perplexity, to the best validation
-losses of full-BUDGET.pt.jsonl beside it; prints what both give for larger budgets, the budget at
-which they come down to PERPLEXITY, and, with four budgets or more, what they would have said of the
-largest without it. A projection, not a measurement: nothing but these curves speaks for it.
+losses in the files full-BUDGET.pt.jsonl beside it. Prints the fitted values for larger budgets, the
+budget that reaches PERPLEXITY and, with four budgets or more, a prediction of the largest from the
+others. A projection, not a measurement: only these curves support it.
 """
 
 import argparse
@@ -64,7 +64,7 @@ if __name__ == "__main__":
     args = parser.parse_args()
     target, budgets = args.target, sorted(set(args.budgets))
     if len(budgets) < 3:
-        parser.error("BUDGET: a floor, a scale and a power want three or more")
+        parser.error("BUDGET: give three or more; the fit has three parameters")
     for budget in budgets:
         if not path_of(budget).exists():
             parser.error(f"BUDGET {budget}: there is no {path_of(budget)}")

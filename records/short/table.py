@@ -7,7 +7,8 @@ from pathlib import Path
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("files", nargs="+", metavar="RUN.jsonl")
 runs = {
-    Path(path).stem: [json.loads(line) for line in Path(path).read_text().splitlines()]
+    Path(path).name.removesuffix(".jsonl").removesuffix(".pt"):
+        [json.loads(line) for line in Path(path).read_text().splitlines()]
     for path in parser.parse_args().files
 }
 longest = max(map(len, runs.values()))
