@@ -359,9 +359,10 @@ class Preempted(Exception):
 
 
 class Preemption:
-    """Defers SIGINT, SIGTERM and SIGHUP until `check_signals`; a second ends the process at once.
+    """Defers SIGINT, SIGTERM and SIGHUP until `check_signals`.
 
-    The exit code is 128 + the signal's number: 130 after Ctrl-C, 143 after SIGTERM.
+    A second signal ends the process at once. The exit code is 128 + the signal's number: 130 after
+    Ctrl-C, 143 after SIGTERM.
     """
 
     def __init__(self):
