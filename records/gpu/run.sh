@@ -5,7 +5,8 @@
 #     records/gpu/run.sh ptb FOLDER
 #
 # An entry ends within 560 seconds, or with END=300 after about 300 (use 250 or more, for the four
-# models of `models` 400), and needs no network. FOLDER gets log.txt, written as the run goes (so
+# models of `models` 400), and needs no network. Entries that train "for as many epochs as there is
+# time for" train for at most EPOCHS (default: 90). FOLDER gets log.txt, written as the run goes (so
 # that it survives the loss of the machine), table.md, which table.py makes from the log, and the JSON
 # lines of each model. PYTHON names the interpreter (default: python3), COMMIT the commit where there
 # is no git. main.py gets the flags in FLAGS, such as "--precision bf16 --pad-to 8", too. REHEARSE=1
@@ -127,7 +128,7 @@ budget() { # RECIPE NAME CORPUS FLAGS...: as many epochs as fit, judging by the 
     [ -z "${REHEARSE:-}" ] || stop=$((SECONDS + startup + 2))
     # 1.07: a margin for slower epochs.
     epochs=$(awk "BEGIN { print int(($stop - $SECONDS - $startup) / (1.07 * ${seconds:-1e9})) }")
-    epochs=$((epochs > 1 ? epochs : 1))
+    epochs=$((epochs > ${EPOCHS:-90} ? ${EPOCHS:-90} : epochs > 1 ? epochs : 1))
     note "an epoch takes ${seconds:-too many} s: --epochs $epochs"
     train_and_evaluate "$name" "$corpus" --recipe "$recipe" "$@" --epochs "$epochs"
 }
@@ -195,7 +196,7 @@ note() { # LINE: adds it to the log and makes the table again
 }
 
 header() { # NAME: fails where there is no GPU
-    echo "# command:  ${REHEARSE:+REHEARSE=1 }${END:+END=$END }${FLAGS:+FLAGS=\"$FLAGS\" }records/gpu/run.sh $1 FOLDER"
+    echo "# command:  ${REHEARSE:+REHEARSE=1 }${END:+END=$END }${EPOCHS:+EPOCHS=$EPOCHS }${FLAGS:+FLAGS=\"$FLAGS\" }records/gpu/run.sh $1 FOLDER"
     echo "# date:     $(date -u '+%Y-%m-%d %H:%M') UTC"
     echo "# commit:   $(git -C "$root" describe --always --dirty --exclude '*' 2>/dev/null ||
         echo "${COMMIT:-unknown}")"
