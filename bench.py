@@ -38,7 +38,9 @@ from cpu_kernels import keep_freed_memory
 from data import InputError
 from flags import count, make_parser, resolve_flags, run_command
 from model import RNNModel
-from train import Objective, evaluate_model, make_optimizer, new_params, train_step
+from train import (
+    Objective, evaluate_model, make_compute, make_optimizer, new_params, train_step,
+)
 from utils import set_up_device
 
 # The published commands, and the size of their corpora's vocabularies.
@@ -124,6 +126,7 @@ def baseline(args):
         return "ours without attention", our_side, args
     if args.precision == "bf16":
         args.precision = "tf32" if args.device.type == "cuda" else "fp32"
+    args.cuda_graphs = False
     return f"plain PyTorch in {args.precision}", plain_side, args
 
 
@@ -134,10 +137,13 @@ def make_tasks(make_side, args):
     shapes = (args.bptt, args.batch_size), (args.bptt * args.batch_size,), (EVALUATED + 1,)
     data, targets, ids = (zipf(args.ntoken, shape).to(args.device) for shape in shapes)
     objective, hidden = Objective(params), params[0].init_hidden(args.batch_size)
+    compute = make_compute(args)
 
     def step():
         nonlocal hidden
-        _, hidden = train_step(objective, optimizer, data, targets, hidden, args)
+        _, hidden = train_step(
+            objective, optimizer, data, targets, hidden, args, compute=compute
+        )
 
     return params, {"step": step, "evaluation": lambda: evaluate_model(params, ids, args)}
 
@@ -253,7 +259,7 @@ def profile(args):
     TASKS.update(tasks)
     for name, function in tasks.items():
         whole = 1e3 * median(time_task(name, args.device) for _ in range(args.steps))
-        with torch.profiler.profile() as profiled:
+        with torch.profiler.profile(acc_events=True) as profiled:
             function()
         times = operation_times(profiled.key_averages())
         idle = max(0.0, 1 - sum(times.values()) / whole)  # kernels may overlap
@@ -308,7 +314,7 @@ def print_rows(rows, as_json=False):
             f"{figure} {value:,.2f}" if isinstance(value, float) else f"{figure} {value}"
             for figure, value in figures.items()
         ]
-        print(f"{name}: {' | '.join(shown)}")
+        print(f"{name[:100]}: {' | '.join(shown)}")  # a kernel's name can have a thousand letters
 
 
 def main():

@@ -29,7 +29,7 @@ COMMAND = "finetune.py"
 PHASE_FLAGS = (*OPTIMIZER_FLAGS, *REGULARIZERS)  # those that flags_after can change
 INHERITED = (
     "data", "level", *PHASE_FLAGS, "clip", "batch_size", "bptt", "nonmono", "objective",
-    "partial_shuffle", "precision", "pad_to", "unk",
+    "partial_shuffle", "precision", "pad_to", "cuda_graphs", "unk",
 )
 
 

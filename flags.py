@@ -59,7 +59,7 @@ FIXED_FLAGS = (
 # change on --resume, but the run is then not bit-identical: see `differences`.
 FREE_FLAGS = (
     "data", "save", "resume", "epochs", "finetune", "log_interval", "cuda", "device", "tied",
-    "checkpoint_minutes", "on_divergence", "no_cache",
+    "checkpoint_minutes", "on_divergence", "no_cache", "cuda_graphs",
 )
 
 
@@ -210,6 +210,8 @@ def make_parser(description, inherited=(), source="as in training"):
     add("--pad-to", 1, "pad LSTM and GRU layers (not biLSTM) to multiples of N, inside the kernel "
         "only, with units that stay 0 (8 suits a GPU's tensor cores)",
         type=count, metavar="N")
+    add("--cuda-graphs", False, "start the kernels of a step all at once (CUDA only, one process; "
+        "not with biLM or attention)", action=argparse.BooleanOptionalAction)
     add("--unk", None, "the model's token for unknown words, if a trained model reads other text "
         f"(default: the first of {', '.join(UNKNOWN_TOKENS)} in its vocabulary)", metavar="TOKEN")
     add("--tied", True, "accepted for compatibility: the weights are always tied",
@@ -242,6 +244,8 @@ def resolve_flags(given, defaults, saved=None):
     })
     resolve_device(args)
     resolve_precision(args, "precision" in given)
+    if args.device.type != "cuda" and "cuda_graphs" not in given:
+        args.cuda_graphs = False  # of a run that is resumed on another device
     if args.save is None:
         args.save = f"{time.time():.6f}".replace(".", "") + ".pt"
     if args.resume and os.path.realpath(args.resume) == os.path.realpath(args.save):
@@ -347,6 +351,12 @@ def check_flags(args):
         )
     if args.objective != "lm" and args.model != "biLM":
         raise InputError(f"--objective {args.objective}: requires --model biLM")
+    has_graphs = args.model != "biLM" and args.attention == "none" and distributed.size() == 1
+    if args.cuda_graphs and not (has_graphs and args.device.type == "cuda"):
+        raise InputError(
+            "--cuda-graphs: needs CUDA and a single process, and a model other than biLM, without "
+            "attention"
+        )
     try:
         check_architecture(args.model, args.emsize, args.nhid, args.attention)
     except ValueError as error:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 import distributed
 from bidirectional import OBJECTIVES, BiObjective, evaluate_directions, is_bilm, make_model
 from checkpoint import read_checkpoint, read_state
+from cuda_graphs import Recorded
 from data import LEVELS, InputError, batchify, exact_windows, get_batch, unigram_loss
 from model import DROPOUTS, NOTES, WINDOW, activation_regularization, training_settings
 from splitcross import SplitCrossEntropyLoss, default_splits
@@ -102,19 +103,35 @@ def make_objective(params, args):
     return BiObjective(params, args.objective) if is_bilm(params) else Objective(params)
 
 
-def train_step(objective, optimizer, data, targets, hidden, args, lr_share=1.0, **more):
+def compute_gradients(objective, data, targets, hidden, args, **more):
+    """Adds the gradients of one window; (loss in nats without AR and TAR, new hidden state).
+
+    See train_step. The loss is a tensor on the device.
+    """
+    total, loss, hidden = objective(data, targets, hidden, args.alpha, args.beta, **more)
+    total.backward()
+    return loss, repackage_hidden(hidden)
+
+
+def make_compute(args):
+    """How train_step computes the gradients: from CUDA graphs, if `args.cuda_graphs`."""
+    return Recorded(compute_gradients, REGULARIZERS) if args.cuda_graphs else compute_gradients
+
+
+def train_step(
+    objective, optimizer, data, targets, hidden, args, lr_share=1.0, compute=compute_gradients,
+    **more,
+):
     """One step of truncated BPTT on `data` [L, B] and `targets` [L*B].
 
     The learning rate of a group is its `lr` (see Trainer.set_rates) times `lr_share`, that of the
-    schedule, times L / bptt, so that a short window weighs less than a long one. `more` is passed
-    to the objective, see Trainer.window.
+    schedule, times L / bptt, so that a short window weighs less than a long one. `compute` adds the
+    gradients. `more` is passed to the objective, see Trainer.window.
 
-    Returns the loss in nats without AR and TAR, a tensor on the device, and the new hidden state.
+    Returns what `compute_gradients` returns.
     """
-    hidden = repackage_hidden(hidden)
-    optimizer.zero_grad()
-    total, loss, hidden = objective(data, targets, hidden, args.alpha, args.beta, **more)
-    total.backward()
+    optimizer.zero_grad(set_to_none=compute is compute_gradients)  # graphs need the same memory
+    loss, hidden = compute(objective, data, targets, hidden, args, **more)
     if args.clip:
         for group in getattr(objective, "module", objective).clip_groups():  # DDP has a `module`
             clip_grad_norm_(group, args.clip)
@@ -325,6 +342,7 @@ class Trainer:
         self.set_offsets(None)
         self.objective = distributed.replicate(make_objective(params, args))
         self.optimizer = make_optimizer(params, args)
+        self.compute = make_compute(args)
         self.average = Average(params) if finetuning else None
         self.epoch, self.row = 1, 0  # the current epoch; where its next window starts
         self.hidden, self.losses = None, Losses()
@@ -418,7 +436,7 @@ class Trainer:
                 data, targets, more = self.window(self.row, random_seq_len(args.bptt))
                 loss, self.hidden = train_step(
                     self.objective, self.optimizer, data, targets, self.hidden, settings,
-                    lr_share, **more,
+                    lr_share, self.compute, **more,
                 )
                 if self.average is not None:
                     self.average.update(self.params)

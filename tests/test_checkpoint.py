@@ -661,10 +661,11 @@ def test_a_run_that_changes_keeps_its_better_model(state, unfinished):
 
 def test_a_run_of_a_gpu_continues_without_one(trained, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    flags = {**read_state(trained)["flags"], "device": "cuda:1", "precision": "tf32"}
+    flags = read_state(trained)["flags"]
+    flags |= {"device": "cuda:1", "precision": "tf32", "cuda_graphs": True}
     edit(trained.with_name("trained.pt.state"), flags=flags)
     args, _ = main.parse_args(["--resume", str(trained)])
-    assert (str(args.device), args.precision) == ("cpu", "fp32")
+    assert (str(args.device), args.precision, args.cuda_graphs) == ("cpu", "fp32", False)
 
 
 def test_cuda_overrides_the_device_of_a_resumed_run(unfinished, monkeypatch):
@@ -964,10 +965,12 @@ def encoded(folder, words):
 
 
 def test_fine_tuning_keeps_the_precision_of_training(trained, monkeypatch):
-    edit(trained, flags={**read_checkpoint(trained)["flags"], "precision": "bf16", "pad_to": 8})
+    flags = {"precision": "bf16", "pad_to": 8, "cuda_graphs": True}
+    edit(trained, flags=read_checkpoint(trained)["flags"] | flags)
     monkeypatch.setattr("flags.has_precision", lambda *given: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     args, _ = finetune.parse_args(["--save", str(trained)])
-    assert (args.precision, args.pad_to) == ("bf16", 8)
+    assert (args.precision, args.pad_to, args.cuda_graphs) == ("bf16", 8, True)
 
 
 @COMMANDS

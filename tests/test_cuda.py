@@ -197,15 +197,15 @@ def test_tritons_kernels_are_compiled_once_for_all_lengths(device, tmp_path):
 # ------------------------------------------------------------ a run
 
 
-def make_run(device, *points, name="LSTM", nhid=256, **flags):
+def make_run(device, *points, name="LSTM", nhid=256, rate=0.3, **flags):
     """A Trainer with every dropout, which averages from its first step and ends at `points`."""
     torch.manual_seed(0)
     np.random.seed(0)
     args = arguments(**{
         "device": device, "batch_size": 20, "bptt": 20, "lr": 1.0, "epochs": 2,
-        "objective": "both", **dict.fromkeys(DROPOUTS, 0.3), **flags,
+        "objective": "both", **dict.fromkeys(DROPOUTS, rate), **flags,
     })
-    params = published(name, nhid, rate=0.3).to(device)
+    params = published(name, nhid, rate=rate).to(device)
     params[0].bf16 = args.precision == "bf16"
     set_products(args.precision)
     corpus = stream(200 * args.batch_size)
@@ -218,7 +218,7 @@ def step(run, seq_len=None):
     hidden = run.hidden or run.params[0].init_hidden(run.args.batch_size)
     settings, share = apply_schedules(0.3, run.args, run.params[0])
     loss, run.hidden = train_step(
-        run.objective, run.optimizer, data, targets, hidden, settings, share, **more
+        run.objective, run.optimizer, data, targets, hidden, settings, share, run.compute, **more
     )
     run.average.update(run.params)
     run.losses.add(loss, len(data))
@@ -257,6 +257,35 @@ def test_no_step_and_no_evaluation_warns(name, nhid, device):
             step(run)
         evaluate(run.average.mean, run.corpus.valid, 10, 200)
         evaluate(run.params, run.corpus.valid, 1, 200)
+
+
+@cuda_only
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "QRNN", "biLSTM"])
+def test_a_step_with_graphs_is_the_same(name, precision, device):
+    skip_unless(device, precision, name)
+    losses = []
+    for graphs in (False, True):
+        run = make_run(
+            device, name=name, rate=0.0, optimizer="adamw", lr=1e-3, cuda_graphs=graphs,
+            precision=precision,
+        )
+        for seq_len in 4 * [20, 25]:
+            step(run, seq_len)
+        losses.append(run.losses.read())
+    assert len(run.compute.graphs) == 2
+    bound = 1e-4 if precision == "fp32" else 1e-2
+    np.testing.assert_allclose(losses[0], losses[1], rtol=bound)
+
+
+@cuda_only
+def test_a_graph_draws_new_masks_each_time(device):
+    run = make_run(device, cuda_graphs=True, lr=1e-30)
+    for _ in range(5):
+        run.hidden = None
+        step(run, 20)
+    assert len(run.compute.graphs) == 1
+    assert len(set(run.losses.read())) == 5
 
 
 @cuda_only

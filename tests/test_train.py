@@ -219,8 +219,8 @@ def spy(monkeypatch):
     spy = Namespace(steps=[], evaluated=[], losses={}, valid_losses=[])
     step, real_loss = train.train_step, train.evaluate_model
 
-    def recorded_step(objective, optimizer, data, targets, hidden, args, share):
-        loss, hidden = step(objective, optimizer, data, targets, hidden, args, share)
+    def recorded_step(objective, optimizer, data, targets, hidden, args, share, compute):
+        loss, hidden = step(objective, optimizer, data, targets, hidden, args, share, compute)
         spy.steps.append(Step(data, args, share, copy(objective.parameters())))
         return loss * 0 + spy.losses.get(len(spy.steps), loss), hidden
 

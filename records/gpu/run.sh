@@ -148,14 +148,16 @@ check() {
     cd "$root" # so that pytest prints paths from there
     logged 0 "$testing" -m pytest -v --no-header -p no:cacheprovider tests/test_cuda.py
     cd "$tmp"
-    local sizes recipe batch model pad precision until=$((end - 45)) # the rest is the profile's
+    local sizes recipe batch model pad graphs precision until=$((end - 45)) # the rest is the profile's
     [ -z "${REHEARSE:-}" ] || until=$((SECONDS + 55))
     # The published batch sizes first.
-    for sizes in ptb:20 ptb:20:LSTM:8 wt2:80 wt2:80:LSTM:8 ptb:20:GRU ptb:20:GRU:8 ptb:80 wt2:20; do
-        IFS=: read -r recipe batch model pad <<<"$sizes"
+    for sizes in ptb:20 ptb:20:LSTM:1:--cuda-graphs ptb:20:LSTM:8:--cuda-graphs wt2:80 \
+        wt2:80:LSTM:8:--cuda-graphs ptb:20:GRU:1:--cuda-graphs ptb:80 wt2:20; do
+        IFS=: read -r recipe batch model pad graphs <<<"$sizes"
+        [ -z "${REHEARSE:-}" ] || graphs=
         for precision in "${precisions[@]}"; do
             set -- --recipe "$recipe" --batch_size "$batch" --model "${model:-LSTM}" \
-                --precision "$precision" --pad-to "${pad:-1}"
+                --precision "$precision" --pad-to "${pad:-1}" $graphs
             if ((SECONDS + 40 > until)); then
                 note "skipped, as there is no time: bench.py $*"
             else

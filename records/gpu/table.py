@@ -103,12 +103,14 @@ def benchmarks(log):
             _, ours, _, ratio = json.loads(found[0]).values()
             rows.append([
                 *(flag(command, name) for name in BENCH_FLAGS),
+                "yes" if "--cuda-graphs" in command else "no",
                 f"{ours['ms_per_step']:.1f}", f"{ours['tokens_per_s']:,.0f}",
                 f"{ratio['tokens_per_s']:.2f}", f"{ours['peak_mib']:.0f} ({ratio['peak_mib']:.2f})",
                 f"{ours['utilization']:.2f}", f"{ratio['eval_tokens_per_s']:.2f}",
             ])
         lines += re.findall(r"^(?:step|evaluation): .*", output, re.M)
-    columns = ["model", "recipe", "batch", "precision", "pad to", "ms per step", "tokens/s",
+    columns = ["model", "recipe", "batch", "precision", "pad to", "graphs",
+               "ms per step", "tokens/s",
                "speed over plain", "peak MiB (over plain)", "utilization",
                "evaluation speed over plain"]
     return table(columns, rows) + lines

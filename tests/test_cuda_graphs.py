@@ -1,0 +1,90 @@
+"""cuda_graphs.py on a CPU, where calling a function again stands for repeating its kernels.
+
+What CUDA itself makes of it is tested in test_cuda.py.
+"""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+import cuda_graphs
+import main
+import train
+from conftest import MODELS, arguments, make_corpus, make_params, make_trainer
+from data import InputError
+from model import DROPOUTS
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """The functions of the graphs that were made. Like kernels, they write to a fixed place."""
+    made = []
+
+    def capture(function, pool):
+        result = torch.full((), torch.nan)
+        made.append(function)
+        return lambda: result.copy_(function()), result
+
+    monkeypatch.setattr(cuda_graphs, "capture", capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    return made
+
+
+def run_epochs(number, model="LSTM", **flags):
+    """A Trainer after that many epochs, with every dropout, and its losses."""
+    torch.manual_seed(0)
+    np.random.seed(0)
+    args = arguments(epochs=number, **{**dict.fromkeys(DROPOUTS, 0.3), **flags})
+    params = make_params(**MODELS[model], rate=0.3)
+    ids = torch.randint(50, (2000,))
+    trainer = make_trainer(params, make_corpus(ids, ids[:200], 50), args)
+    for _ in range(number):
+        trainer.train_epoch()
+        trainer.epoch, trainer.row = trainer.epoch + 1, 0
+    return trainer, trainer.losses.read()
+
+
+@pytest.mark.parametrize("change", [{}, {"optimizer": "adamw", "lr": 0.01}, {"clip": 0.0}])
+@pytest.mark.parametrize("model", ["LSTM", "GRU", "QRNN", "biLSTM"])
+def test_a_run_is_the_same_with_graphs(model, change, captured):
+    (plain, losses), (recorded, found) = (
+        run_epochs(2, model, cuda_graphs=graphs, **change) for graphs in (False, True)
+    )
+    assert captured
+    assert found == losses and len(set(losses)) == len(losses)
+    for parameter, expected in zip(recorded.params.parameters(), plain.params.parameters()):
+        torch.testing.assert_close(parameter, expected, rtol=0, atol=0)
+
+
+def test_a_length_has_one_graph_from_its_second_window_on(captured, monkeypatch):
+    lengths, step = Counter(), train.train_step
+
+    def counting_step(objective, optimizer, data, *rest):
+        lengths[len(data)] += 1
+        return step(objective, optimizer, data, *rest)
+
+    monkeypatch.setattr(train, "train_step", counting_step)
+    trainer, _ = run_epochs(2, cuda_graphs=True)
+    repeated = {length for length, times in lengths.items() if times > 1}
+    assert {length for length, *_ in trainer.compute.graphs} == repeated != lengths.keys()
+    assert len(captured) == len(repeated)
+
+
+def test_no_graph_is_made_while_the_regularizers_change(captured):
+    run_epochs(2, cuda_graphs=True, regularization_ramp=[0.3, 2.0])
+    assert not captured
+    run_epochs(2, cuda_graphs=True, regularization_ramp=[0.3, 1.0])
+    assert captured
+
+
+@pytest.mark.parametrize(
+    ("argv", "ranks"),
+    [(["--device", "cpu"], 1), (["--model", "biLM"], 1), (["--attention", "single"], 1), ([], 2)],
+)
+def test_where_there_are_no_graphs(argv, ranks, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("distributed.size", lambda: ranks)
+    with pytest.raises(InputError, match=r"^--cuda-graphs: needs CUDA"):
+        main.parse_args([*argv, "--cuda-graphs"])
