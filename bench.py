@@ -137,7 +137,7 @@ def make_tasks(make_side, args):
     shapes = (args.bptt, args.batch_size), (args.bptt * args.batch_size,), (EVALUATED + 1,)
     data, targets, ids = (zipf(args.ntoken, shape).to(args.device) for shape in shapes)
     objective, hidden = Objective(params), params[0].init_hidden(args.batch_size)
-    compute = make_compute(args)
+    compute = make_compute(params, args)
 
     def step():
         nonlocal hidden

@@ -210,8 +210,9 @@ def make_parser(description, inherited=(), source="as in training"):
     add("--pad-to", 1, "pad LSTM and GRU layers (not biLSTM) to multiples of N, inside the kernel "
         "only, with units that stay 0 (8 suits a GPU's tensor cores)",
         type=count, metavar="N")
-    add("--cuda-graphs", False, "start the kernels of a step all at once (CUDA only, one process; "
-        "not with biLM or attention)", action=argparse.BooleanOptionalAction)
+    add("--cuda-graphs", False, "start the kernels of a step all at once (CUDA only; not with "
+        "torchrun, biLM, attention, or more than 75,000 words)",
+        action=argparse.BooleanOptionalAction)
     add("--unk", None, "the model's token for unknown words, if a trained model reads other text "
         f"(default: the first of {', '.join(UNKNOWN_TOKENS)} in its vocabulary)", metavar="TOKEN")
     add("--tied", True, "accepted for compatibility: the weights are always tied",
@@ -244,8 +245,9 @@ def resolve_flags(given, defaults, saved=None):
     })
     resolve_device(args)
     resolve_precision(args, "precision" in given)
-    if args.device.type != "cuda" and "cuda_graphs" not in given:
-        args.cuda_graphs = False  # of a run that is resumed on another device
+    has_graphs = args.device.type == "cuda" and not distributed.is_distributed()
+    if not has_graphs and "cuda_graphs" not in given:
+        args.cuda_graphs = False  # of a run that is resumed elsewhere
     if args.save is None:
         args.save = f"{time.time():.6f}".replace(".", "") + ".pt"
     if args.resume and os.path.realpath(args.resume) == os.path.realpath(args.save):
@@ -351,11 +353,10 @@ def check_flags(args):
         )
     if args.objective != "lm" and args.model != "biLM":
         raise InputError(f"--objective {args.objective}: requires --model biLM")
-    has_graphs = args.model != "biLM" and args.attention == "none" and distributed.size() == 1
-    if args.cuda_graphs and not (has_graphs and args.device.type == "cuda"):
+    has_graphs = args.device.type == "cuda" and not distributed.is_distributed()
+    if args.cuda_graphs and not (has_graphs and args.model != "biLM" and args.attention == "none"):
         raise InputError(
-            "--cuda-graphs: needs CUDA and a single process, and a model other than biLM, without "
-            "attention"
+            "--cuda-graphs: needs CUDA, no torchrun, and a model other than biLM, without attention"
         )
     try:
         check_architecture(args.model, args.emsize, args.nhid, args.attention)

@@ -113,8 +113,10 @@ def compute_gradients(objective, data, targets, hidden, args, **more):
     return loss, repackage_hidden(hidden)
 
 
-def make_compute(args):
+def make_compute(params, args):
     """How train_step computes the gradients: from CUDA graphs, if `args.cuda_graphs`."""
+    if args.cuda_graphs and params[1].splits:
+        raise InputError("--cuda-graphs: not for more than 75,000 words, whose softmax is split")
     return Recorded(compute_gradients, REGULARIZERS) if args.cuda_graphs else compute_gradients
 
 
@@ -342,7 +344,7 @@ class Trainer:
         self.set_offsets(None)
         self.objective = distributed.replicate(make_objective(params, args))
         self.optimizer = make_optimizer(params, args)
-        self.compute = make_compute(args)
+        self.compute = make_compute(params, args)
         self.average = Average(params) if finetuning else None
         self.epoch, self.row = 1, 0  # the current epoch; where its next window starts
         self.hidden, self.losses = None, Losses()

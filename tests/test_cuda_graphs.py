@@ -80,11 +80,20 @@ def test_no_graph_is_made_while_the_regularizers_change(captured):
 
 
 @pytest.mark.parametrize(
-    ("argv", "ranks"),
-    [(["--device", "cpu"], 1), (["--model", "biLM"], 1), (["--attention", "single"], 1), ([], 2)],
+    ("argv", "torchrun"),
+    [("--device cpu", False), ("--model biLM", False), ("--attention single", False), ("", True)],
 )
-def test_where_there_are_no_graphs(argv, ranks, monkeypatch):
+def test_where_there_are_no_graphs(argv, torchrun, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("distributed.size", lambda: ranks)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr("distributed.is_distributed", lambda: torchrun)
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=r"^--cuda-graphs: needs CUDA"):
-        main.parse_args([*argv, "--cuda-graphs"])
+        main.parse_args([*argv.split(), "--cuda-graphs"])
+
+
+def test_no_graphs_of_a_split_softmax(captured):
+    params = make_params(splits=(20, 30))
+    with pytest.raises(InputError, match=r"^--cuda-graphs: not for more than 75,000 words"):
+        train.make_compute(params, arguments(cuda_graphs=True))

@@ -95,8 +95,8 @@ def test_check_lists_benchmarks_and_what_was_skipped(tmp_path):
     log, table = rehearse("check", tmp_path)
     assert "| LSTM | ptb | 20 | fp32 |" in table and "step: ms " in table
     benchmarks = len(re.findall(r"^\| (?:LSTM|GRU) \| (?:ptb|wt2) \|", table, re.M))
-    assert log.count("bench.py --recipe ") == table.count("skipped, ") + benchmarks + 1
-    assert re.match(r"\d+ passed", table)
+    assert log.count("bench.py --recipe ") == table.count("skipped, as") + benchmarks + 1
+    assert re.search(r"^\d+ passed", table, re.M)
 
 
 @pytest.mark.slow
