@@ -52,7 +52,8 @@ def rehearse(entry, tmp_path):
 
 def check_header(log, entry):
     assert re.match(
-        rf'# command:  REHEARSE=1 FLAGS="--clip 0.3" records/gpu/run.sh {entry} FOLDER\n'
+        r"# command:  REHEARSE=1 (EPOCHS=2 )?"
+        rf'FLAGS="--clip 0.3" records/gpu/run.sh {entry} FOLDER\n'
         r"# date: +\d.*\n# commit: +\S+\n"
         r"# machine: +no GPU; .*\n# versions: Python .*, torch .*, cuDNN .*\n",
         log,
@@ -78,6 +79,13 @@ def test_a_model_is_trained_tested_and_evaluated(entry, tmp_path):
     assert f"| {tokens} tokens\n" in log
     assert "| valid ppl after epoch | " + entry + " | the report's LSTM |" in table
     assert len((tmp_path / "out" / f"{entry}.jsonl").read_text().splitlines()) == int(epochs) > 0
+
+
+@pytest.mark.slow
+def test_the_number_of_epochs_can_be_given(tmp_path, monkeypatch):
+    monkeypatch.setenv("EPOCHS", "2")
+    log, table = rehearse("ptb-fast", tmp_path)
+    assert rows(table)["ptb-fast"][0] == "2" and "first.pt" not in log
 
 
 @pytest.mark.slow

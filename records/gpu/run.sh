@@ -6,9 +6,10 @@
 #
 # An entry ends within 560 seconds, or with END=300 after about 300 (use 250 or more, for the four
 # models of `models` 400), and needs no network. Entries that train "for as many epochs as there is
-# time for" train for at most EPOCHS (default: 90). FOLDER gets log.txt, written as the run goes (so
-# that it survives the loss of the machine), table.md, which table.py makes from the log, and the JSON
-# lines of each model. PYTHON names the interpreter (default: python3), COMMIT the commit where there
+# time for" measure two epochs first, and train for at most 90. EPOCHS=60 sets their number: with
+# --cuda-graphs later epochs are faster than the first two. FOLDER gets log.txt, written as the run
+# goes (so that it survives the loss of the machine), table.md, which table.py makes from the log, and
+# the JSON lines of each model. PYTHON names the interpreter (default: python3), COMMIT the commit where there
 # is no git. main.py gets the flags in FLAGS, such as "--precision bf16 --pad-to 8", too. REHEARSE=1
 # runs an entry on a CPU, with tiny models, and ignores END.
 set -u
@@ -110,9 +111,15 @@ point() { # NAME CORPUS SECONDS FLAGS...: pointer.py, for so many seconds a spli
     fi
 }
 
-budget() { # RECIPE NAME CORPUS FLAGS...: as many epochs as fit, judging by the second of two
-    local recipe=$1 name=$2 corpus=$3 seconds epochs
+budget() { # RECIPE NAME CORPUS FLAGS...: EPOCHS epochs, or as many as fit
+    local recipe=$1 name=$2 corpus=$3 epochs=${EPOCHS:-}
     shift 3
+    [ -n "$epochs" ] || measure "$@"
+    train_and_evaluate "$name" "$corpus" --recipe "$recipe" "$@" --epochs "$epochs"
+}
+
+measure() { # FLAGS...: sets budget's epochs, judging by the second of two
+    local seconds
     local flags=(--recipe "$recipe" --data "data/$corpus" "$@" ${FLAGS:-} "${tiny[@]}" --epochs)
     # The first epoch includes loading CUDA's libraries.
     begin "main.py ${flags[*]} 2 --save first.pt"
@@ -128,9 +135,8 @@ budget() { # RECIPE NAME CORPUS FLAGS...: as many epochs as fit, judging by the 
     [ -z "${REHEARSE:-}" ] || stop=$((SECONDS + startup + 2))
     # 1.07: a margin for slower epochs.
     epochs=$(awk "BEGIN { print int(($stop - $SECONDS - $startup) / (1.07 * ${seconds:-1e9})) }")
-    epochs=$((epochs > ${EPOCHS:-90} ? ${EPOCHS:-90} : epochs > 1 ? epochs : 1))
+    epochs=$((epochs > 90 ? 90 : epochs > 1 ? epochs : 1))
     note "an epoch takes ${seconds:-too many} s: --epochs $epochs"
-    train_and_evaluate "$name" "$corpus" --recipe "$recipe" "$@" --epochs "$epochs"
 }
 
 shares() { # N: divides the time among N models, with 45 s for the evaluation of each
