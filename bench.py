@@ -259,7 +259,7 @@ def profile(args):
     TASKS.update(tasks)
     for name, function in tasks.items():
         whole = 1e3 * median(time_task(name, args.device) for _ in range(args.steps))
-        with torch.profiler.profile(acc_events=True) as profiled:
+        with torch.profiler.profile(acc_events=True) as profiled:  # False makes torch warn
             function()
         times = operation_times(profiled.key_averages())
         idle = max(0.0, 1 - sum(times.values()) / whole)  # kernels may overlap
@@ -314,7 +314,7 @@ def print_rows(rows, as_json=False):
             f"{figure} {value:,.2f}" if isinstance(value, float) else f"{figure} {value}"
             for figure, value in figures.items()
         ]
-        print(f"{name[:100]}: {' | '.join(shown)}")  # a kernel's name can have a thousand letters
+        print(f"{name[:100]}: {' | '.join(shown)}")  # a kernel's can be very long
 
 
 def main():

@@ -1,7 +1,7 @@
-"""Training steps on a GPU without the host's cost: CUDA graphs, one for each length of a window.
+"""Forward and backward pass of a training step as CUDA graphs, one for each length of a window.
 
-cuDNN starts several kernels for each time step of each layer, about a thousand in a training step.
-A graph starts them all at once.
+cuDNN starts several kernels for each time step of each layer, roughly a thousand in a step. A graph
+starts them all at once.
 """
 
 import torch
@@ -10,9 +10,10 @@ from utils import map_hidden
 
 
 def capture(function, pool):
-    """(a function that repeats the kernels of `function()`, the result that they will write).
+    """Records the kernels of `function()` without running them.
 
-    Nothing is computed yet. `pool` is the memory that all graphs share.
+    Returns (function that runs them, the tensor that they write). `pool` is the memory that all
+    graphs share.
     """
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
@@ -20,17 +21,18 @@ def capture(function, pool):
     return graph.replay, result
 
 
-class Recorded:
-    """`compute`, a function like train.compute_gradients, from graphs.
+class GraphedFunction:
+    """`compute`, which is train.compute_gradients, replayed from CUDA graphs.
 
-    A graph repeats the same kernels with the same numbers on the same memory. So the input is
-    copied to where the graph reads it, the hidden state stays in `self.hidden`, the gradients in
-    the parameters' `grad`, and each length and each set of `constants` has a graph. It is made when
-    they occur for the second time: while the regularizers change in each step, it would not pay.
+    A replay runs the same kernels with the same constants on the same memory. So each window is
+    copied to where its graph reads it; the hidden state stays in `self.hidden`, and the gradients
+    in the parameters' `grad`. There is a graph for each length of a window and each set of values
+    of the flags `constants`. It is recorded when these occur for the second time, because a graph
+    that is used once does not pay: while a ramp changes the regularizers, each step is different.
     """
 
     def __init__(self, compute, constants):
-        self.compute, self.constants = compute, constants  # names of flags
+        self.compute, self.constants = compute, constants
         self.hidden = None
         self.seen, self.graphs = set(), {}
         self.pool = torch.cuda.graph_pool_handle()

@@ -210,8 +210,9 @@ def make_parser(description, inherited=(), source="as in training"):
     add("--pad-to", 1, "pad LSTM and GRU layers (not biLSTM) to multiples of N, inside the kernel "
         "only, with units that stay 0 (8 suits a GPU's tensor cores)",
         type=count, metavar="N")
-    add("--cuda-graphs", False, "start the kernels of a step all at once (CUDA only; not with "
-        "torchrun, biLM, attention, or more than 75,000 words)",
+    add("--cuda-graphs", False, "replay the kernels of each training step from a CUDA graph, to "
+        "spare the host's time (CUDA only; not with torchrun, biLM, attention, or more than 75,000 "
+        "words)",
         action=argparse.BooleanOptionalAction)
     add("--unk", None, "the model's token for unknown words, if a trained model reads other text "
         f"(default: the first of {', '.join(UNKNOWN_TOKENS)} in its vocabulary)", metavar="TOKEN")
@@ -245,9 +246,8 @@ def resolve_flags(given, defaults, saved=None):
     })
     resolve_device(args)
     resolve_precision(args, "precision" in given)
-    has_graphs = args.device.type == "cuda" and not distributed.is_distributed()
-    if not has_graphs and "cuda_graphs" not in given:
-        args.cuda_graphs = False  # of a run that is resumed elsewhere
+    if "cuda_graphs" not in given and not has_graphs(args.device):
+        args.cuda_graphs = False  # a run with graphs continues without them elsewhere
     if args.save is None:
         args.save = f"{time.time():.6f}".replace(".", "") + ".pt"
     if args.resume and os.path.realpath(args.resume) == os.path.realpath(args.save):
@@ -344,6 +344,11 @@ def has_precision(device, precision):
     return True
 
 
+def has_graphs(device):
+    """Whether steps can be replayed from CUDA graphs, which DistributedDataParallel would break."""
+    return device.type == "cuda" and not distributed.is_distributed()
+
+
 def check_flags(args):
     """Raises InputError for flags that contradict one another."""
     if args.batch_size % distributed.size():
@@ -353,10 +358,11 @@ def check_flags(args):
         )
     if args.objective != "lm" and args.model != "biLM":
         raise InputError(f"--objective {args.objective}: requires --model biLM")
-    has_graphs = args.device.type == "cuda" and not distributed.is_distributed()
-    if args.cuda_graphs and not (has_graphs and args.model != "biLM" and args.attention == "none"):
+    is_plain = args.model != "biLM" and args.attention == "none"
+    if args.cuda_graphs and not (is_plain and has_graphs(args.device)):
         raise InputError(
-            "--cuda-graphs: needs CUDA, no torchrun, and a model other than biLM, without attention"
+            "--cuda-graphs: requires CUDA without torchrun, and neither --model biLM nor "
+            "--attention"
         )
     try:
         check_architecture(args.model, args.emsize, args.nhid, args.attention)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 import distributed
 from bidirectional import OBJECTIVES, BiObjective, evaluate_directions, is_bilm, make_model
 from checkpoint import read_checkpoint, read_state
-from cuda_graphs import Recorded
+from cuda_graphs import GraphedFunction
 from data import LEVELS, InputError, batchify, exact_windows, get_batch, unigram_loss
 from model import DROPOUTS, NOTES, WINDOW, activation_regularization, training_settings
 from splitcross import SplitCrossEntropyLoss, default_splits
@@ -104,9 +104,9 @@ def make_objective(params, args):
 
 
 def compute_gradients(objective, data, targets, hidden, args, **more):
-    """Adds the gradients of one window; (loss in nats without AR and TAR, new hidden state).
+    """Adds the gradients of one window to the parameters' `grad`; see train_step.
 
-    See train_step. The loss is a tensor on the device.
+    Returns (loss in nats without AR and TAR, a tensor on the device; new hidden state, detached).
     """
     total, loss, hidden = objective(data, targets, hidden, args.alpha, args.beta, **more)
     total.backward()
@@ -115,9 +115,11 @@ def compute_gradients(objective, data, targets, hidden, args, **more):
 
 def make_compute(params, args):
     """How train_step computes the gradients: from CUDA graphs, if `args.cuda_graphs`."""
-    if args.cuda_graphs and params[1].splits:
+    if not args.cuda_graphs:
+        return compute_gradients
+    if params[1].splits:
         raise InputError("--cuda-graphs: not for more than 75,000 words, whose softmax is split")
-    return Recorded(compute_gradients, REGULARIZERS) if args.cuda_graphs else compute_gradients
+    return GraphedFunction(compute_gradients, REGULARIZERS)
 
 
 def train_step(
@@ -127,12 +129,12 @@ def train_step(
     """One step of truncated BPTT on `data` [L, B] and `targets` [L*B].
 
     The learning rate of a group is its `lr` (see Trainer.set_rates) times `lr_share`, that of the
-    schedule, times L / bptt, so that a short window weighs less than a long one. `compute` adds the
-    gradients. `more` is passed to the objective, see Trainer.window.
+    schedule, times L / bptt, so that a short window weighs less than a long one. `compute` is from
+    make_compute, and `more` is passed to the objective, see Trainer.window.
 
-    Returns what `compute_gradients` returns.
+    Returns (loss, hidden) as `compute_gradients` does.
     """
-    optimizer.zero_grad(set_to_none=compute is compute_gradients)  # graphs need the same memory
+    optimizer.zero_grad(set_to_none=not args.cuda_graphs)  # graphs always write to the same memory
     loss, hidden = compute(objective, data, targets, hidden, args, **more)
     if args.clip:
         for group in getattr(objective, "module", objective).clip_groups():  # DDP has a `module`
@@ -502,8 +504,8 @@ class Trainer:
     def try_longest_window(self):
         """Computes and discards the gradients of the longest possible window.
 
-        If memory is too small, this fails now instead of hours into the run. Weights and random
-        generators do not change.
+        If memory is too small, this fails now instead of hours into the run, except for what CUDA
+        graphs need in addition. Weights and random generators do not change.
         """
         args = self.args
         self.params.train()

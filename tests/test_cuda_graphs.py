@@ -40,9 +40,12 @@ def run_epochs(number, model="LSTM", **flags):
     params = make_params(**MODELS[model], rate=0.3)
     ids = torch.randint(50, (2000,))
     trainer = make_trainer(params, make_corpus(ids, ids[:200], 50), args)
+    places = set()
     for _ in range(number):
         trainer.train_epoch()
         trainer.epoch, trainer.row = trainer.epoch + 1, 0
+        places.add(tuple(p.grad.data_ptr() for p in params.parameters()))
+    assert len(places) == 1 or not args.cuda_graphs  # graphs write where the optimizer reads
     return trainer, trainer.losses.read()
 
 
@@ -89,7 +92,7 @@ def test_where_there_are_no_graphs(argv, torchrun, monkeypatch):
     monkeypatch.setattr("distributed.is_distributed", lambda: torchrun)
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(InputError, match=r"^--cuda-graphs: needs CUDA"):
+    with pytest.raises(InputError, match=r"^--cuda-graphs: requires CUDA"):
         main.parse_args([*argv.split(), "--cuda-graphs"])
 
 

@@ -86,6 +86,7 @@ def test_the_number_of_epochs_can_be_given(tmp_path, monkeypatch):
     monkeypatch.setenv("EPOCHS", "2")
     log, table = rehearse("ptb-fast", tmp_path)
     assert rows(table)["ptb-fast"][0] == "2" and "first.pt" not in log
+    assert "REHEARSE=1 EPOCHS=2 FLAGS" in log
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""main.py that evaluates the mean of the weights over all steps so far: averaging.py FLAGS...
+"""main.py, but it evaluates and saves the mean of the weights over all steps: averaging.py FLAGS...
 
 As in NT-ASGD after its trigger, but from the first step and with any optimizer. Run from the top of
 the checkout.
@@ -12,13 +12,13 @@ import flags
 import main
 import train
 
-make = train.Trainer.__init__
+original_init = train.Trainer.__init__
 
 
-def make_averaging(self, params, *rest, **more):
-    make(self, params, *rest, **more)
+def init_with_average(self, params, *rest, **more):
+    original_init(self, params, *rest, **more)
     self.average = train.Average(params)
 
 
-train.Trainer.__init__ = make_averaging
+train.Trainer.__init__ = init_with_average
 flags.run_command(lambda: main.main(sys.argv[1:]))
