@@ -48,6 +48,7 @@ RECIPES = {
     },
 }
 RECIPES["short-gru"] = {**RECIPES["short"], "alpha": 0.5, "beta": 0.25}
+RECIPES["fast-gru"] = {**RECIPES["fast"], "lr": 1e-3, "alpha": 0.5, "beta": 0.25}  # records/fast
 NEW_MODEL_FLAGS = ("decoder_bias", "embeddings")  # they set weights that a saved model already has
 # Flags that cannot change within a run: the position in the text, the optimizer's state or the
 # random numbers would become invalid.

@@ -141,6 +141,11 @@ SHORT = (
     "--epochs 4 --optimizer adamw --lr 8e-3 --wdecay 0.1 --schedule onecycle --bias-lr 1 "
     "--decoder-bias unigram --batch_size 20 --regularization-ramp 0.3 12 --alpha 2 --beta 1"
 )
+FAST_GRU = (
+    "--epochs 4 --optimizer adamw --lr 1e-3 --wdecay 0.075 --schedule trapezoid --bias-lr 1 "
+    "--decoder-bias unigram --batch_size 20 --regularization-ramp 0.3 12 --partial-shuffle "
+    "--alpha 0.5 --beta 0.25"
+)
 
 
 @pytest.mark.parametrize(("flags", "recipe", "all_flags"), [
@@ -165,6 +170,7 @@ SHORT = (
     ("--recipe short --epochs 4", "short", SHORT),
     ("--recipe short-gru --model GRU --epochs 9", "short-gru", f"{SHORT} --alpha .5 --beta .25"),
     ("--recipe short --epochs 4 --beta 0 --lr 1", "short", SHORT),
+    ("--recipe fast-gru --model GRU --epochs 9", "fast-gru", FAST_GRU),
 ])
 def test_a_recipe_is_the_flags_that_it_sets(flags, recipe, all_flags):
     found, _ = main.parse_args([*flags.split(), "--save", "m.pt"])

@@ -36,7 +36,7 @@ run_entry() {
         check) check ;;
         ptb-fast) budget fast ptb-fast penn "${penn[@]}" ;;
         wt2-fast) budget fast wt2-fast wikitext-2 --batch_size 80 --dropouth 0.2 --seed 1882 ;;
-        gru-fast) budget fast gru-fast penn --model GRU --alpha 0.5 --beta 0.25 "${penn[@]}" ;;
+        gru-fast) budget fast-gru gru-fast penn --model GRU "${penn[@]}" ;;
         ptb) train_and_evaluate ptb penn --batch_size 20 "${penn[@]}" --epochs 500 ;;
         ptb-80) train_and_evaluate ptb-80 penn --batch_size 80 "${penn[@]}" --epochs 500 ;;
         qrnn)
