@@ -31,7 +31,7 @@ except ImportError:  # not POSIX: runs are not locked
 
 STATE, BASE = ".state", ".base"  # after the path of the checkpoint
 FILES = ("", STATE, RECORDS, FINETUNE_RECORDS, BASE, BASE + STATE)
-VERSION = 6
+VERSION = 7
 SEAL = b"sha256:"
 DIGEST = 64  # characters of a SHA-256 in hexadecimal
 

@@ -155,7 +155,7 @@ class Scorer:
         return row
 
     def fail(self, message):
-        warn(f"Warning: {message}")
+        warn(f"Error: {message}")
         self.failed = True
 
     def log_other_losses(self, score, words):

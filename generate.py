@@ -64,7 +64,7 @@ def complete_prompts(lm, out, args):
         try:
             write_text(lm, decode_line(line, n).rstrip("\r\n"), out, args)
         except InputError as error:
-            warn(f"Warning: line {n}: {error}")
+            warn(f"Error: line {n}: {error}")
             print(file=out, flush=True)
             succeeded = False
     return succeeded
@@ -119,6 +119,8 @@ def main(argv=None):
              "--unk names another token")
     prompt = read_prompt(lm, args)
     succeeded, to_file = True, args.outf != "-"
+    if to_file and os.path.exists(args.outf):
+        raise InputError(f"--outf {args.outf}: already exists; choose another name or remove it")
     with open(args.outf, "x", encoding="utf-8") if to_file else nullcontext(sys.stdout) as out:
         if args.interactive:
             succeeded = complete_prompts(lm, out, args)

@@ -331,7 +331,7 @@ class Trainer:
     # The trainer's attributes that the training state holds as plain data.
     PROGRESS = (
         "finetuning", "epoch", "row", "valid_losses", "best", "records", "done",
-        "rollbacks", "rate_divisor", "offsets",
+        "rollbacks", "rate_divisor", "offsets", "changes",
     )
 
     def __init__(self, params, corpus, args, run, finetuning=False, best=math.inf):
@@ -352,6 +352,7 @@ class Trainer:
         self.hidden, self.losses = None, Losses()
         self.valid_losses, self.best, self.records = [], best, ""
         self.done = False  # whether the trigger has ended fine-tuning
+        self.changes = []  # at each resume, that keep the run from being bit-identical
         self.high_loss_streak, self.rollbacks = 0, 0
         self.rate_divisor = 1  # of the learning rate, raised by --when and by rollbacks
         self.loss_limit = math.log(len(corpus.dictionary)) + 1
@@ -592,10 +593,12 @@ class Trainer:
         self.load_state_dict(state)
         log(f"Resuming the run of {self.args.resume} at {self.position()}")
         changed = changed + self.check_best_model(state, changed)
+        self.changes = list(dict.fromkeys(self.changes + changed))
         if self.records:  # the file may be ahead of the state, or end in a part of a line
             self.run.save_records(self.records, self.finetuning)
-        if changed:
-            log(f"Note: no longer bit-identical to an uninterrupted run: {'; '.join(changed)}")
+        if self.changes:
+            changes = "; ".join(self.changes)
+            log(f"Note: no longer bit-identical to an uninterrupted run: {changes}")
         else:
             log("The resumed run is bit-identical to an uninterrupted run")
         if self.done:

@@ -641,7 +641,9 @@ def test_a_changed_flag_takes_effect_and_is_announced(flag, value, unfinished, m
         main.main, "--resume", path, f"--{flag.replace('_', '-')}", value, "--epochs", 9
     )
     assert status == 2
-    assert f"Note: {CHANGED}{flag} {BEFORE[flag]} -> {value}\n" in out
+    note = f"Note: {CHANGED}{flag} {BEFORE[flag]} -> {value}\n"
+    assert note in out
+    assert note in invoke(main.main, "--resume", path)[1]  # the state remembers it
     assert effective == {**BEFORE, flag: value}
     flags = read_state(path)["flags"]
     assert {name: flags[name] for name in BEFORE} == effective

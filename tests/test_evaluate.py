@@ -353,7 +353,7 @@ def test_a_model_keeps_the_unknown_token_of_its_training(small, tmp_path):
         (b"ann\n\xff\xfe", "", "line 2: not UTF-8"),
         (b"ann sees zoe", "", "'zoe'"),
         (b"ann", "--batch_size 0", "--batch_size"),
-        (b"ann", "absent.txt", "Warning: absent.txt: No such file or directory\n"),
+        (b"ann", "absent.txt", "Error: absent.txt: No such file or directory\n"),
     ],
 )
 def test_bad_input_is_one_line(content, flags, named, trained, text):
