@@ -28,7 +28,7 @@ def make_main_parser():
     parser = make_parser(__doc__.splitlines()[0])
     add = parser.add
     add("--recipe", None, "preset of flags: published, gru, slow-biases, short (for runs of few "
-        "epochs), short-gru, fast (for 40 epochs or more) or fast-gru; a flag on the command line "
+        "epochs), short-gru, fast (for 12 epochs or more) or fast-gru; a flag on the command line "
         "overrides only that flag (default: gru for GRU, slow-biases for biLM and with attention, "
         "else published)", choices=list(RECIPES))
     add("--optimizer", "sgd", "sgd (with NT-ASGD), adam, or adamw (decoupled weight decay, betas "
