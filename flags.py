@@ -37,17 +37,12 @@ RECIPES = {
     "published": {},
     "gru": {"lr": 10.0, "bias_lr": 0.02, "decoder_bias": "unigram", "alpha": 0.5, "beta": 0.25},
     "slow-biases": {"bias_lr": 0.01, "decoder_bias": "unigram"},
-    "short": {
-        "optimizer": "adamw", "lr": 8e-3, "wdecay": 0.1, "schedule": "onecycle",
-        "decoder_bias": "unigram", "batch_size": 20, "regularization_ramp": [0.3, 12.0],
-    },
     "fast": {
         "optimizer": "adamw", "lr": 3e-3, "wdecay": 0.075, "schedule": "trapezoid",
         "decoder_bias": "unigram", "batch_size": 20, "regularization_ramp": [0.3, 12.0],
         "partial_shuffle": True,
     },
 }
-RECIPES["short-gru"] = {**RECIPES["short"], "alpha": 0.5, "beta": 0.25}
 RECIPES["fast-gru"] = {**RECIPES["fast"], "lr": 1e-3, "alpha": 0.5, "beta": 0.25}  # records/fast
 NEW_MODEL_FLAGS = ("decoder_bias", "embeddings")  # they set weights that a saved model already has
 # Flags that cannot change within a run: the position in the text, the optimizer's state or the

@@ -711,7 +711,7 @@ def test_what_cannot_change_is_refused_by_name(unfinished):
     before = files_at(path)
     for change in (
         "--nhid 14", "--model GRU", "--nlayers 1", "--emsize 10", "--batch_size 5", "--seed 5",
-        "--optimizer adam", "--objective cloze", "--decoder-bias unigram", "--recipe short",
+        "--optimizer adam", "--objective cloze", "--decoder-bias unigram", "--recipe fast",
         "--embeddings vectors.txt", "--attention single", "--attention-window 5",
     ):
         err = refuse("--resume", path, *change.split())

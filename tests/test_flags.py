@@ -37,7 +37,7 @@ BAD_FLAGS = [
     ("--model biLSTM --attention single", "--attention only looks back: leave it out with biLSTM"),
     ("--attention-window 5", "--attention-window 5: has no effect without --attention"),
     ("--objective cloze", "--objective cloze: requires --model biLM"),
-    ("--recipe short", "--recipe short: needs --epochs"),
+    ("--recipe fast", "--recipe fast: needs --epochs"),
     ("--optimizer adam --schedule onecycle", "--schedule onecycle: needs --epochs"),
     ("--bptt 65500", "--bptt: must be a whole number in [1, 65500), not 65500"),
     ("--regularization-ramp 2 1", "--regularization-ramp 2 1: SHARE must be a number in [0, 1]"),
@@ -137,15 +137,12 @@ def test_a_diverging_run_says_so(corpus_dir, small, tmp_path, monkeypatch):
 PUBLISHED = "--lr 30 --bias-lr 1 --decoder-bias zeros --alpha 2 --beta 1"
 GRU = "--lr 10 --bias-lr 0.02 --decoder-bias unigram --alpha 0.5 --beta 0.25"
 SLOW_BIASES = "--lr 30 --bias-lr 0.01 --decoder-bias unigram --alpha 2 --beta 1"
-SHORT = (
-    "--epochs 4 --optimizer adamw --lr 8e-3 --wdecay 0.1 --schedule onecycle --bias-lr 1 "
-    "--decoder-bias unigram --batch_size 20 --regularization-ramp 0.3 12 --alpha 2 --beta 1"
-)
-FAST_GRU = (
-    "--epochs 4 --optimizer adamw --lr 1e-3 --wdecay 0.075 --schedule trapezoid --bias-lr 1 "
+FAST = (
+    "--epochs 4 --optimizer adamw --lr 3e-3 --wdecay 0.075 --schedule trapezoid --bias-lr 1 "
     "--decoder-bias unigram --batch_size 20 --regularization-ramp 0.3 12 --partial-shuffle "
-    "--alpha 0.5 --beta 0.25"
+    "--alpha 2 --beta 1"
 )
+FAST_GRU = f"{FAST} --lr 1e-3 --alpha 0.5 --beta 0.25"
 
 
 @pytest.mark.parametrize(("flags", "recipe", "all_flags"), [
@@ -167,9 +164,8 @@ FAST_GRU = (
     ("--model GRU --optimizer adamw", "published", f"{PUBLISHED} --lr 5e-3 --wdecay 0.02"),
     ("--model GRU --optimizer adamw --lr 1e-4", "published", f"{PUBLISHED} --wdecay 0.02"),
     ("--recipe gru --optimizer adam", "gru", f"{GRU} --lr 1e-3 --bias-lr 1"),
-    ("--recipe short --epochs 4", "short", SHORT),
-    ("--recipe short-gru --model GRU --epochs 9", "short-gru", f"{SHORT} --alpha .5 --beta .25"),
-    ("--recipe short --epochs 4 --beta 0 --lr 1", "short", SHORT),
+    ("--recipe fast --epochs 4", "fast", FAST),
+    ("--recipe fast --epochs 4 --beta 0 --lr 1", "fast", FAST),
     ("--recipe fast-gru --model GRU --epochs 9", "fast-gru", FAST_GRU),
 ])
 def test_a_recipe_is_the_flags_that_it_sets(flags, recipe, all_flags):

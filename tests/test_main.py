@@ -372,9 +372,9 @@ def begin(corpus_dir, small, tmp_path):
 @pytest.mark.parametrize(("begun", "given", "message"), [
     (["--schedule", "onecycle"], [], "uninterrupted run: epochs 1 -> 2"),  # another schedule
     (["--regularization-ramp", 0.5, 1], [], "The resumed run is bit-identical"),
-    (["--recipe", "short", "--schedule", "constant"], ["--recipe", "short"],
+    (["--recipe", "fast", "--schedule", "constant"], ["--recipe", "fast"],
      "The resumed run is bit-identical"),
-    (["--recipe", "short"], ["--recipe", "published"], "--recipe published: "),
+    (["--recipe", "fast"], ["--recipe", "published"], "--recipe published: "),
 ])
 def test_a_run_with_more_epochs(begun, given, message, begin):
     status, out, err = invoke(main.main, "--resume", begin(*begun), "--epochs", 2, *given)
@@ -392,7 +392,7 @@ def test_a_schedule_given_at_a_resume_needs_an_end(begin):
 
 
 def test_fine_tuning_after_a_ramp_that_was_cut_short(begin):
-    path = begin("--recipe", "short", "--regularization-ramp", 0.25, 2)
+    path = begin("--recipe", "fast", "--regularization-ramp", 0.25, 2)
     checkpoint = read_checkpoint(path)
     checkpoint["flags"]["epochs"] = 60
     path.write_bytes(pack("checkpoint", checkpoint))
@@ -401,7 +401,7 @@ def test_fine_tuning_after_a_ramp_that_was_cut_short(begin):
 
 
 def test_a_regularizer_given_while_fine_tuning_has_that_value(begin, monkeypatch):
-    path = begin("--recipe", "short", "--finetune", 1, "--regularization-ramp", 0.25, 2)
+    path = begin("--recipe", "fast", "--finetune", 1, "--regularization-ramp", 0.25, 2)
     made, fit = [], train.Trainer.fit
     monkeypatch.setattr(train.Trainer, "fit", lambda run: made.append(run) or fit(run))
     for given in (["--dropout", 0.3], []):
@@ -411,11 +411,11 @@ def test_a_regularizer_given_while_fine_tuning_has_that_value(begin, monkeypatch
         assert made[-1].params[0].dropouth == 0.3 * 0.625
 
 
-def test_fine_tuning_after_the_short_recipe(begin, monkeypatch):
+def test_fine_tuning_after_the_fast_recipe(begin, monkeypatch):
     """SGD at its own rate and decay, no schedule, the regularizers as the ramp left them."""
     made, fit = [], train.Trainer.fit
     monkeypatch.setattr(train.Trainer, "fit", lambda run: made.append(run) or fit(run))
-    path = begin("--recipe", "short", "--finetune", 1, "--regularization-ramp", 0.25, 2)
+    path = begin("--recipe", "fast", "--finetune", 1, "--regularization-ramp", 0.25, 2)
     for flags in (
         ["--save", path, "--epochs", 1], ["--resume", path, "--epochs", 2],
         ["--save", path, "--epochs", 1, "--lr", 5, "--dropout", 0.3],

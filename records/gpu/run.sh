@@ -27,7 +27,6 @@ ptb       penn       the published command for Penn Treebank
 ptb-80    penn       the same with batches of 80
 qrnn      penn       the published QRNN command for Penn Treebank
 char      penn       the published command for the characters of Penn Treebank
-wt2-short wikitext-2 the short recipe on WikiText-2, for as many epochs as there is time for
 models    penn       LSTM, GRU, biLM and attention, for equal seconds"
 
 run_entry() {
@@ -49,7 +48,6 @@ run_entry() {
                 --alpha 0 --beta 0 --dropoute 0 --dropouth 0.25 --dropouti 0.1 --dropout 0.1 \
                 --wdrop 0.5 --wdecay 1.2e-6 --bptt 150 --batch_size 128 --optimizer adam --lr 2e-3 \
                 --when 300 400 ;;
-        wt2-short) budget short wt2-short wikitext-2 --batch_size 100 --dropouth 0.2 --seed 1882 ;;
         models)
             shares 4
             penn+=(--batch_size 20 --epochs 500)

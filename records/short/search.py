@@ -1,9 +1,9 @@
-"""The search behind --recipe short: search.py FOLDER NAME ... runs these VARIANTS, two at a time.
+"""The search behind the former --recipe short.
 
-Each is main.py on Penn Treebank with the reduced model, on one thread; FOLDER/NAME.log and
-FOLDER/NAME.pt.jsonl are what it leaves. A name may end in xEPOCHS (4 without it) and in @SEED (141
-without it): lr-1.2e-2x8@142. Run from the top of the checkout, with data/penn there. A name that
-the folder has a log of is refused.
+search.py FOLDER NAME ... runs these VARIANTS, two at a time. Each is main.py on Penn Treebank with
+the reduced model, on one thread; FOLDER/NAME.log and FOLDER/NAME.pt.jsonl are what it leaves. A
+name may end in xEPOCHS (4 without it) and in @SEED (141 without it): lr-1.2e-2x8@142. Run from the
+top of the checkout, with data/penn there. A name that the folder has a log of is refused.
 """
 
 import argparse
@@ -17,7 +17,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 REDUCED = "--data data/penn --emsize 200 --nhid 400 --dropouti 0.4 --dropouth 0.25"
-SHORT = f"{REDUCED} --recipe short"
+SHORT = (
+    f"{REDUCED} --optimizer adamw --lr 8e-3 --wdecay 0.1 --schedule onecycle "
+    "--decoder-bias unigram --batch_size 20 --regularization-ramp 0.3 12"
+)
 # Earlier recipes: weight decay 0.02, regularizers at full strength after 64 and after 32 epochs.
 RAMP_16 = f"{SHORT} --wdecay 0.02 --regularization-ramp 0.3 64"
 RAMP_8 = f"{SHORT} --wdecay 0.02 --regularization-ramp 0.3 32"
@@ -56,7 +59,7 @@ VARIANTS = {  # name -> flags
     "averaging": SHORT,
     "constant": f"{SHORT} --schedule constant --lr 2e-3",
     "constant-averaging": f"{SHORT} --schedule constant --lr 2e-3",
-    "gru": f"{REDUCED} --recipe short-gru --model GRU",
+    "gru": f"{SHORT} --model GRU --alpha 0.5 --beta 0.25",
     "gru-whole-penalties": f"{SHORT} --model GRU --alpha 2 --beta 1",
     "gru-published": f"{PUBLISHED} --model GRU",
     "attention": f"{SHORT} --attention single",
