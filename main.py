@@ -27,9 +27,10 @@ def make_main_parser():
     """A parser for the flags of make_parser and those that only main.py has."""
     parser = make_parser(__doc__.splitlines()[0])
     add = parser.add
-    add("--recipe", None, "preset of flags: published, gru, slow-biases, fast (for few epochs, "
-        "from 4 up) or fast-gru; a flag on the command line overrides only that flag (default: gru "
-        "for GRU, slow-biases for biLM and with attention, else published)", choices=list(RECIPES))
+    add("--recipe", None, "preset of flags: published, gru, slow-biases, fast (for short "
+        "runs of 4 epochs or more) or fast-gru (the same for GRU); a flag on the command line "
+        "overrides only that flag (default: gru for GRU, slow-biases for biLM and with attention, "
+        "else published)", choices=list(RECIPES))
     add("--optimizer", "sgd", "sgd (with NT-ASGD), adam, or adamw (decoupled weight decay, betas "
         "0.8 and 0.998)", choices=list(OPTIMIZERS))
     add("--schedule", "constant", "learning rate over the --epochs: constant; onecycle (rises to "

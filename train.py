@@ -352,7 +352,7 @@ class Trainer:
         self.hidden, self.losses = None, Losses()
         self.valid_losses, self.best, self.records = [], best, ""
         self.done = False  # whether the trigger has ended fine-tuning
-        self.changes = []  # at each resume, that keep the run from being bit-identical
+        self.changes = []  # made at a resume; they keep the run from being bit-identical
         self.high_loss_streak, self.rollbacks = 0, 0
         self.rate_divisor = 1  # of the learning rate, raised by --when and by rollbacks
         self.loss_limit = math.log(len(corpus.dictionary)) + 1

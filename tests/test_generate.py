@@ -56,6 +56,7 @@ def test_the_references_flags_write_a_new_file(run, tmp_path):
     assert text == run("--words", 250)[1]
     status, _, err = run(*flags)
     assert (status, err.count("\n"), path.read_text()) == (2, 1, text)
+    assert f"--outf {path}: " in err
 
 
 @pytest.mark.parametrize(
