@@ -17,7 +17,7 @@ from flags import (
     NEW_MODEL_FLAGS, RECIPES, check_unchanged, describe_recipe, flags_of_run, make_parser,
     model_flags, number, resolve_flags, run_command,
 )
-from train import OPTIMIZERS, WARMUP, Trainer, new_params, train_and_test
+from train import OPTIMIZERS, Trainer, new_params, train_and_test
 from utils import log, prepare
 
 COMMAND = "main.py"
@@ -33,10 +33,9 @@ def make_main_parser():
         "else published)", choices=list(RECIPES))
     add("--optimizer", "sgd", "sgd (with NT-ASGD), adam, or adamw (decoupled weight decay, betas "
         "0.8 and 0.998)", choices=list(OPTIMIZERS))
-    add("--schedule", "constant", "learning rate over the --epochs: constant; onecycle (rises to "
-        f"--lr over the first {100 * WARMUP:g}%% of the run, then falls to almost 0); or trapezoid "
-        "(rises over the first 8%%, constant until 48%%, then falls to 0)",
-        choices=["constant", "onecycle", "trapezoid"])
+    add("--schedule", "constant", "learning rate over the --epochs: constant or trapezoid (rises "
+        "to --lr over the first 8%% of the run, constant until 48%%, then falls to 0)",
+        choices=["constant", "trapezoid"])
     add("--regularization-ramp", None, "start all dropouts, weight drop, AR and TAR at SHARE of "
         "their strength, and raise them to full strength over EPOCHS epochs",
         nargs=2, type=float, metavar=("SHARE", "EPOCHS"))

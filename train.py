@@ -35,8 +35,6 @@ from weight_drop import WeightDrop
 EVAL_BATCH_SIZE, TEST_BATCH_SIZE = 10, 1  # as in the reference
 MAX_EXCESS = 25  # by which a window may exceed bptt: five standard deviations
 REGULARIZERS = (*DROPOUTS, "alpha", "beta")
-# onecycle: the share of the run in which the rate rises; the initial and final shares of the rate.
-WARMUP, INITIAL_SHARE, FINAL_SHARE = 0.1, 1 / 25, 1 / 250_000
 TRAPEZOID = (0, 0.08, 0.48, 0.92, 1), (0.1, 1, 1, 0.1, 0)  # shares of the run, shares of the rate
 OPTIMIZERS = {
     "sgd": (torch.optim.SGD, {}),
@@ -255,25 +253,9 @@ def evaluate_model(params, ids, args, check=None, batch_size=EVAL_BATCH_SIZE):
 def scheduled_share(schedule, progress):
     """The learning rate at `progress`, in [0, 1], as a share of its maximum, --lr.
 
-    onecycle (Smith and Topin 2017, 1708.07120): half a cosine wave from INITIAL_SHARE up to 1 over
-    the first WARMUP of the run, then another down to FINAL_SHARE. torch's OneCycleLR with
-    pct_start=WARMUP has the same shape, but needs the number of steps, which is not known in
-    advance because window lengths are random.
-
-    trapezoid: straight lines between the points of TRAPEZOID.
+    constant: 1. trapezoid: straight lines between the points of TRAPEZOID.
     """
-    if schedule == "constant":
-        return 1.0
-    if schedule == "trapezoid":
-        return float(np.interp(progress, *TRAPEZOID))
-    if progress < WARMUP:
-        return half_cosine(INITIAL_SHARE, 1.0, progress / WARMUP)
-    return half_cosine(1.0, FINAL_SHARE, min(1.0, (progress - WARMUP) / (1 - WARMUP)))
-
-
-def half_cosine(first, last, progress):
-    """The value at `progress`, in [0, 1], of half a cosine wave from `first` to `last`."""
-    return last + (first - last) * (1 + math.cos(math.pi * progress)) / 2
+    return 1.0 if schedule == "constant" else float(np.interp(progress, *TRAPEZOID))
 
 
 def regularizers_at(epochs, args):

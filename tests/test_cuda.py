@@ -228,7 +228,7 @@ def step(run, seq_len=None):
     "flags",
     [
         *({"name": name} for name in MODELS), {"optimizer": "adamw"}, {"precision": "bf16"},
-        {"schedule": "onecycle", "regularization_ramp": [0.3, 0.9]},
+        {"schedule": "trapezoid", "regularization_ramp": [0.3, 0.9]},
         {"batch_size": 80, "bptt": 70},  # the embedding's gradient takes another kernel
     ],
 )

@@ -38,7 +38,7 @@ BAD_FLAGS = [
     ("--attention-window 5", "--attention-window 5: has no effect without --attention"),
     ("--objective cloze", "--objective cloze: requires --model biLM"),
     ("--recipe fast", "--recipe fast: needs --epochs"),
-    ("--optimizer adam --schedule onecycle", "--schedule onecycle: needs --epochs"),
+    ("--optimizer adam --schedule trapezoid", "--schedule trapezoid: needs --epochs"),
     ("--bptt 65500", "--bptt: must be a whole number in [1, 65500), not 65500"),
     ("--regularization-ramp 2 1", "--regularization-ramp 2 1: SHARE must be a number in [0, 1]"),
     ("--regularization-ramp nan 1", "SHARE must be a number in [0, 1]"),

@@ -370,7 +370,7 @@ def begin(corpus_dir, small, tmp_path):
 
 
 @pytest.mark.parametrize(("begun", "given", "message"), [
-    (["--schedule", "onecycle"], [], "uninterrupted run: epochs 1 -> 2"),  # another schedule
+    (["--schedule", "trapezoid"], [], "uninterrupted run: epochs 1 -> 2"),  # another schedule
     (["--regularization-ramp", 0.5, 1], [], "The resumed run is bit-identical"),
     (["--recipe", "fast", "--schedule", "constant"], ["--recipe", "fast"],
      "The resumed run is bit-identical"),
@@ -387,8 +387,8 @@ def test_a_schedule_given_at_a_resume_needs_an_end(begin):
     state = read_state(path)
     state["flags"]["epochs"] = 8000
     path.with_name("m.pt.state").write_bytes(pack("training state", state))
-    status, _, err = invoke(main.main, "--resume", path, "--schedule", "onecycle")
-    assert status == 2 and "--schedule onecycle: needs --epochs" in err
+    status, _, err = invoke(main.main, "--resume", path, "--schedule", "trapezoid")
+    assert status == 2 and "--schedule trapezoid: needs --epochs" in err
 
 
 def test_fine_tuning_after_a_ramp_that_was_cut_short(begin):

@@ -24,8 +24,8 @@ from data import InputError
 from kill_loop import lines, same
 from model import DROPOUTS
 from train import (
-    FINAL_SHARE, WARMUP, Average, Diverged, apply_schedules, evaluate, evaluate_model,
-    is_nonmonotone, make_objective, make_optimizer, random_seq_len, scheduled_share, train_step,
+    Average, Diverged, apply_schedules, evaluate, evaluate_model, is_nonmonotone, make_objective,
+    make_optimizer, random_seq_len, scheduled_share, train_step,
 )
 from utils import Losses, Preempted, loss_columns, perplexity
 from weight_drop import WeightDrop
@@ -159,15 +159,10 @@ def test_losses_arrive_from_a_gpu_in_the_order_of_its_stream(monkeypatch):
 # ------------------------------------------------------------ schedules
 
 
-QUARTER = (1 - math.cos(math.pi / 4)) / 2  # of a half cosine wave: how far it has come
-
-
 @pytest.mark.parametrize(("schedule", "points"), [
     ("constant", [(0, 1), (0.7, 1)]),
-    ("onecycle", [(0, 0.04), (WARMUP / 4, 0.04 + 0.96 * QUARTER), (WARMUP, 1),
-                  (WARMUP + (1 - WARMUP) / 4, 1 - QUARTER), (1, 4e-6), (1.5, 4e-6)]),
     ("trapezoid", [(0, 0.1), (0.04, 0.55), (0.08, 1), (0.3, 1), (0.7, 0.55), (0.92, 0.1),
-                   (0.96, 0.05), (1, 0)]),
+                   (0.96, 0.05), (1, 0), (1.5, 0)]),
 ])
 def test_a_schedule_goes_through_its_points(schedule, points):
     for progress, share in points:
@@ -374,7 +369,7 @@ def test_a_signal_during_the_final_test(number, tests, begin, monkeypatch, capsy
 
 def test_a_run_follows_its_schedule_interrupted_or_not(begin, spy):
     flags = {
-        "epochs": 2, "schedule": "onecycle", "regularization_ramp": [0.25, 1.0],
+        "epochs": 2, "schedule": "trapezoid", "regularization_ramp": [0.25, 1.0],
         "optimizer": "adamw", "lr": 0.01, "wdrop": 0.4, "on_divergence": "continue",
     }
     run = begin(**flags)
@@ -388,11 +383,11 @@ def test_a_run_follows_its_schedule_interrupted_or_not(begin, spy):
     for step, row in zip(spy.steps, rows):
         epochs = row / (run.rows - 1)
         strength = min(1, 0.25 + 0.75 * epochs)
-        assert step.share == pytest.approx(scheduled_share("onecycle", epochs / 2))
+        assert step.share == pytest.approx(scheduled_share("trapezoid", epochs / 2))
         assert step.args.wdrop == pytest.approx(strength * 0.4)
     assert epochs > 1.8
     found = [record["lr"] for record in lines(run.records)]
-    assert found == pytest.approx([0.01 * scheduled_share("onecycle", 0.5), 0.01 * FINAL_SHARE])
+    assert found == pytest.approx([0.01 * scheduled_share("trapezoid", 0.5), 0])
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "biLM"])

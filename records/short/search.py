@@ -1,4 +1,4 @@
-"""The search behind the former --recipe short.
+"""The search behind the former --recipe short; runs at commit 8a83293 and before.
 
 search.py FOLDER NAME ... runs these VARIANTS, two at a time. Each is main.py on Penn Treebank with
 the reduced model, on one thread; FOLDER/NAME.log and FOLDER/NAME.pt.jsonl are what it leaves. A
