@@ -17,7 +17,8 @@ import torch
 import distributed
 from bidirectional import make_model
 from data import Dictionary, InputError
-from model import DROPOUTS, NOTES, LanguageModel, training_settings
+from language_model import LanguageModel
+from model import DROPOUTS, NOTES, training_settings
 from splitcross import SplitCrossEntropyLoss
 from utils import (
     FINETUNE_RECORDS, RECORDS, Preemption, append_rest, is_device_error, log, plain_flags,
@@ -177,7 +178,7 @@ def vocabulary_of(contents, unk=None):
 def load(path, device="cpu", unk=None):
     """Loads a trained model: `lm = load("PTB.pt")`, or `model, vocabulary = load("PTB.pt")`.
 
-    Returns a model.LanguageModel on `device`, in evaluation mode, with its training dropout rates.
+    Returns a LanguageModel on `device`, in evaluation mode, with its training dropout rates.
     `unk`: its token for unknown words, by default that of training. Raises InputError.
     """
     checkpoint = read_checkpoint(path, device)

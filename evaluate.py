@@ -40,7 +40,7 @@ TEXT_COLUMNS = {
 
 
 def load_for_use(path, args):
-    """The model.LanguageModel at `path` on `args.device`, by default CUDA if available.
+    """The LanguageModel at `path` on `args.device`, by default CUDA if available.
 
     Notes on stderr that only the forward half of a biLM is used. Raises InputError for biLSTM,
     which sees the word it predicts, and if a flag cannot be met.

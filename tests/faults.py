@@ -174,7 +174,7 @@ FAULTS = {
         "weight.addcdiv_(gradient, scale, value=-self.lr).lerp_(trained, decay)",
         "test_dynamic_evaluation.py::test_the_update_is_the_papers"),
     "generation: nucleus one word too small": Fault(
-        "model.py", "ranked.cumsum(-1) - ranked  #", "ranked.cumsum(-1)  #",
+        "language_model.py", "ranked.cumsum(-1) - ranked  #", "ranked.cumsum(-1)  #",
         "test_language_model.py::test_truncation"),
     "resume: a changed run forgets its better model": Fault(
         "train.py", "min(self.best, checkpoint", "max(self.best, checkpoint",
@@ -201,7 +201,8 @@ FAULTS = {
         "train.py", "corpus.train.flip(0)]", "corpus.train]",
         "test_train.py::test_bilm_also_reads_the_reversed_text"),
     "scores: the wrong columns are read on": Fault(
-        "model.py", "context.last = context.last[:rest]", "context.last = context.last[-rest:]",
+        "language_model.py",
+        "context.last = context.last[:rest]", "context.last = context.last[-rest:]",
         "test_language_model.py::test_texts_are_read_in_parallel"),
     "an exploding state is saved": Fault(
         "train.py", "if self.saved and not self.may_save() and not self.is_over():",
@@ -211,16 +212,17 @@ FAULTS = {
         "utils.py", "current_stream(loss.device)", 'current_stream(torch.device("cpu"))',
         "test_train.py::test_losses_arrive_from_a_gpu_in_the_order_of_its_stream"),
     "a long text: each window begins anew": Fault(
-        "model.py", "output, context.hidden = self._read(window,", "output, _ = self._read(window,",
+        "language_model.py",
+        "output, context.hidden = self._read(window,", "output, _ = self._read(window,",
         "test_language_model.py::test_a_long_text_is_read_in_windows"),
     "a context stays where it was": Fault(
-        "model.py", "context.last = stream[-1]\n", "pass\n",
+        "language_model.py", "context.last = stream[-1]\n", "pass\n",
         "test_language_model.py::test_a_context_continues_a_text"),
     "a column's first token is predicted from an <eos>": Fault(
-        "model.py", "context.last[1:] = torch", "context.last[:0] = torch",
+        "language_model.py", "context.last[1:] = torch", "context.last[:0] = torch",
         "test_language_model.py::test_columns_after_the_first_begin_without_context"),
     "scores of a batch: padding counted": Fault(
-        "model.py", "log_probs[: len(part)] for", "log_probs for",
+        "language_model.py", "log_probs[: len(part)] for", "log_probs for",
         "test_language_model.py::test_texts_are_read_in_parallel"),
     "padding at the end of all gates": Fault(
         "weight_drop.py", "weight.unflatten(0, (gates, -1))", "weight.unflatten(0, (1, -1))",

@@ -28,7 +28,8 @@ from conftest import (
 from cpu_kernels import use_expandable_segments
 from dynamic_evaluation import Rule, read, root_mean_square
 from flags import has_precision
-from model import DROPOUTS, draw
+from language_model import draw
+from model import DROPOUTS
 from pointer import evaluate_cache
 from train import (
     apply_schedules, evaluate, evaluate_model, make_objective, random_seq_len, train_step,

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from conftest import make_params
 from data import EOS, Dictionary, InputError
-from model import LanguageModel, draw, truncate
+from language_model import LanguageModel, draw, truncate
 
 WORDS = [EOS, "<unk>", *map(str, range(2, 50))]
 KINDS = [
@@ -101,8 +101,8 @@ def test_texts_are_read_in_parallel(at_once, window, monkeypatch):
     lm = make_lm()
     texts = ["3 7", "", "9 12 49 3 7\n", "5"]
     expected = [lm.score(text) for text in texts]
-    monkeypatch.setattr("model.TEXTS", at_once)
-    monkeypatch.setattr("model.WINDOW", window)
+    monkeypatch.setattr("language_model.TEXTS", at_once)
+    monkeypatch.setattr("language_model.WINDOW", window)
     for score, alone in zip(lm.score_each(texts), expected, strict=True):
         assert score.log_prob == pytest.approx(alone.log_prob)
         assert [token for token, _ in score.tokens] == [token for token, _ in alone.tokens]
@@ -138,7 +138,7 @@ def test_a_long_text_is_read_in_windows(monkeypatch):
     words = [WORDS[i] for i in torch.randint(50, (40,))]
     whole, log_probs, states = lm.score(words), lm.log_probs(words), lm.embed(words)
     columns = lm.score(words, columns=9).log_prob
-    monkeypatch.setattr("model.WINDOW", 7)
+    monkeypatch.setattr("language_model.WINDOW", 7)
     assert lm.score(words).log_prob == pytest.approx(whole.log_prob)
     torch.testing.assert_close(lm.log_probs(words), log_probs)
     torch.testing.assert_close(lm.embed(words), states)

@@ -16,7 +16,8 @@ from torch import nn
 from cpu_kernels import keep_freed_memory
 from data import Corpus
 from dynamic_evaluation import read
-from model import LanguageModel, RNNModel
+from language_model import LanguageModel
+from model import RNNModel
 from pointer import evaluate_cache
 from splitcross import SplitCrossEntropyLoss
 from train import evaluate
