@@ -31,7 +31,7 @@ except ImportError:  # not POSIX: runs are not locked
     fcntl = None
 
 STATE, BASE = ".state", ".base"  # after the path of the checkpoint
-FILES = ("", STATE, RECORDS, FINETUNE_RECORDS, BASE, BASE + STATE)
+SUFFIXES = ("", STATE, RECORDS, FINETUNE_RECORDS, BASE, BASE + STATE)
 VERSION = 7
 SEAL = b"sha256:"
 DIGEST = 64  # characters of a SHA-256 in hexadecimal
@@ -55,8 +55,10 @@ def write_atomically(path, content):
         os.replace(temporary, target)
         with contextlib.suppress(OSError):  # not every system can sync a folder
             descriptor = os.open(target.parent, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
     except BaseException as error:  # including Ctrl-C: leave no partial file behind
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -67,7 +69,7 @@ def write_atomically(path, content):
 
 def has_files(path):
     """Whether a run has written files at `path`."""
-    return any(os.path.exists(f"{path}{end}") for end in FILES)
+    return any(os.path.exists(f"{path}{suffix}") for suffix in SUFFIXES)
 
 
 def unused_path(path, suffix):
@@ -82,9 +84,9 @@ def unused_path(path, suffix):
 def copy_base(path):
     """Copies the checkpoint at `path` and its training state, if any; returns the copy's path."""
     copy = unused_path(path, BASE)
-    for end in ("", STATE):
-        if os.path.exists(f"{path}{end}"):
-            write_atomically(f"{copy}{end}", Path(f"{path}{end}").read_bytes())
+    for suffix in ("", STATE):
+        if os.path.exists(f"{path}{suffix}"):
+            write_atomically(f"{copy}{suffix}", Path(f"{path}{suffix}").read_bytes())
     return copy
 
 
@@ -213,6 +215,48 @@ def how_to_resume(command, path):
     return f"{distributed.launcher()} {command} --resume {shlex.quote(str(path))}"
 
 
+def state_to_resume(path, command):
+    """The training state at `path`, from which `command` resumes; None if only weights are there.
+
+    A finished run of main.py is the start of finetune.py. Raises InputError if the run belongs to
+    the other command and is unfinished or has been fine-tuned.
+    """
+    state = read_state(path)
+    if state is None or state["command"] == command:
+        return state
+    other, extension = state["command"], ""
+    if not is_finished(state):
+        raise InputError(
+            f"--resume {path}: {path}{STATE} belongs to an unfinished run of {other}; "
+            f"{how_to_resume(other, path)} continues it"
+        )
+    if not state["finetuning"]:
+        return None
+    if not state["done"]:
+        flag = "--finetune" if other == "main.py" else "--epochs"
+        extension = f"{how_to_resume(other, path)} {flag} N, with a higher N, extends it; "
+    raise InputError(
+        f"--resume {path}: its fine-tuning by {other} is finished; {extension}"
+        f"finetune.py --save {path} fine-tunes it again; to start a new run of main.py from its "
+        f"weights, copy {path} to another name and resume the copy"
+    )
+
+
+def reread_state(args, corpus, command):
+    """The training state of `args.resume` again, now that the run is locked.
+
+    Raises InputError unless the run is trained on the text of `corpus`.
+    """
+    state = state_to_resume(args.resume, command)
+    if state["corpus"]["sha256"] != corpus.digest:
+        raise InputError(
+            f"--data {args.data}: its text is not that of the run of {args.resume}; use that, or "
+            f"copy {args.resume} elsewhere to start from its weights only"
+        )
+    read_with_vocabulary(corpus, vocabulary_of(state, args.unk), args.resume)
+    return state
+
+
 # ------------------------------------------------------------ one run per path
 
 
@@ -339,12 +383,12 @@ class Run:
 
     def save_state(self, params, corpus, trainer_state):
         """Writes the training state; returns whether no file is left pending."""
+        path = f"{self.path}{STATE}"
+        self.pending.pop(path, None)  # this state replaces it
         succeeded = self.retry()  # the state is never newer than the checkpoint it refers to
         if succeeded and distributed.is_first():
             state = {**self.contents(params, corpus), **trainer_state, "command": self.command}
-            path = f"{self.path}{STATE}"
             succeeded = self.write(path, pack("training state", state))
-            self.pending.pop(path, None)  # the next save writes a newer state
         return distributed.broadcast(succeeded)
 
     def best_model(self, corpus, args):
@@ -393,9 +437,9 @@ def keep_older_run(path, when):
     if not (has_begun or os.path.exists(path)):
         return
     kept = unused_path(path, ".old")
-    for end in (*FILES, *(f".e{epoch}" for epoch in when)):
-        if os.path.exists(f"{path}{end}"):
-            os.rename(f"{path}{end}", f"{kept}{end}")
+    for suffix in (*SUFFIXES, *(f".e{epoch}" for epoch in when)):
+        if os.path.exists(f"{path}{suffix}"):
+            os.rename(f"{path}{suffix}", f"{kept}{suffix}")
     advice = ""
     if state and not is_finished(state):
         advice = f"; {how_to_resume(state['command'], kept)} continues it"

@@ -27,8 +27,8 @@ class GraphedFunction:
     A replay runs the same kernels with the same constants on the same memory. So each window is
     copied to where its graph reads it; the hidden state stays in `self.hidden`, and the gradients
     in the parameters' `grad`. There is a graph for each length of a window and each set of values
-    of the flags `constants`. It is recorded when these occur for the second time, because a graph
-    that is used once does not pay: while a ramp changes the regularizers, each step is different.
+    of the flags `constants`. It is recorded when they occur for the second time, because one that
+    is used only once is not worth it: while a ramp changes the regularizers, nothing recurs.
     """
 
     def __init__(self, compute, constants):

@@ -12,8 +12,8 @@ main.py.
 from argparse import Namespace
 
 from checkpoint import (
-    STATE, build_params, copy_base, copy_model, how_to_resume, is_finished, open_run,
-    read_checkpoint, read_state, saved_params, vocabulary_of,
+    build_params, copy_base, copy_model, open_run, read_checkpoint, reread_state, saved_params,
+    state_to_resume,
 )
 from data import InputError
 from distributed import broadcast, is_first
@@ -23,12 +23,12 @@ from flags import (
 )
 from model import training_settings
 from train import REGULARIZERS, Trainer, evaluate_model, regularizers_at, train_and_test
-from utils import log, log_parts, loss_columns, prepare, read_with_vocabulary
+from utils import log, log_parts, loss_columns, prepare
 
 COMMAND = "finetune.py"
-PHASE_FLAGS = (*OPTIMIZER_FLAGS, *REGULARIZERS)  # those that flags_after can change
+RATES_AND_REGULARIZERS = (*OPTIMIZER_FLAGS, *REGULARIZERS)  # those that flags_after can change
 INHERITED = (
-    "data", "level", *PHASE_FLAGS, "clip", "batch_size", "bptt", "nonmono", "objective",
+    "data", "level", *RATES_AND_REGULARIZERS, "clip", "batch_size", "bptt", "nonmono", "objective",
     "partial_shuffle", "precision", "pad_to", "cuda_graphs", "unk",
 )
 
@@ -43,14 +43,14 @@ def finetune(corpus, args, run, state=None):
     if state:
         return train_and_test(resume_trainer(corpus, args, run, state))
     # A resumed run compares its flags with those of this phase.
-    run.flags |= {flag: getattr(args, flag) for flag in PHASE_FLAGS}
+    run.flags |= {flag: getattr(args, flag) for flag in RATES_AND_REGULARIZERS}
     params = saved_params(args.save, corpus, args)
     loss, parts = evaluate_model(params, corpus.valid, args, run.check_signals)
     base = broadcast(copy_base(args.save) if is_first() else None)
     log(f"Fine-tuning {args.save}; its base model stays at {base}")
     log(f"| base model | {loss_columns(loss, 'valid ')}")
     log_parts(parts)
-    flags = (format_flag(flag, getattr(args, flag)) for flag in PHASE_FLAGS)
+    flags = (format_flag(flag, getattr(args, flag)) for flag in RATES_AND_REGULARIZERS)
     log(f"With SGD: {' '.join(flags)}")
     return train_and_test(Trainer(params, corpus, args, run, finetuning=True, best=loss))
 
@@ -71,12 +71,12 @@ def finetuning_flags(args, state):
     flags = vars(args)
     constant = {"epochs": flags.get("finetune", args.epochs), "optimizer": "sgd", "when": [],
                 "schedule": "constant", "regularization_ramp": None}
-    changed = {} if state else flags_after(flags)  # finetune.py's parse_args has applied them
+    changed = {} if state else flags_after(flags)  # {} for finetune.py: see its parse_args
     return Namespace(**{**flags, **constant, **changed})
 
 
 def flags_after(training):
-    """{flag: value} of the flags that change after training; `training` is that of training.
+    """The flags that change after training; both `training` and the result are {flag: value}.
 
     The regularizers keep the strength that a ramp reaches in that run's number of epochs; after
     Adam the rates are SGD's.
@@ -99,7 +99,7 @@ def parse_args(argv=None):
     path = getattr(given, "resume", "") or getattr(given, "save", "")
     if not path:
         raise InputError("--save: name the checkpoint that main.py wrote")
-    state = state_to_resume(path, COMMAND) if hasattr(given, "resume") else None
+    state = state_to_resume(path, COMMAND) if getattr(given, "resume", "") else None
     if state:
         saved = flags_of_run(state, path)
     else:
@@ -111,48 +111,6 @@ def parse_args(argv=None):
             saved |= flags_after({**trained, "epochs": checkpoint["epoch"]})
     check_unchanged(given, saved if state else model_flags(checkpoint), path)
     return resolve_flags(given, parser.defaults, saved), state
-
-
-def state_to_resume(path, command):
-    """The training state at `path`, from which `command` resumes; None if only weights are there.
-
-    A finished run of main.py is the start of finetune.py. Raises InputError if the run belongs to
-    the other command and is unfinished or has been fine-tuned.
-    """
-    state = read_state(path)
-    if state is None or state["command"] == command:
-        return state
-    other, extension = state["command"], ""
-    if not is_finished(state):
-        raise InputError(
-            f"--resume {path}: {path}{STATE} belongs to an unfinished run of {other}; "
-            f"{how_to_resume(other, path)} continues it"
-        )
-    if not state["finetuning"]:
-        return None
-    if not state["done"]:
-        flag = "--finetune" if other == "main.py" else "--epochs"
-        extension = f"{how_to_resume(other, path)} {flag} N, with a higher N, extends it; "
-    raise InputError(
-        f"--resume {path}: its fine-tuning by {other} is finished; {extension}"
-        f"finetune.py --save {path} fine-tunes it again; to start a new run of main.py from its "
-        f"weights, copy {path} to another name and resume the copy"
-    )
-
-
-def reread_state(args, corpus, command):
-    """The training state of `args.resume` again, now that the run is locked.
-
-    Raises InputError unless the run is trained on the text of `corpus`.
-    """
-    state = state_to_resume(args.resume, command)
-    if state["corpus"]["sha256"] != corpus.digest:
-        raise InputError(
-            f"--data {args.data}: its text is not that of the run of {args.resume}; use that, or "
-            f"copy {args.resume} elsewhere to start from its weights only"
-        )
-    read_with_vocabulary(corpus, vocabulary_of(state, args.unk), args.resume)
-    return state
 
 
 def main(argv=None):

@@ -1,4 +1,4 @@
-"""The flags of main.py and finetune.py: defaults, presets, checks; exit codes and error lines."""
+"""The flags of main.py and finetune.py: defaults, recipes, checks; exit codes and error lines."""
 
 import argparse
 import errno
@@ -71,7 +71,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
     def add(self, name, default, help, **kwargs):
-        """Adds a flag. It is in the namespace only if given, so that a preset can set it."""
+        """Adds a flag. It is in the namespace only if given, so that a recipe can set it."""
         dest = name.lstrip("-").replace("-", "_")
         self.defaults[dest] = default
         if dest in self.inherited:
@@ -152,7 +152,7 @@ def make_parser(description, inherited=(), source="as in training"):
         "sees the word it predicts) or biLM (two language models and cloze prediction)",
         choices=RNN_TYPES)
     add("--emsize", 400, "size of word embeddings", type=count)
-    add("--nhid", 1150, "hidden units per layer", type=count)
+    add("--nhid", 1150, "hidden units of each layer but the last, which has --emsize", type=count)
     add("--nlayers", 3, "number of layers", type=count)
     add("--attention", "none", "attention over the last layer's earlier states: none, single (each "
         "earlier state scored by itself) or combined (scored together with the current state)",
@@ -206,9 +206,9 @@ def make_parser(description, inherited=(), source="as in training"):
     add("--pad-to", 1, "pad LSTM and GRU layers (not biLSTM) to multiples of N, inside the kernel "
         "only, with units that stay 0 (8 suits a GPU's tensor cores)",
         type=count, metavar="N")
-    add("--cuda-graphs", False, "replay the kernels of each training step from a CUDA graph, to "
-        "spare the host's time (CUDA only; not with torchrun, biLM, attention, or more than 75,000 "
-        "words)",
+    add("--cuda-graphs", False, "replay the forward and backward pass of training steps from CUDA "
+        "graphs, to save the host's time (CUDA only; not with torchrun, biLM, attention, or more "
+        "than 75,000 words)",
         action=argparse.BooleanOptionalAction)
     add("--unk", None, "the model's token for unknown words, if a trained model reads other text "
         f"(default: the first of {', '.join(UNKNOWN_TOKENS)} in its vocabulary)", metavar="TOKEN")
@@ -231,11 +231,10 @@ def resolve_flags(given, defaults, saved=None):
     given, saved = vars(given), saved or {}
     if given.get("cuda"):  # even if the run began on another device
         saved = {**saved, "device": None}
-    chosen = {**defaults, **saved, **given}
-    recipe = given.get("recipe") or saved.get("recipe") or default_recipe(chosen)
+    recipe = given.get("recipe") or saved.get("recipe") or default_recipe(defaults | saved | given)
     preset = {flag: value for flag, value in RECIPES[recipe].items() if flag in defaults}
     optimizer = (preset | saved | given).get("optimizer", "sgd")
-    if optimizer != preset.get("optimizer", "sgd"):  # the preset's rates are for its own optimizer
+    if optimizer != preset.get("optimizer", "sgd"):  # a recipe's rates are for its own optimizer
         preset = {flag: v for flag, v in preset.items() if flag not in OPTIMIZER_FLAGS}
     args = argparse.Namespace(**{
         **defaults, **OPTIMIZER_DEFAULTS[optimizer], **preset, **saved, **given, "recipe": recipe

@@ -15,7 +15,7 @@ from data import EOS, InputError, encode
 from model import NOTES, WINDOW
 from utils import float32_products, map_hidden
 
-TEXTS = 256  # texts read in parallel by score_each, to bound memory
+MAX_TEXTS = 256  # texts read in parallel by score_each, to bound memory
 
 
 class Score(NamedTuple):
@@ -95,10 +95,10 @@ class LanguageModel:
         texts = [self.split(text) for text in texts]
         order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
         log_probs = {}
-        for start in range(0, len(order), TEXTS):
-            some = order[start : start + TEXTS]
-            parts = [self.ids(texts[i]) for i in some]
-            log_probs |= zip(some, self._score_parts(parts, self.context(len(some))))
+        for start in range(0, len(order), MAX_TEXTS):
+            batch = order[start : start + MAX_TEXTS]
+            parts = [self.ids(texts[i]) for i in batch]
+            log_probs |= zip(batch, self._score_parts(parts, self.context(len(batch))))
         return [self._make_score(text, log_probs[i]) for i, text in enumerate(texts)]
 
     def next_words(self, text="", k=10, context=None):

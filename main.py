@@ -9,10 +9,13 @@ Ctrl-C, which still tests the best model so far; 143 after SIGTERM.
 
 import torch
 
-from checkpoint import copy_model, keep_older_run, open_run, read_checkpoint, saved_params
+from checkpoint import (
+    copy_model, keep_older_run, open_run, read_checkpoint, reread_state, saved_params,
+    state_to_resume,
+)
 from data import Dictionary, InputError, read_vectors, unigram_frequencies
 from distributed import broadcast, is_first
-from finetune import finetune, reread_state, resume_trainer, state_to_resume
+from finetune import finetune, resume_trainer
 from flags import (
     NEW_MODEL_FLAGS, RECIPES, check_unchanged, describe_recipe, flags_of_run, make_parser,
     model_flags, number, resolve_flags, run_command,
@@ -27,8 +30,8 @@ def make_main_parser():
     """A parser for the flags of make_parser and those that only main.py has."""
     parser = make_parser(__doc__.splitlines()[0])
     add = parser.add
-    add("--recipe", None, "preset of flags: published, gru, slow-biases, fast (for short "
-        "runs of 4 epochs or more) or fast-gru (the same for GRU); a flag on the command line "
+    add("--recipe", None, "set of flags: published, gru, slow-biases, fast (for runs with a fixed "
+        "number of epochs, 4 or more) or fast-gru (the same for GRU); a flag on the command line "
         "overrides only that flag (default: gru for GRU, slow-biases for biLM and with attention, "
         "else published)", choices=list(RECIPES))
     add("--optimizer", "sgd", "sgd (with NT-ASGD), adam, or adamw (decoupled weight decay, betas "
@@ -121,9 +124,10 @@ def make_trainer(corpus, args, run, state):
             criterion.init_bias(frequencies, model.decoder.bias)
         if args.embeddings:
             load_pretrained_vectors(model.encoder.weight, corpus.dictionary, args)
+    trainer = Trainer(params, corpus, args, run)
     if is_first():
         keep_older_run(args.save, args.when)
-    return Trainer(params, corpus, args, run)
+    return trainer
 
 
 @torch.no_grad()

@@ -13,8 +13,8 @@ DROPOUTS = ("dropout", "dropouth", "dropouti", "dropoute", "wdrop")  # rates, se
 WINDOW = 2000  # tokens read at once in evaluation: long windows keep a GPU busy
 # Notes on a model's perplexity, for the log and the checkpoint.
 NOTES = {
-    "biLSTM": "biLSTM sees the word that it predicts, since its backward direction reads from the "
-    "window's end. Its perplexity is not a language model's (a replication of the report's model)",
+    "biLSTM": "biLSTM, the report's model, sees the word that it predicts, because its backward "
+    "direction reads from the window's end; its perplexity is not a language model's",
 }
 
 

@@ -1,6 +1,6 @@
 """Training: a step, an evaluation, schedules, and a complete run with NT-ASGD.
 
-`params` is everywhere nn.ModuleList([model, criterion]): a split softmax has weights too.
+Everywhere, `params` is nn.ModuleList([model, criterion]): a split softmax has weights too.
 """
 
 import math
@@ -201,8 +201,8 @@ def is_nonmonotone(valid_losses, loss, nonmono):
     `valid_losses` are those of the earlier epochs; n is `nonmono`. The paper's Algorithm 1 prints
     the minimum of the last n; the published code has this range, which its authors confirmed.
     """
-    before = valid_losses[: len(valid_losses) - nonmono]  # [:-0] would be empty
-    return len(valid_losses) > nonmono and loss > min(before)
+    before = valid_losses[: max(0, len(valid_losses) - nonmono)]
+    return loss > min(before, default=math.inf)
 
 
 # ------------------------------------------------------------ one evaluation
@@ -303,9 +303,12 @@ class Trainer:
 
     SGD runs until the validation loss meets the trigger. From then on the mean of the weights since
     the trigger is evaluated and saved, while SGD continues from its own weights. With `finetuning`,
-    averaging starts at the first step, and the trigger ends the run. A model is saved only if its
-    validation loss is below `best`. The training state is saved beside it at the start, after an
-    epoch, and every `args.checkpoint_minutes`.
+    averaging starts at the first step, and the trigger ends the run. Adam and AdamW run without
+    averaging.
+
+    A model is saved only if its validation loss is below `best`. The training state is saved beside
+    it at the start, after an epoch, and every `args.checkpoint_minutes`, unless that would take
+    more than SAVING_SHARE of the time.
 
     `run` is the checkpoint.Run that writes the files and checks for signals.
     """
@@ -379,8 +382,7 @@ class Trainer:
         """
         try:
             if self.is_over():
-                if self.args.resume != self.args.save:  # a finished run gets another path
-                    self.save_state()
+                self.save_state()  # with the flags of this resume
             elif self.args.device.type == "cuda":
                 self.try_longest_window()
             while not self.is_over():

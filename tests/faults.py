@@ -111,7 +111,7 @@ FAULTS = {
     "average: steps counted twice": Fault(
         "train.py", "        self.count += 1\n", "        self.count += 2\n", LSTM),
     "trigger: compares with the last n epochs": Fault(
-        "train.py", "valid_losses[: len(valid_losses) - nonmono]",
+        "train.py", "valid_losses[: max(0, len(valid_losses) - nonmono)]",
         "valid_losses[-nonmono:]", LSTM),
     "evaluation divides by rows": Fault(
         "train.py", "targets.flatten()[:count]), count)", "targets.flatten()[:count]), len(data))",

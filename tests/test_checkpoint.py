@@ -528,6 +528,29 @@ def test_a_model_that_is_never_written_is_tested_and_reported(
     assert read_state(path)["best"] == math.inf
 
 
+@pytest.mark.parametrize("failures", [1, 100])
+def test_the_last_state_is_tried_again_or_reported(
+    failures, corpus_dir, small, tmp_path, monkeypatch
+):
+    path, outcomes = tmp_path / "m.pt", iter([False] * failures + [True])
+
+    def write(target, content):
+        is_state = target == f"{path}.state"
+        is_last = is_state and unpack(target, "training state", content=content)["epoch"] == 2
+        if is_last and not next(outcomes):
+            raise InputError(f"{target}: cannot be written (No space left on device)")
+        write_atomically(target, content)
+
+    monkeypatch.setattr(checkpoint, "write_atomically", write)
+    status, out, err = invoke(
+        main.main, "--data", corpus_dir, *small, "--epochs", 1, "--save", path
+    )
+    assert "| End of training | test loss" in out
+    assert f"{path}.state: cannot be written" in err
+    assert (status, read_state(path)["epoch"]) == ((0, 2) if failures == 1 else (2, 1))
+    assert (f"{path}.state: could not be written; free disk space" in err) == (failures > 1)
+
+
 # ---------------------------------------------------------------- the JSON lines
 
 
@@ -771,6 +794,19 @@ def test_a_finished_run_says_so_and_more_epochs_extend_it(trained, corpus_dir, s
     assert same(outcome(trained), outcome(whole))
 
 
+def test_the_new_flags_of_a_finished_run_survive_an_interruption(trained):
+    stop([1], "--resume", trained, "--finetune", 1)  # in the test
+    assert "Fine-tuning" in succeed("--resume", trained)
+
+
+def test_a_run_that_cannot_begin_leaves_the_older_one_in_place(unfinished, monkeypatch):
+    path, flags = unfinished
+    before = files_at(path)
+    monkeypatch.setattr(train, "make_compute", Mock(side_effect=InputError("--cuda-graphs: not")))
+    assert "--cuda-graphs: not" in refuse(*flags)
+    assert files_at(path) == before
+
+
 def test_a_state_in_place_of_its_checkpoint_is_named(unfinished):
     err = refuse("--resume", f"{unfinished[0]}.state")
     assert "run.pt.state: is a training state; name its checkpoint, without .state" in err
@@ -931,6 +967,12 @@ def test_an_interrupted_evaluation_of_the_base_model_leaves_no_copy(trained, mon
     with pytest.raises(Preempted):
         finetune.main(["--save", str(trained), "--epochs", "1"])
     assert not trained.with_name("trained.pt.base").exists()
+
+
+def test_an_empty_resume_is_none(trained):
+    flags = ["--save", trained, "--resume", "", "--epochs"]
+    for epochs in (1, 2):
+        assert "Fine-tuning" in succeed(*flags, epochs, command=finetune.main)
 
 
 def test_finetune_from_another_name(trained, tmp_path):

@@ -101,7 +101,7 @@ def test_texts_are_read_in_parallel(at_once, window, monkeypatch):
     lm = make_lm()
     texts = ["3 7", "", "9 12 49 3 7\n", "5"]
     expected = [lm.score(text) for text in texts]
-    monkeypatch.setattr("language_model.TEXTS", at_once)
+    monkeypatch.setattr("language_model.MAX_TEXTS", at_once)
     monkeypatch.setattr("language_model.WINDOW", window)
     for score, alone in zip(lm.score_each(texts), expected, strict=True):
         assert score.log_prob == pytest.approx(alone.log_prob)

@@ -326,7 +326,7 @@ def test_a_perplexity_that_is_not_a_language_models_is_noted(begin, capsys):
     run = begin(make_params("biLSTM"), epochs=1, model="biLSTM")
     run.fit()
     train.report_test(run)
-    assert "Note: biLSTM sees the word that it predicts" in capsys.readouterr().out
+    assert "Note: biLSTM, the report's model, sees the word" in capsys.readouterr().out
     assert "sees the word" in read_checkpoint(run.args.save)["note"]
 
 
