@@ -37,7 +37,7 @@ def seeded():
 
 @pytest.fixture
 def corpus_dir(tmp_path):
-    """A folder with a small corpus: sentences that a grammar of four words' reach generates."""
+    """A folder with a small corpus of four-word sentences from a tiny grammar."""
     generator = np.random.default_rng(7)
     names, verbs = ["ann", "bob", "cat", "dog"], ["sees", "hears", "likes"]
     folder = tmp_path / "corpus"

@@ -70,15 +70,17 @@ def test_the_combiner_begins_as_the_product_of_both_predictions(params):
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("is_first_window", [False, True])
-def test_a_step_minimizes_what_the_objective_names(params, objective, is_first_window):
+@pytest.mark.parametrize(("length", "margin", "first"), [(25, 10, 10), (9, 4, 4), (2, 1, 0)])
+def test_a_step_minimizes_what_the_objective_names(
+    params, objective, is_first_window, length, margin, first
+):
     model, _ = params
-    length = 25
     text, turned = torch.randint(V, (2, length + 1, 3))
     before = states(model, text[:-1])
     after = states(model, text[1:].flip(0), backward=True).flip(0)
     turned_states = states(model, turned[:-1], backward=True)
     # Target t is word t + 1: what follows it is read from word t + 2 on.
-    first, last = (10 if is_first_window else 0), length - 10
+    first, last = (first if is_first_window else 0), length - margin
     combined = model.combine(before[first:last], after[first + 1 : last + 1])
     losses = {
         "forward": nll(model, before, text[1:]),

@@ -40,7 +40,7 @@ def everything(call, layer, x, state):
     ("sizes", "steps", "rows"),
     [((5, 7), 1, 1), ((5, 7), 30, 2), ((130, 270), 9, 20)],  # in the last, kernels block and thread
 )
-def test_a_layer_is_torchs(
+def test_a_layer_matches_torch(
     sizes, steps, rows, kind, bidirectional, dtype, factors, tolerance, onednn, monkeypatch
 ):
     layer = kind(*sizes, bidirectional=bidirectional).to(dtype)
@@ -59,7 +59,7 @@ def test_a_layer_is_torchs(
 
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
-def test_weight_drop_computes_the_layer_with_and_without_a_state_and_gradients(kind, bf16):
+def test_weight_drop_matches_its_layer_with_and_without_a_state_and_autograd(kind, bf16):
     layer, x = kind(5, 7), torch.randn(30, 2, 5)
     zero = torch.zeros(1, 2, 7)
     tolerance = {"rtol": 0, "atol": 0.01} if bf16 else {}
@@ -96,7 +96,7 @@ def test_a_cell_is_its_layer(kind, dtype, device):
     torch.testing.assert_close((torch.cat(outputs), state), expected)
 
 
-FAULTS = """
+COUNT_PAGE_FAULTS = """
 import resource, sys
 import torch
 from cpu_kernels import keep_freed_memory
@@ -114,7 +114,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
 def test_memory_that_is_kept_is_not_asked_for_again():
     keep, leave = (
-        int(subprocess.check_output([sys.executable, "-c", FAULTS, how], cwd=ROOT))
+        int(subprocess.check_output([sys.executable, "-c", COUNT_PAGE_FAULTS, how], cwd=ROOT))
         for how in ("keep", "leave")
     )
     if leave == 0:

@@ -114,7 +114,7 @@ def test_two_ranks_take_the_steps_of_one(begin, tmp_path):
 def test_a_run_of_two_ranks_is_that_of_one(model, begin, corpus_dir, small, tmp_path):
     """Without dropout: training, the switch to averaging, fine-tuning, the test."""
     flags = [*small, *NO_DROPOUT, "--data", corpus_dir, "--epochs", 3, "--nonmono", 0,
-             "--finetune", 1, "--lr", 1, "--model", *model.split()]
+             "--finetune", 1, "--lr", 1, "--partial-shuffle", "--model", *model.split()]
     two, _ = finish(begin("main.py", *flags, "--save", "two.pt"))
     one, _ = finish(begin("main.py", *flags, "--save", "one.pt", launch=ALONE))
     assert "Switching to averaged SGD" in one

@@ -20,7 +20,6 @@ from unittest.mock import patch
 import pytest
 
 from faults import FAULTS
-from flags import make_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "flags.md"
@@ -89,7 +88,7 @@ def parse(command, argv):
     if command == "main":
         return module.make_main_parser().parse_args(argv)
     if command == "finetune":
-        return make_parser("").parse_args(argv)
+        return module.make_parser("").parse_args(argv)
     return module.parse_args(argv)
 
 

@@ -37,7 +37,7 @@ def gradients_of_windows(params, columns, length):
     ("name", "lr", "decay"),
     [("sgd", 0.5, 0.0), ("sgd", 0.5, 0.2), ("rms", 1e-3, 0.0), ("rms", 1e-3, 0.9)],
 )
-def test_the_update_is_the_papers(name, lr, decay, params):
+def test_the_update_matches_the_paper(name, lr, decay, params):
     ids = torch.randint(V, (43,))
     weights = list(params.parameters())
     trained = [weight.detach().clone() for weight in weights]

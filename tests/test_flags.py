@@ -1,6 +1,7 @@
 """What flags mean, and what is said to bad ones: one line, exit code 2, nothing lost."""
 
 import re
+from argparse import Namespace
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ import distributed
 import finetune
 import main
 from conftest import ROOT, invoke, succeed
-from flags import FIXED_FLAGS, FREE_FLAGS, error_line
+from data import InputError
+from flags import FIXED_FLAGS, FREE_FLAGS, error_line, resolve_device
 
 BAD_FLAGS = [
     ("--model lstm2", "--model: invalid choice: 'lstm2'"),
@@ -170,15 +172,30 @@ FAST_GRU = f"{FAST} --lr 1e-3 --alpha 0.5 --beta 0.25"
 ])
 def test_a_recipe_is_the_flags_that_it_sets(flags, recipe, all_flags):
     found, _ = main.parse_args([*flags.split(), "--save", "m.pt"])
-    assert found.recipe == recipe
-    # The same, spelled out, but for what is given.
-    spelled_out = [*all_flags.split(), *flags.split(), "--save", "m.pt", "--recipe", recipe]
-    assert found == main.parse_args(spelled_out)[0]
+    # The same without a recipe, spelled out, but for what is given.
+    spelled_out = [*all_flags.split(), *flags.split(), "--save", "m.pt", "--recipe", "published"]
+    expected, _ = main.parse_args(spelled_out)
+    assert vars(found) == {**vars(expected), "recipe": recipe}
 
 
 def test_a_lost_connection_between_processes_is_no_bug():
     error = RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed")
     assert error_line(error).startswith("the processes cannot communicate: ")
+
+
+def test_each_process_of_a_machine_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(distributed, "is_distributed", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for gpus in (2, 1):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        args = Namespace(cuda=False, device=None)
+        if gpus == 1:
+            with pytest.raises(InputError, match="--nproc_per_node: this machine has 1 CUDA"):
+                resolve_device(args)
+        else:
+            resolve_device(args)
+            assert args.device == torch.device("cuda:1")
 
 
 def test_other_job_managers_are_not_torchrun(monkeypatch):

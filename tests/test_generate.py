@@ -26,8 +26,16 @@ def test_text_follows_from_the_seed_and_the_flags(run):
     assert first == run("--words", 50)
     assert (first[0], first[2]) == (0, "")
     assert run("--words", 80)[1].startswith(first[1].rstrip("\n"))
-    for flags in (["--seed", 2], ["--top-k", 3], ["--top-p", 0.3], ["--temperature", 0.2]):
-        assert run("--words", 50, *flags)[1] != first[1]
+
+
+@pytest.mark.parametrize("setting", [
+    {"seed": 2}, {"top_k": 3}, {"top_p": 0.3}, {"temperature": 0.2},
+])
+def test_each_flag_is_that_of_the_language_model(setting, run, trained):
+    [(name, value)] = setting.items()
+    _, out, _ = run("--words", 50, f"--{name.replace('_', '-')}", value)
+    expected = load(trained).generate(words=50, **{"seed": 1111, **setting})
+    assert out.replace("\n", f" {EOS} ").split()[:50] == list(expected)
 
 
 @pytest.mark.parametrize(("prompt", "begin"), [
@@ -59,18 +67,17 @@ def test_the_references_flags_write_a_new_file(run, tmp_path):
     assert f"--outf {path}: " in err
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--checkpoint", "absent.pt"], ["--temperature", "0"], ["--top-p", "0"],
-        ["--top-k", "-1"], ["--words", "0"], ["--outf", "no/such/f.txt"],
-        ["--prompt", "ann sees zoe"], ["--model", "GRU"], ["--prompt", "\udcff UTF-8"],
-    ],
-)
-def test_bad_input_is_one_line(flags, run):
-    status, out, err = run(*flags)
+@pytest.mark.parametrize(("flag", "value", "message"), [
+    ("--checkpoint", "absent.pt", "absent.pt: no such"), ("--model", "GRU", "--model GRU: "),
+    ("--temperature", "0", "--temperature: must be"), ("--top-p", "0", "--top-p: must be"),
+    ("--top-k", "-1", "--top-k: must be"), ("--words", "0", "--words: must be"),
+    ("--outf", "no/such/f.txt", "no/such/f.txt: No such"),
+    ("--prompt", "ann sees zoe", "'zoe'"), ("--prompt", "\udcff", "--prompt: not UTF-8"),
+])
+def test_bad_input_is_one_line(flag, value, message, run):
+    status, out, err = run(flag, value)
     assert (status, out, err.count("\n")) == (2, "", 1)
-    assert flags[1].split()[-1] in err
+    assert message in err
 
 
 def test_a_refused_prompt_leaves_no_file(run, tmp_path):

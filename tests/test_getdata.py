@@ -185,7 +185,7 @@ def test_pennchar_is_made_from_the_words(project, server):
     assert words.count("<eos>") == 3 and words[-2:] == ["<eos>"] * 2
 
 
-def test_pennchar_is_mikolovs(real_corpus, tmp_path):
+def test_pennchar_has_the_sizes_of_mikolovs_files(real_corpus, tmp_path):
     folder = tmp_path / "data" / "penn"
     shutil.copytree(real_corpus("penn"), folder)
     script = shutil.copy(ROOT / "getdata.sh", tmp_path)

@@ -173,7 +173,7 @@ def test_unknown_words_are_read_as_the_unknown_token_and_counted():
         lm.score("3 zebra")
 
 
-def test_small_inputs():
+def test_empty_and_short_texts():
     lm = make_lm()
     assert lm.score_each([]) == []
     assert lm.score("") == (0.0, [], {})
@@ -182,6 +182,10 @@ def test_small_inputs():
     assert len(lm.next_words("3", 1000)) == len(WORDS)
     lm.vocabulary.unk = None
     assert len(list(lm.generate("3", 5, no_unk=True))) == 5
+
+
+def test_bad_settings_and_contexts_are_refused():
+    lm = make_lm()
     for settings in ({"temperature": 0}, {"top_p": 0}, {"top_k": -1}):
         with pytest.raises(InputError, match=next(iter(settings))):
             list(lm.generate("3", 5, **settings))

@@ -54,7 +54,7 @@ def loss_word_by_word(params, ids, theta, lambdasm, window):
 @pytest.mark.parametrize(
     ("window", "bptt", "theta"), [(1, 4, 3.0), (5, 1000, 0.0), (30, 4, 3.0), (200, 1000, 3.0)]
 )
-def test_the_cache_is_the_papers(window, bptt, theta, model, monkeypatch):
+def test_the_cache_matches_the_paper(window, bptt, theta, model, monkeypatch):
     """With attention, the states that it has joined are cached."""
     monkeypatch.setattr(pointer, "CHUNK", 7)
     params, ids = make_varied_params(**model), torch.randint(V, (60,))

@@ -214,7 +214,7 @@ def test_cudnn_is_not_held_to_float32_where_its_layers_are_in_bfloat16(settings)
 
 
 @pytest.mark.parametrize("rnn_type", ["LSTM", "biLM"])
-def test_perplexities_are_float32s_whatever_training_is_in(rnn_type, settings, monkeypatch):
+def test_evaluation_is_always_in_float32(rnn_type, settings, monkeypatch):
     """TF32 is allowed in training alone: neither in evaluation, nor after an error in it."""
     utils.set_products("tf32")
     seen = []

@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 import finetune
 import main
@@ -15,7 +14,6 @@ import pointer
 import qrnn
 from conftest import ROOT, invoke
 from qrnn import QRNN
-from weight_drop import WeightDrop, drop_weight
 
 
 def restated(x, weight, bias, c, last=None):
@@ -81,17 +79,6 @@ def test_the_state_carries_the_text_on(window):
     first, state = layer(x[:4], fresh)
     rest, state = layer(x[4:], state)
     torch.testing.assert_close((torch.cat([first, rest]), state), (whole, end))
-
-
-def test_weight_drop_acts_on_all_its_weights_from_the_first_step():
-    layer = WeightDrop(QRNN(6, 5), ["linear.weight"], dropout=0.5)
-    x, c = torch.randn(1, 2, 6), torch.zeros(1, 2, 5)
-    torch.manual_seed(1)
-    found, _ = layer(x, c)
-    torch.manual_seed(1)
-    linear = layer.module.linear
-    z, f, o = F.linear(x, drop_weight(linear.weight, 0.5), linear.bias).chunk(3, 2)
-    torch.testing.assert_close(found, o.sigmoid() * f.sigmoid() * z.tanh())
 
 
 # ------------------------------------------------------------ Triton

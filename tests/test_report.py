@@ -14,6 +14,7 @@ import pytest
 
 import main
 from conftest import ROOT, invoke
+from flags import make_parser
 from report import plot, reproduce, results
 from report.experiments import EXPERIMENTS, FIGURES, SCALES, command, model_path
 
@@ -42,10 +43,19 @@ PUBLISHED = {
 def test_the_commands_are_those_of_the_experiments(scale):
     for name, experiment in EXPERIMENTS.items():
         script, *argv = command(name, scale, OUT)
-        assert script == ("finetune.py" if experiment.base else "main.py")
-        found = None if experiment.base else main.parse_args(argv)
+        size = SCALES[scale].flags.split()
+        if experiment.base:
+            assert script == "finetune.py"
+            given = vars(make_parser("").parse_args(argv))
+            size = SCALES[scale].finetune.split()
+        else:
+            assert script == "main.py"
+            given = vars(main.parse_args(argv)[0])
+        for flag, value in zip(size[::2], size[1::2]):
+            assert str(given[flag.lstrip("-")]) == value
         if scale == "full" and name in PUBLISHED:
-            assert found == main.parse_args([*PUBLISHED[name].split(), *argv[-2:]])
+            expected, _ = main.parse_args([*PUBLISHED[name].split(), *argv[-2:]])
+            assert given == vars(expected)
 
 
 def test_a_list_has_each_base_once_and_first():

@@ -24,8 +24,8 @@ from data import InputError
 from kill_loop import lines, same
 from model import DROPOUTS
 from train import (
-    Average, Diverged, apply_schedules, evaluate, evaluate_model, is_nonmonotone, make_objective,
-    make_optimizer, random_seq_len, scheduled_share, train_step,
+    Average, Diverged, EpochMonitor, apply_schedules, evaluate, evaluate_model, is_nonmonotone,
+    make_objective, make_optimizer, random_seq_len, scheduled_share, train_step,
 )
 from utils import Losses, Preempted, loss_columns, perplexity
 from weight_drop import WeightDrop
@@ -88,7 +88,7 @@ def test_a_step_follows_the_clipped_gradient(length, clip, bias_lr, share, model
     ("name", "kind", "betas"),
     [("adam", torch.optim.Adam, (0.9, 0.999)), ("adamw", torch.optim.AdamW, (0.8, 0.998))],
 )
-def test_adam_and_adamw_are_torchs(name, kind, betas):
+def test_adam_and_adamw_match_torch(name, kind, betas):
     optimizer = make_optimizer(make_params(), arguments(optimizer=name, lr=0.01, wdecay=0.3))
     assert type(optimizer) is kind
     for group in optimizer.param_groups:
@@ -123,8 +123,7 @@ def test_nothing_is_left_on_the_cpu_by_accident(length, model):
         evaluate_model(params, words.flatten().repeat(20), args)
 
 
-def test_a_gpu_is_not_waited_for_within_a_step():
-    """Losses.read(ahead=1) leaves the newest alone: reading it would wait for its step."""
+def test_the_newest_losses_can_be_left_unread():
     losses = Losses()
     losses.add(torch.tensor(1.5), 10)
     losses.add(torch.empty((), device="meta"), 10)  # which cannot be read at all
@@ -133,6 +132,16 @@ def test_a_gpu_is_not_waited_for_within_a_step():
     losses.add(torch.tensor(2.5), 30)
     assert losses.read() == [2.5]
     assert losses.mean() == pytest.approx(2.25)
+
+
+def test_the_newest_loss_of_a_gpu_is_not_waited_for(begin):
+    run = begin()
+    run.args.device = torch.device("cuda")
+    run.losses.add(torch.empty((), device="meta"), 10)  # which cannot be read at all
+    EpochMonitor(run).after_batch(10, 1.0)
+    run.args.device = torch.device("cpu")
+    with pytest.raises(RuntimeError, match="meta"):
+        EpochMonitor(run).after_batch(10, 1.0)
 
 
 def test_losses_arrive_from_a_gpu_in_the_order_of_its_stream(monkeypatch):
@@ -395,10 +404,11 @@ def test_a_record_has_the_documented_fields(kind, begin):
     page = (ROOT / "docs" / "interruptions.md").read_text(encoding="utf-8")
     fields, parts = (s.split(", ") for s in re.findall(r"`([a-z_]+(?:, [a-z_]+)+)`", page))
     run = begin(make_params(kind), epochs=1)
+    run.seconds = lambda: 2.0
     run.fit()
     record = json.loads(run.records)
     assert record.keys() == {*fields, *(parts if kind == "biLM" else ())}
-    assert record["tokens_per_s"] > 0
+    assert record["tokens_per_s"] == 4 * (run.rows - 1) / 2
 
 
 def test_on_a_terminal_the_bar_shows_the_perplexity_since_the_last_line(begin, spy, monkeypatch):

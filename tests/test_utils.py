@@ -12,6 +12,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 
@@ -36,7 +37,10 @@ def test_killed_at_random_moments_and_resumed_it_is_the_same_run(tmp_path, corpu
              "5", "--checkpoint-minutes", "0.0005"]
     signals, told = [signal.SIGKILL] * 3 + [signal.SIGTERM, signal.SIGINT], []
     ok = kill_loop(tmp_path / "runs", flags, 30, seconds=0.5, signals=signals, tell=told.append)
-    assert ok, "\n".join(told)
+    text = "\n".join(told)
+    assert ok, text
+    for what in ("state of training", ", averaging", "state of fine-tuning", "SIGTERM", "SIGINT"):
+        assert what in text
 
 
 # ---------------------------------------------------------------- signals
@@ -88,12 +92,6 @@ def test_the_first_signal_saves_and_says_how_to_resume(name, status, send, flags
 def test_nohup_is_respected(send, flags):
     send(signal.SIGHUP, 10, signal.SIG_IGN)
     assert invoke(main.main, *flags)[0] == 0
-
-
-def test_each_rank_draws_its_own_masks(corpus_dir, monkeypatch):
-    monkeypatch.setattr("distributed.rank", lambda: 1)
-    utils.prepare(arguments(data=str(corpus_dir), seed=5))
-    assert torch.initial_seed() == 6
 
 
 def test_ctrl_c_in_the_first_epoch_does_not_test_an_older_runs_model(
@@ -170,9 +168,6 @@ def test_the_commands_run_in_another_thread_and_leave_signals_alone(flags):
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-# ---------------------------------------------------------------- logs
-
-
 def test_under_torchrun_a_second_signal_repeats_the_first(monkeypatch):
     monkeypatch.setattr("distributed.is_distributed", lambda: True)
     monkeypatch.setattr("distributed.largest", lambda *numbers: list(numbers))
@@ -189,6 +184,35 @@ def test_under_torchrun_a_second_signal_repeats_the_first(monkeypatch):
 def test_a_signal_outside_training_is_one_line(stop, status):
     found, out, err = invoke(Mock(side_effect=stop))
     assert (found, out, err.count("\n")) == (status, "", 1)
+
+
+# ---------------------------------------------------------------- ranks
+
+
+def test_each_rank_draws_its_own_masks(corpus_dir, monkeypatch):
+    monkeypatch.setattr("distributed.rank", lambda: 1)
+    utils.prepare(arguments(data=str(corpus_dir), seed=5))
+    assert torch.initial_seed() == 6
+
+
+def test_a_rank_without_a_saved_state_draws_its_own_masks(monkeypatch):
+    device, draws = torch.device("cpu"), []
+    saved = utils.get_generators(device)
+    for rank in range(3):
+        monkeypatch.setattr("distributed.rank", lambda rank=rank: rank)
+        utils.set_generators(saved, device)
+        draws.append((np.random.random(), torch.rand(()).item()))
+    windows, masks = map(set, zip(*draws))
+    assert (len(windows), len(masks)) == (1, 3)
+
+
+# ---------------------------------------------------------------- logs
+
+
+def test_a_command_runs_with_its_standard_streams_closed():
+    program = "from flags import run_command; run_command(lambda: print(1))"
+    shell = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"]
+    assert subprocess.call([*shell, sys.executable, "-c", program], cwd=ROOT) == 0
 
 
 def test_text_is_utf8_whatever_the_locale():
