@@ -71,7 +71,7 @@ def finetuning_flags(args, state):
     flags = vars(args)
     constant = {"epochs": flags.get("finetune", args.epochs), "optimizer": "sgd", "when": [],
                 "schedule": "constant", "regularization_ramp": None}
-    changed = {} if state else flags_after(flags)  # {} for finetune.py: see its parse_args
+    changed = {} if state else flags_after(flags)  # finetune.py: applied by parse_args
     return Namespace(**{**flags, **constant, **changed})
 
 
