@@ -17,8 +17,9 @@ from torch import nn
 import flags
 import main
 from bidirectional import is_bilm, make_model
-from checkpoint import Run
-from data import EOS, SPLITS, Dictionary
+from checkpoint import Run, pack, read_checkpoint, read_state
+from data import EOS, SPLITS, Corpus, Dictionary
+from kill_loop import lines
 from model import RNN_TYPES
 from splitcross import SplitCrossEntropyLoss
 from utils import Preempted
@@ -26,6 +27,8 @@ from train import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("AWD_LSTM_DATA", ROOT / "data"))
+IDENTICAL = "The resumed run is bit-identical to an uninterrupted run"
+CHANGED = "no longer bit-identical to an uninterrupted run: "
 NO_DROPOUT = "--dropout 0 --dropouth 0 --dropouti 0 --dropoute 0 --wdrop 0".split()
 
 
@@ -42,10 +45,10 @@ def corpus_dir(tmp_path):
     names, verbs = ["ann", "bob", "cat", "dog"], ["sees", "hears", "likes"]
     folder = tmp_path / "corpus"
     folder.mkdir()
-    for split, lines in zip(SPLITS, (250, 40, 30)):
+    for split, count in zip(SPLITS, (250, 40, 30)):
         text = [
             f"{generator.choice(names)} {generator.choice(verbs)} the {generator.choice(names)}"
-            for _ in range(lines)
+            for _ in range(count)
         ]
         (folder / f"{split}.txt").write_text("\n".join(text) + "\n")
     return folder
@@ -122,6 +125,39 @@ def succeed(*argv, command=main.main):
     return out
 
 
+def refuse(*argv, command=main.main):
+    """Runs a command that must be refused before it trains; returns the line that says why."""
+    status, out, err = invoke(command, *argv)
+    assert (status, err.count("\n"), "end of epoch" in out) == (2, 1, False), err
+    return err
+
+
+def stop(points, *argv, command=main.main):
+    """Runs a command that is ended by a signal at these calls of `check`; returns its output."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("utils.Preemption.check_signals", Interrupting(*points))
+        status, out, err = invoke(command, *argv)
+    assert (status, err) == (143, "")
+    return out
+
+
+def files_at(path):
+    """{path: bytes} of a run's files."""
+    return {file: file.read_bytes() for file in path.parent.glob(f"{path.name}*")}
+
+
+def outcome(path):
+    """What a run has left."""
+    state = read_state(path)
+    return state, read_checkpoint(path), lines(state["records"])
+
+
+def edit(path, **new):
+    """Changes and seals what a checkpoint or a training state holds."""
+    contents = {**torch.load(path, weights_only=True), **new}
+    path.write_bytes(pack(contents["format"].removeprefix("awd-lstm "), contents))
+
+
 def train_to(path, folder, small):
     """Trains a model for one epoch; returns the path of its checkpoint."""
     succeed("--data", folder, *small, "--epochs", 1, "--save", path)
@@ -142,6 +178,16 @@ def trained_with_unk(small, tmp_path):
     for split in SPLITS:
         (folder / f"{split}.txt").write_text("ann sees <unk>\nbob hears the cat\n" * 30)
     return train_to(tmp_path / "unk.pt", folder, small)
+
+
+@pytest.fixture
+def unfinished(corpus_dir, small, tmp_path):
+    """A run of three epochs that was ended in its second: (path, its command's flags)."""
+    path = tmp_path / "run.pt"
+    flags = ["--data", corpus_dir, *small, "--epochs", 3, "--nonmono", 0, "--save", path]
+    out = stop([45], *flags)
+    assert f"The state is saved; python main.py --resume {path} resumes from here" in out
+    return path, flags
 
 
 # The arguments of make_params for a model of each kind.
@@ -183,6 +229,19 @@ def reversed_text(params, words, targets):
 def make_trainer(params, corpus, args, check=lambda due=False: due, **kwargs):
     """A Trainer of main.py's."""
     return Trainer(params, corpus, args, Run(args, "main.py", check), **kwargs)
+
+
+@pytest.fixture
+def new_trainer(corpus_dir, tmp_path):
+    """A function that makes a Trainer, which saves to m.pt, from flags."""
+    corpus = Corpus(corpus_dir)
+
+    def make(*check, rate=0.0, finetuning=False, **flags):
+        params = make_params(ntoken=len(corpus.dictionary), rate=rate)
+        args = arguments(save=str(tmp_path / "m.pt"), **flags)
+        return make_trainer(params, corpus, args, *check, finetuning=finetuning)
+
+    return make
 
 
 class Interrupting:

@@ -30,7 +30,7 @@ class Fault(NamedTuple):
 
 LSTM = "test_golden.py::test_a_run_matches_the_restatement[LSTM]"
 GRU = "test_golden.py::test_a_run_matches_the_restatement[GRU]"
-RESUMED = "test_checkpoint.py::test_main_resumes_in_its_fine_tuning"
+RESUMED = "test_finetune.py::test_main_resumes_in_its_fine_tuning"
 TWO_RANKS = "test_distributed.py::test_a_run_of_two_ranks_is_that_of_one"
 
 FAULTS = {
@@ -179,10 +179,10 @@ FAULTS = {
         "test_language_model.py::test_truncation"),
     "resume: a changed run forgets its better model": Fault(
         "train.py", "min(self.best, checkpoint", "max(self.best, checkpoint",
-        "test_checkpoint.py::test_a_run_that_changes_keeps_its_better_model"),
+        "test_resume.py::test_a_run_that_changes_keeps_its_better_model"),
     "resume: models of different texts are compared": Fault(
         "train.py", "if changed and comparable:", "if changed:",
-        "test_checkpoint.py::test_the_base_models_loss_is_not_compared_with_that_on_other_text"),
+        "test_finetune.py::test_the_base_models_loss_is_not_compared_with_that_on_other_text"),
     "resume: columns stay rotated": Fault(
         "train.py", "            offsets = None\n", "            offsets = self.offsets\n",
         "test_train.py::test_a_run_that_no_longer_shuffles_reads_from_the_first_row"),
@@ -191,7 +191,7 @@ FAULTS = {
         "test_train.py::test_a_new_rate_at_a_resume_is_not_divided"),
     "resume: not without the GPU": Fault(
         "flags.py", '(args.precision == "tf32" and not is_given)', "is_given",
-        "test_checkpoint.py::test_a_run_of_a_gpu_continues_without_one"),
+        "test_resume.py::test_a_run_of_a_gpu_continues_without_one"),
     "an older run is replaced": Fault(
         "main.py", "        keep_older_run(args.save, args.when)\n", "        pass\n",
         "test_checkpoint.py::test_a_new_run_keeps_the_files_of_an_older_one"),
