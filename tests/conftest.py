@@ -18,7 +18,7 @@ import flags
 import main
 from bidirectional import is_bilm, make_model
 from checkpoint import Run, pack, read_checkpoint, read_state
-from data import EOS, SPLITS, Corpus, Dictionary
+from data import EOS, SPLITS, Dictionary
 from kill_loop import lines
 from model import RNN_TYPES
 from splitcross import SplitCrossEntropyLoss
@@ -229,19 +229,6 @@ def reversed_text(params, words, targets):
 def make_trainer(params, corpus, args, check=lambda due=False: due, **kwargs):
     """A Trainer of main.py's."""
     return Trainer(params, corpus, args, Run(args, "main.py", check), **kwargs)
-
-
-@pytest.fixture
-def new_trainer(corpus_dir, tmp_path):
-    """A function that makes a Trainer, which saves to m.pt, from flags."""
-    corpus = Corpus(corpus_dir)
-
-    def make(*check, rate=0.0, finetuning=False, **flags):
-        params = make_params(ntoken=len(corpus.dictionary), rate=rate)
-        args = arguments(save=str(tmp_path / "m.pt"), **flags)
-        return make_trainer(params, corpus, args, *check, finetuning=finetuning)
-
-    return make
 
 
 class Interrupting:

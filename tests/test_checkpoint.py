@@ -27,8 +27,11 @@ from checkpoint import (
     DIGEST, VERSION, Run, copy_base, how_to_resume, is_sealed, keep_older_run, load, pack,
     read_checkpoint, read_state, run_lock, unpack, write_atomically,
 )
-from conftest import ROOT, arguments, edit, files_at, invoke, outcome, refuse, stop, succeed
-from data import InputError
+from conftest import (
+    ROOT, arguments, edit, files_at, invoke, make_params, make_trainer, outcome, refuse, stop,
+    succeed,
+)
+from data import Corpus, InputError
 from kill_loop import lines, same
 from properties import TRIES, repeated
 from utils import Preempted
@@ -281,6 +284,19 @@ def test_the_shown_command_works_for_names_with_spaces():
 
 
 # ---------------------------------------------------------------- when a state is saved
+
+
+@pytest.fixture
+def new_trainer(corpus_dir, tmp_path):
+    """A function that makes a Trainer, which saves to m.pt, from flags."""
+    corpus = Corpus(corpus_dir)
+
+    def make(*check, rate=0.0, finetuning=False, **flags):
+        params = make_params(ntoken=len(corpus.dictionary), rate=rate)
+        args = arguments(save=str(tmp_path / "m.pt"), **flags)
+        return make_trainer(params, corpus, args, *check, finetuning=finetuning)
+
+    return make
 
 
 def test_the_state_is_due_by_the_clock_and_by_what_saving_costs(new_trainer, monkeypatch):
