@@ -26,33 +26,40 @@ class GraphedFunction:
 
     A replay runs the same kernels with the same constants on the same memory. So each window is
     copied to where its graph reads it; the hidden state stays in `self.hidden`, and the gradients
-    in the parameters' `grad`. There is a graph for each length of a window and each set of values
-    of the flags `constants`. It is recorded when they occur for the second time, because one that
-    is used only once is not worth it: while a ramp changes the regularizers, nothing recurs.
+    in the parameters' `grad`. There is a graph for each length of a window, recorded when the
+    length occurs for the second time, because one that is used only once is not worth it. When one
+    of the flags `constants` changes, all are recorded anew.
     """
 
     def __init__(self, compute, constants):
         self.compute, self.constants = compute, constants
-        self.hidden = None
-        self.seen, self.graphs = set(), {}
-        self.pool = torch.cuda.graph_pool_handle()
+        self.hidden, self.values = None, None
 
     def __call__(self, objective, data, targets, hidden, args):
-        key = len(data), *(getattr(args, name) for name in self.constants)
-        if key not in self.seen:
-            self.seen.add(key)
+        values = [getattr(args, name) for name in self.constants]
+        if values != self.values:
+            self.forget_graphs()
+            self.values = values
+        length = len(data)
+        if length not in self.seen:
+            self.seen.add(length)
             return self.compute(objective, data, targets, hidden, args)
         if self.hidden is None:
             self.hidden = map_hidden(torch.clone, hidden)
         elif hidden is not self.hidden:
             map_hidden(torch.Tensor.copy_, self.hidden, hidden)
-        if key not in self.graphs:
-            self.graphs[key] = self.record(objective, data.clone(), targets.clone(), args)
-        replay, inputs, loss = self.graphs[key]
+        if length not in self.graphs:
+            self.graphs[length] = self.record(objective, data.clone(), targets.clone(), args)
+        replay, inputs, loss = self.graphs[length]
         for old, new in zip(inputs, (data, targets)):
             old.copy_(new)
         replay()
         return loss.clone(), self.hidden
+
+    def forget_graphs(self):
+        torch.cuda.synchronize()  # none is running
+        self.seen, self.graphs = set(), {}
+        self.pool = torch.cuda.graph_pool_handle()  # a pool ends with its last graph
 
     def record(self, objective, data, targets, args):
         """(function, the tensors that it reads, the loss that it writes) of a step."""

@@ -40,7 +40,7 @@ def make_main_parser():
         "to --lr over the first 8%% of the run, constant until 48%%, then falls to 0)",
         choices=["constant", "trapezoid"])
     add("--regularization-ramp", None, "start all dropouts, weight drop, AR and TAR at SHARE of "
-        "their strength, and raise them to full strength over EPOCHS epochs",
+        "their strength, and raise them after each epoch, to full strength after EPOCHS epochs",
         nargs=2, type=float, metavar=("SHARE", "EPOCHS"))
     add("--when", [-1], "epochs after which the learning rate is divided by 10",
         nargs="+", type=int)

@@ -261,10 +261,11 @@ def scheduled_share(schedule, progress):
 def regularizers_at(epochs, args):
     """{flag: value} of dropouts, weight drop, AR and TAR after `epochs` epochs of a ramp.
 
-    Their strength rises linearly from SHARE to 1 over the ramp's EPOCHS.
+    Their strength rises from SHARE to 1 over the ramp's EPOCHS. It is constant within an epoch, so
+    that CUDA graphs can be used in it.
     """
     start, ramp_epochs = args.regularization_ramp
-    strength = min(1.0, start + (1 - start) * epochs / ramp_epochs)
+    strength = min(1.0, start + (1 - start) * math.floor(epochs) / ramp_epochs)
     return {name: strength * getattr(args, name) for name in REGULARIZERS}
 
 

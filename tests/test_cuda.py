@@ -213,11 +213,11 @@ def make_run(device, *points, name="LSTM", nhid=256, **flags):
     return make_trainer(params, corpus, args, Interrupting(*points), finetuning=True)
 
 
-def step(run, seq_len=None):
+def step(run, seq_len=None, epochs=0.3):
     """A step on the text's first window, of random length unless that is given."""
     data, targets, more = run.window(0, seq_len or random_seq_len(run.args.bptt))
     hidden = run.hidden or run.params[0].init_hidden(run.args.batch_size)
-    settings, share = apply_schedules(0.3, run.args, run.params[0])
+    settings, share = apply_schedules(epochs, run.args, run.params[0])
     loss, run.hidden = train_step(
         run.objective, run.optimizer, data, targets, hidden, settings, share, run.compute, **more
     )
@@ -264,16 +264,20 @@ def test_no_step_and_no_evaluation_warns(name, nhid, device):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["LSTM", "GRU", "QRNN", "biLSTM"])
 def test_a_step_with_graphs_is_the_same(name, precision, device):
-    """The masks too: a graph draws the same numbers as its kernels one by one."""
+    """The masks too: a graph draws the same numbers as its kernels one by one.
+
+    The regularizers change with the epoch.
+    """
     skip_unless(device, precision, name)
     losses = []
     for graphs in (False, True):
         run = make_run(
             device, name=name, nhid=512, optimizer="adamw", lr=1e-3, cuda_graphs=graphs,
-            precision=precision,
+            precision=precision, regularization_ramp=[0.3, 2.0],
         )
-        for seq_len in 4 * [20, 25]:
-            step(run, seq_len)
+        for epochs in (0, 1, 2):
+            for seq_len in 3 * [20, 25]:
+                step(run, seq_len, epochs)
         losses.append(run.losses.read())
     assert len(run.compute.graphs) == 2
     bound = 1e-4 if precision == "fp32" else 1e-2

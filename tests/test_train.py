@@ -182,7 +182,7 @@ def test_a_schedule_goes_through_its_points(schedule, points):
 def test_the_ramp_reaches_every_regularizer(kind):
     model = make_params(kind, rate=0.5)[0]
     args = arguments(alpha=2.0, beta=1.0, regularization_ramp=[0.0, 2.0])
-    for epochs, strength in ((0.0, 0.0), (0.5, 0.25), (3.0, 1.0)):
+    for epochs, strength in ((0.0, 0.0), (0.5, 0.0), (1.0, 0.5), (1.9, 0.5), (3.0, 1.0)):
         now, _ = apply_schedules(epochs, args, model)
         assert (now.alpha, now.beta) == pytest.approx((2 * strength, strength))
         for name in DROPOUTS:
@@ -391,7 +391,7 @@ def test_a_run_follows_its_schedule_interrupted_or_not(begin, spy):
     rows = accumulate((len(step.data) for step in spy.steps), initial=0)
     for step, row in zip(spy.steps, rows):
         epochs = row / (run.rows - 1)
-        strength = min(1, 0.25 + 0.75 * epochs)
+        strength = 0.25 if epochs < 1 else 1
         assert step.share == pytest.approx(scheduled_share("trapezoid", epochs / 2))
         assert step.args.wdrop == pytest.approx(strength * 0.4)
     assert epochs > 1.8
