@@ -57,7 +57,7 @@ class GraphedFunction:
         return loss.clone(), self.hidden
 
     def forget_graphs(self):
-        torch.cuda.synchronize()  # none is running
+        torch.cuda.synchronize()  # no graph may be running when it is destroyed
         self.seen, self.graphs = set(), {}
         self.pool = torch.cuda.graph_pool_handle()  # a pool ends with its last graph
 

@@ -78,12 +78,12 @@ def finetuning_flags(args, state):
 def flags_after(training):
     """The flags that change after training; both `training` and the result are {flag: value}.
 
-    The regularizers keep the strength that a ramp reaches in that run's number of epochs; after
-    Adam the rates are SGD's.
+    After a ramp, the regularizers keep the strength of that run's last epoch; after Adam the rates
+    are SGD's.
     """
     args, changed = Namespace(**training), {}
     if training.get("regularization_ramp"):
-        changed |= regularizers_at(args.epochs, args)
+        changed |= regularizers_at(args.epochs - 1, args)  # in the last epoch
     if training.get("optimizer", "sgd") != "sgd":
         changed |= sgd_rates(args)
     return changed

@@ -262,10 +262,10 @@ def regularizers_at(epochs, args):
     """{flag: value} of dropouts, weight drop, AR and TAR after `epochs` epochs of a ramp.
 
     Their strength rises from SHARE to 1 over the ramp's EPOCHS. It is constant within an epoch, so
-    that CUDA graphs can be used in it.
+    that CUDA graphs stay valid.
     """
     start, ramp_epochs = args.regularization_ramp
-    strength = min(1.0, start + (1 - start) * math.floor(epochs) / ramp_epochs)
+    strength = start + (1 - start) * min(1.0, math.floor(epochs) / ramp_epochs)
     return {name: strength * getattr(args, name) for name in REGULARIZERS}
 
 

@@ -394,7 +394,7 @@ def test_a_schedule_given_at_a_resume_needs_an_end(begin):
 def test_fine_tuning_after_a_ramp_that_was_cut_short(begin):
     path = begin("--recipe", "fast", "--regularization-ramp", 0.25, 2)
     checkpoint = read_checkpoint(path)
-    checkpoint["flags"]["epochs"] = 60
+    checkpoint["flags"]["epochs"], checkpoint["epoch"] = 60, 2
     path.write_bytes(pack("checkpoint", checkpoint))
     args, _ = finetune.parse_args(["--save", str(path)])
     assert (args.dropout, args.alpha) == pytest.approx((0.4 * 0.625, 2 * 0.625))
@@ -406,9 +406,9 @@ def test_a_regularizer_given_while_fine_tuning_has_that_value(begin, monkeypatch
     monkeypatch.setattr(train.Trainer, "fit", lambda run: made.append(run) or fit(run))
     for given in (["--dropout", 0.3], []):
         out = succeed("--resume", path, "--finetune", 2, *given)
-        assert out.count("dropout 0.25 -> 0.3") == 1  # the state remembers the change
+        assert out.count("dropout 0.1 -> 0.3") == 1  # the state remembers the change
         assert made[-1].params[0].dropout == 0.3
-        assert made[-1].params[0].dropouth == 0.3 * 0.625
+        assert made[-1].params[0].dropouth == 0.3 * 0.25
 
 
 def test_fine_tuning_after_the_fast_recipe(begin, monkeypatch):
@@ -421,7 +421,7 @@ def test_fine_tuning_after_the_fast_recipe(begin, monkeypatch):
         ["--save", path, "--epochs", 1, "--lr", 5, "--dropout", 0.3],
     ):
         succeed(*flags, command=finetune.main)
-    strength = 0.25 + 0.75 / 2
+    strength = 0.25
     expected = [(30, 0.4 * strength)] * 3 + [(5, 0.3)]
     for run, (lr, dropout) in zip(made[1:], expected, strict=True):
         args, (model, _), group = run.args, run.params, run.optimizer.param_groups[0]

@@ -7,12 +7,12 @@
 # An entry ends within 560 seconds, or with END=300 after about 300 (use 250 or more, for the four
 # models of `models` 400), and needs no network. Entries that train "for as many epochs as there is
 # time for" measure two epochs first, and train for at most 90. EPOCHS=60 sets their number instead:
-# with --cuda-graphs later epochs are faster than the two that are measured. FOLDER gets
+# with --cuda-graphs the epochs after the ramp are faster than the two measured. FOLDER gets
 # log.txt, written as the run goes (so that it survives the loss of the machine), table.md, which
 # table.py makes from the log, and the JSON lines of each model. PYTHON names the interpreter
 # (default: python3), COMMIT the commit where there is no git. main.py gets the flags in FLAGS, such
-# as "--precision bf16 --pad-to 8", too. REHEARSE=1 runs an entry on a CPU, with tiny models, and
-# ignores END.
+# as "--precision bf16 --pad-to 8 --cuda-graphs", too. REHEARSE=1 runs an entry on a CPU, with tiny
+# models, and ignores END.
 set -u
 
 root=$(cd "$(dirname "$0")/../.." && pwd)
