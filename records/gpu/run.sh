@@ -102,6 +102,8 @@ train_and_evaluate() { # NAME CORPUS FLAGS...
 point() { # NAME CORPUS SECONDS FLAGS...: pointer.py, for so many seconds a split
     local name=$1 corpus=$2 seconds=${reading:-$3}
     shift 3
+    # The published settings for WikiText-2; those for Penn Treebank are the defaults.
+    [ "$corpus" != wikitext-2 ] || set -- --lambdasm 0.1279 --theta 0.662 --window 3785 "$@"
     if [ -e "$name.pt" ] && ((seconds > 0)); then
         logged 0 $((end - SECONDS)) "$root/pointer.py" --data "data/$corpus" "$@" \
             --seconds "$seconds" "${on[@]}" --save "$name.pt"
