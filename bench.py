@@ -283,7 +283,7 @@ def operation_times(events):
 
 
 def parse_args(argv=None):
-    parser = make_parser(__doc__.splitlines()[0], SIZES["ptb"], "the recipe's")
+    parser = make_parser(__doc__.splitlines()[0], dict.fromkeys(SIZES["ptb"], "the recipe's"))
     for flag in UNUSED:
         parser.actions[flag].help = argparse.SUPPRESS
     add = parser.add

@@ -31,6 +31,11 @@ INHERITED = (
     "data", "level", *RATES_AND_REGULARIZERS, "clip", "batch_size", "bptt", "nonmono", "objective",
     "partial_shuffle", "precision", "pad_to", "cuda_graphs", "unk",
 )
+DEFAULTS = {  # for --help
+    **dict.fromkeys((*INHERITED, *ARCHITECTURE), "as in training"),
+    **dict.fromkeys(OPTIMIZER_FLAGS, "as in training; after adam or adamw, SGD's"),
+    **dict.fromkeys(REGULARIZERS, "as in training; after a ramp, as in the model's epoch"),
+}
 
 
 def finetune(corpus, args, run, state=None):
@@ -94,7 +99,7 @@ def parse_args(argv=None):
 
     Exits with 2, or raises InputError.
     """
-    parser = make_parser(__doc__.splitlines()[0], inherited=(*INHERITED, *ARCHITECTURE))
+    parser = make_parser(__doc__.splitlines()[0], inherited=DEFAULTS)
     given = parser.parse_args(argv)
     path = getattr(given, "resume", "") or getattr(given, "save", "")
     if not path:

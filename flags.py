@@ -62,9 +62,9 @@ FREE_FLAGS = (
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line on stderr. Prefixes (--epoch 500) work."""
 
-    def __init__(self, inherited=(), source="", **kwargs):
+    def __init__(self, inherited=None, **kwargs):
         super().__init__(**kwargs)
-        self.inherited, self.source = inherited, source  # flags, and where their defaults are from
+        self.inherited = inherited or {}  # {flag: where its default is from}
         self.defaults, self.actions = {}, {}  # by the flag's name in the namespace
 
     def error(self, message):
@@ -75,7 +75,7 @@ class Parser(argparse.ArgumentParser):
         dest = name.lstrip("-").replace("-", "_")
         self.defaults[dest] = default
         if dest in self.inherited:
-            help = f"{help.partition(' (default:')[0]} (default: {self.source})"
+            help = f"{help.partition(' (default:')[0]} (default: {self.inherited[dest]})"
         elif not (default in (None, "", []) or isinstance(default, bool) or "(default:" in help):
             shown = " ".join(map(str, default)) if isinstance(default, list) else default
             help = f"{help} (default: {shown})"
@@ -135,12 +135,12 @@ def follow_link(path):
 # ------------------------------------------------------------ the flags of training
 
 
-def make_parser(description, inherited=(), source="as in training"):
+def make_parser(description, inherited=None):
     """A parser for the flags that main.py and finetune.py share, with the reference's defaults.
 
-    `source` says where the defaults of the flags in `inherited` are from.
+    `inherited` is {flag: where its default is from}.
     """
-    parser = Parser(inherited, source, description=description)
+    parser = Parser(inherited, description=description)
     add = parser.add
     add("--data", "data/penn", "folder with train.txt, valid.txt and test.txt, or 'sample'")
     add("--level", "word", "the text's tokens: word (separated by white space) or char (each "
@@ -318,10 +318,12 @@ def resolve_precision(args, is_given):
         # A run with tf32 that is resumed on another device continues with fp32.
         args.precision = "tf32" if args.device.type == "cuda" else "fp32"
     if not has_precision(args.device, args.precision):
-        reason = f"not supported on device {args.device}"
+        reason, other = f"not supported on device {args.device}", "fp32"
         if args.precision == "bf16" and args.device.type == "cpu":
             reason = "this processor only emulates bfloat16 (it has no AVX-512 BF16)"
-        raise InputError(f"--precision {args.precision}: {reason}; use --precision fp32")
+        elif args.precision == "bf16" and args.device.type == "cuda":
+            reason, other = "needs cuDNN 9.13 and compute capability 8.0, or newer", "tf32"
+        raise InputError(f"--precision {args.precision}: {reason}; use --precision {other}")
 
 
 def has_precision(device, precision):
@@ -357,7 +359,7 @@ def check_flags(args):
     if args.cuda_graphs and not (is_plain and has_graphs(args.device)):
         raise InputError(
             "--cuda-graphs: requires CUDA without torchrun, and neither --model biLM nor "
-            "--attention"
+            "--attention; leave the flag out"
         )
     try:
         check_architecture(args.model, args.emsize, args.nhid, args.attention)

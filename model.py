@@ -9,6 +9,7 @@ from qrnn import QRNN
 from weight_drop import WeightDrop
 
 RNN_TYPES = ("LSTM", "GRU", "QRNN", "biLSTM", "biLM")
+CELLS = {"LSTM": nn.LSTM, "GRU": nn.GRU, "biLSTM": nn.LSTM, "biLM": nn.LSTM}
 DROPOUTS = ("dropout", "dropouth", "dropouti", "dropoute", "wdrop")  # rates, see RNNModel
 WINDOW = 2000  # tokens read at once in evaluation: long windows keep a GPU busy
 # Notes on a model's perplexity, for the log and the checkpoint.
@@ -101,7 +102,7 @@ class RNNModel(nn.Module):
                 WeightDrop(QRNN(*sizes, window=1 if layer else 2), ["linear.weight"], self.wdrop)
                 for layer, sizes in enumerate(self.layer_sizes)
             )
-        cell = nn.GRU if self.rnn_type == "GRU" else nn.LSTM
+        cell = CELLS[self.rnn_type]
         dropped, directions = ["weight_hh_l0"], 1
         if self.rnn_type == "biLSTM":
             dropped, directions = ["weight_hh_l0", "weight_hh_l0_reverse"], 2

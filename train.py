@@ -116,7 +116,10 @@ def make_compute(params, args):
     if not args.cuda_graphs:
         return compute_gradients
     if params[1].splits:
-        raise InputError("--cuda-graphs: not for more than 75,000 words, whose softmax is split")
+        raise InputError(
+            "--cuda-graphs: not for more than 75,000 words, whose softmax is split; leave the flag "
+            "out"
+        )
     return GraphedFunction(compute_gradients, REGULARIZERS)
 
 
