@@ -2,7 +2,8 @@
 # `make test TORCH=2.11.0` uses another version of torch than constraints.txt, in a separate environment.
 PYTHON ?= python3
 VENV = .venv$(TORCH:%=-%)
-# On a GPU a resumed run is not bit-identical, as tests expect; records/gpu/run.sh check tests GPUs.
+# The tests expect a resumed run to be bit-identical, which it need not be on a GPU. The tests of a GPU
+# are run by records/gpu/run.sh check.
 ON_CPU = OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=
 
 demo: $(VENV)/ready

@@ -59,7 +59,7 @@ class GraphedFunction:
     def forget_graphs(self):
         torch.cuda.synchronize()  # no graph may be running when it is destroyed
         self.seen, self.graphs = set(), {}
-        self.pool = torch.cuda.graph_pool_handle()  # a pool ends with its last graph
+        self.pool = torch.cuda.graph_pool_handle()  # the old one ends with its last graph
 
     def record(self, objective, data, targets, args):
         """(function, the tensors that it reads, the loss that it writes) of a step."""

@@ -1,6 +1,6 @@
 """Trains a weight-dropped recurrent language model with NT-ASGD and tests the best model.
 
-    python main.py --data sample --emsize 200 --nhid 300 --batch_size 10 --epochs 9 --save sample.pt
+    python main.py --data sample --nhid 300 --batch_size 10 --epochs 10 --save sample.pt
     python main.py --resume sample.pt
 
 Published AWD-LSTM commands run unchanged. Exit codes: 0; 2 for bad input or divergence; 130 after

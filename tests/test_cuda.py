@@ -214,7 +214,7 @@ def make_run(device, *points, name="LSTM", nhid=256, **flags):
 
 
 def step(run, seq_len=None, epochs=0.3):
-    """A step on the text's first window, of random length unless that is given."""
+    """A step after `epochs` epochs, on a first window of random length unless that is given."""
     data, targets, more = run.window(0, seq_len or random_seq_len(run.args.bptt))
     hidden = run.hidden or run.params[0].init_hidden(run.args.batch_size)
     settings, share = apply_schedules(epochs, run.args, run.params[0])

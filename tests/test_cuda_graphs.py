@@ -54,7 +54,7 @@ def run_epochs(number, model="LSTM", **flags):
     "change",
     [
         {}, {"optimizer": "adamw", "lr": 0.01}, {"clip": 0.0},
-        {"regularization_ramp": [0.3, 1.0], "alpha": 2.0},  # alpha is recorded, not read each time
+        {"regularization_ramp": [0.3, 1.0], "alpha": 2.0},  # a graph holds alpha's value
     ],
 )
 @pytest.mark.parametrize("model", ["LSTM", "GRU", "QRNN", "biLSTM"])

@@ -1,6 +1,7 @@
 """--precision: bfloat16 where it is asked for, float32 everywhere else."""
 
 import copy
+from argparse import Namespace
 from collections import Counter
 
 import pytest
@@ -13,6 +14,7 @@ import splitcross
 import utils
 from checkpoint import read_checkpoint
 from conftest import arguments, invoke, make_params
+from data import InputError
 from model import RNN_TYPES, RNNModel
 from splitcross import SplitCrossEntropyLoss
 from train import Objective, evaluate_model, make_objective
@@ -205,6 +207,14 @@ def settings():
     yield found
     for setting, value in zip(utils.PRODUCTS, before):
         setattr(*setting, value)
+
+
+def test_where_cuda_has_no_bfloat16_the_message_says_what_it_needs(monkeypatch):
+    monkeypatch.setattr(flags, "has_precision", lambda device, precision: False)
+    args = Namespace(device=torch.device("cuda"), precision="bf16")
+    with pytest.raises(InputError, match=r"cuDNN 9\.13 .* 8\.0.*use --precision tf32$"):
+        flags.resolve_precision(args, is_given=True)
+
 
 
 def test_cudnn_is_not_held_to_float32_where_its_layers_are_in_bfloat16(settings):

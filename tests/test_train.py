@@ -24,8 +24,9 @@ from data import InputError
 from kill_loop import lines, same
 from model import DROPOUTS
 from train import (
-    Average, Diverged, EpochMonitor, apply_schedules, evaluate, evaluate_model, is_nonmonotone,
-    make_objective, make_optimizer, random_seq_len, scheduled_share, train_step,
+    REGULARIZERS, Average, Diverged, EpochMonitor, apply_schedules, evaluate, evaluate_model,
+    is_nonmonotone, make_objective, make_optimizer, random_seq_len, regularizers_at,
+    scheduled_share, train_step,
 )
 from utils import Losses, Preempted, loss_columns, perplexity
 from weight_drop import WeightDrop
@@ -190,6 +191,14 @@ def test_the_ramp_reaches_every_regularizer(kind):
         for module in model.modules():
             if isinstance(module, WeightDrop):
                 assert module.dropout == pytest.approx(strength * args.wdrop)
+
+
+def test_the_ramp_ends_at_exactly_the_flags():
+    """Not at 0.9999: a further change of the regularizers would record all graphs once more."""
+    args = arguments(alpha=2.0, beta=1.0, regularization_ramp=[0.3, 12.0])
+    assert regularizers_at(11, args)["alpha"] < 2
+    for epochs in (12, 13):
+        assert regularizers_at(epochs, args) == {name: getattr(args, name) for name in REGULARIZERS}
 
 
 # ------------------------------------------------------------ a run
