@@ -71,24 +71,25 @@ def resume_trainer(corpus, args, run, state):
 def finetuning_flags(args, state):
     """The flags of fine-tuning: those of training, but SGD at a constant learning rate.
 
-    A resumed run of main.py keeps the rates and regularizers with which it began to fine-tune.
+    A resumed run of main.py keeps the rates and regularizers with which it began to fine-tune. For
+    finetune.py, parse_args has applied flags_after.
     """
     flags = vars(args)
     constant = {"epochs": flags.get("finetune", args.epochs), "optimizer": "sgd", "when": [],
                 "schedule": "constant", "regularization_ramp": None}
-    changed = {} if state else flags_after(flags)  # finetune.py: applied by parse_args
+    changed = {} if state else flags_after(flags, read_checkpoint(args.save)["epoch"])
     return Namespace(**{**flags, **constant, **changed})
 
 
-def flags_after(training):
+def flags_after(training, epoch):
     """The flags that change after training; both `training` and the result are {flag: value}.
 
-    After a ramp, the regularizers keep the strength of that run's last epoch; after Adam the rates
-    are SGD's.
+    After a ramp, the regularizers keep the strength that they had in `epoch`, the best model's.
+    After Adam the rates are SGD's.
     """
     args, changed = Namespace(**training), {}
     if training.get("regularization_ramp"):
-        changed |= regularizers_at(args.epochs - 1, args)  # in the last epoch
+        changed |= regularizers_at(epoch - 1, args)
     if training.get("optimizer", "sgd") != "sgd":
         changed |= sgd_rates(args)
     return changed
@@ -113,7 +114,7 @@ def parse_args(argv=None):
         saved = {"save": path, **{flag: trained[flag] for flag in INHERITED}}
         saved |= model_flags(checkpoint)
         if not checkpoint["finetuned"]:
-            saved |= flags_after({**trained, "epochs": checkpoint["epoch"]})
+            saved |= flags_after(trained, checkpoint["epoch"])
     check_unchanged(given, saved if state else model_flags(checkpoint), path)
     return resolve_flags(given, parser.defaults, saved), state
 

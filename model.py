@@ -176,7 +176,7 @@ class RNNModel(nn.Module):
         ]
         if self.rnn_type == "QRNN":
             states[0] = states[0], self.encoder.weight.new_zeros(1, bsz, self.encoder.embedding_dim)
-        elif self.rnn_type != "GRU":
+        elif isinstance(self.rnns[0].module, nn.LSTM):
             states = [(h, h.clone()) for h in states]
         if self.attention is not None:
             states.append(self.encoder.weight.new_zeros(0, bsz, self.decoder.in_features))

@@ -400,6 +400,17 @@ def test_fine_tuning_after_a_ramp_that_was_cut_short(begin):
     assert (args.dropout, args.alpha) == pytest.approx((0.4 * 0.625, 2 * 0.625))
 
 
+def test_main_fine_tunes_at_the_strength_of_the_best_models_epoch(begin, monkeypatch):
+    made, fit, save = [], train.Trainer.fit, train.Trainer.save_model
+    monkeypatch.setattr(train.Trainer, "fit", lambda run: made.append(run) or fit(run))
+    monkeypatch.setattr(  # so that the first epoch's model is the best
+        train.Trainer, "save_model", lambda run, *found: run.epoch > 1 or save(run, *found)
+    )
+    begin("--recipe", "fast", "--epochs", 2, "--finetune", 1, "--regularization-ramp", 0.25, 2)
+    trained, fine_tuned = made
+    assert trained.params[0].dropout == 0.4 * 0.625 and fine_tuned.params[0].dropout == 0.4 * 0.25
+
+
 def test_a_regularizer_given_while_fine_tuning_has_that_value(begin, monkeypatch):
     path = begin("--recipe", "fast", "--finetune", 1, "--regularization-ramp", 0.25, 2)
     made, fit = [], train.Trainer.fit
