@@ -116,10 +116,10 @@ def unpack(path, kind, device="cpu", content=None):
             raise InputError(f"{path}: no such {kind}; main.py --save writes one after an epoch")
         content = Path(path).read_bytes()
     if not is_sealed(content):
-        raise InputError(
-            f"{path}: is damaged, or not a {kind} of main.py (awd-lstm-lm's pickled modules "
-            "cannot be loaded safely); use a copy, or train again"
-        )
+        advice = "use a copy, or train again (files of awd-lstm-lm cannot be loaded)"
+        if kind == "training state":
+            advice = "use a copy, or move it away to start from the checkpoint's weights"
+        raise InputError(f"{path}: is damaged, or not a {kind} of main.py; {advice}")
     try:
         contents = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
         identity = contents["format"], contents["version"]
@@ -215,6 +215,13 @@ def how_to_resume(command, path):
     return f"{distributed.launcher()} {command} --resume {shlex.quote(str(path))}"
 
 
+def continuation(state, path):
+    """The end of a log line: how to continue the run of `state`, now at `path`; "" if finished."""
+    if state is None or is_finished(state):
+        return ""
+    return f"; {how_to_resume(state['command'], path)} continues its unfinished run"
+
+
 def state_to_resume(path, command):
     """The training state at `path`, from which `command` resumes; None if only weights are there.
 
@@ -282,7 +289,10 @@ def run_lock(path):
                 f"--save {path}: in use by another process; wait for it, or choose another path"
             ) from None
         except OSError as error:
-            raise InputError(f"--save {path}: cannot be written ({error.strerror})") from None
+            raise InputError(
+                f"--save {path}: cannot be written ({error.strerror}); choose a path in a folder "
+                "that exists and is writable"
+            ) from None
         try:
             yield
         finally:
@@ -302,7 +312,8 @@ def check_replaceable(args):
     for file, kind in kinds.items():
         if os.path.exists(file) and not is_of_kind(file, kind):
             raise InputError(
-                f"--save {path}: {file} is damaged or was not written by a run; move it away"
+                f"{file}: is damaged or was not written by a run; move it away, or choose another "
+                "--save"
             )
 
 
@@ -440,7 +451,4 @@ def keep_older_run(path, when):
     for suffix in (*SUFFIXES, *(f".e{epoch}" for epoch in when)):
         if os.path.exists(f"{path}{suffix}"):
             os.rename(f"{path}{suffix}", f"{kept}{suffix}")
-    advice = ""
-    if state and not is_finished(state):
-        advice = f"; {how_to_resume(state['command'], kept)} continues it"
-    log(f"Note: {path} held an older run, which is now {kept}{advice}")
+    log(f"Note: {path} held an older run, now at {kept}{continuation(state, kept)}")

@@ -12,8 +12,8 @@ main.py.
 from argparse import Namespace
 
 from checkpoint import (
-    build_params, copy_base, copy_model, open_run, read_checkpoint, reread_state, saved_params,
-    state_to_resume,
+    build_params, continuation, copy_base, copy_model, open_run, read_checkpoint, read_state,
+    reread_state, saved_params, state_to_resume,
 )
 from data import InputError
 from distributed import broadcast, is_first
@@ -52,7 +52,9 @@ def finetune(corpus, args, run, state=None):
     params = saved_params(args.save, corpus, args)
     loss, parts = evaluate_model(params, corpus.valid, args, run.check_signals)
     base = broadcast(copy_base(args.save) if is_first() else None)
-    log(f"Fine-tuning {args.save}; its base model stays at {base}")
+    # After main.py's own training, the state is that of a finished run.
+    older = read_state(base) if run.command == COMMAND else None
+    log(f"Fine-tuning {args.save}; its base model stays at {base}{continuation(older, base)}")
     log(f"| base model | {loss_columns(loss, 'valid ')}")
     log_parts(parts)
     flags = (format_flag(flag, getattr(args, flag)) for flag in RATES_AND_REGULARIZERS)

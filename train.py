@@ -739,7 +739,10 @@ def train_and_test(trainer):
     if lost := ", ".join(run.pending):
         has_state = trainer.saved or trainer.args.resume
         again = f"run {run.resume_command}" if has_state else "train again"
-        raise InputError(f"{lost}: could not be written; free disk space, then {again}")
+        raise InputError(
+            f"{lost}: could not be written; free disk space, or make the folder writable, then "
+            f"{again}"
+        )
     return status
 
 

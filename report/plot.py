@@ -83,7 +83,8 @@ def draw(runs, fields=("valid_ppl",), against="epochs", title="", reference=None
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
     axes.set_xlabel("epoch" if against == "epochs" else "time (minutes)")
-    axes.set_ylabel(", ".join(LABELS.get(field, field) for field in fields))
+    scale = " (log scale)" if axes.get_yscale() == "log" else ""
+    axes.set_ylabel(", ".join(LABELS.get(field, field) for field in fields) + scale)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
     return figure
 

@@ -198,6 +198,10 @@ FAULTS = {
     "resume: not without the GPU": Fault(
         "flags.py", '(args.precision == "tf32" and not is_given)', "is_given",
         "test_resume.py::test_a_run_of_a_gpu_continues_without_one"),
+    "main.py fine-tunes at the last epoch's strength": Fault(
+        "finetune.py", 'flags_after(flags, read_checkpoint(args.save)["epoch"])',
+        "flags_after(flags, args.epochs)",
+        "test_main.py::test_main_fine_tunes_at_the_strength_of_the_best_models_epoch"),
     "an older run is replaced": Fault(
         "main.py", "        keep_older_run(args.save, args.when)\n", "        pass\n",
         "test_checkpoint.py::test_a_new_run_keeps_the_files_of_an_older_one"),

@@ -252,14 +252,14 @@ def test_a_new_run_keeps_the_files_of_an_older_one(unfinished):
 
     older, before = path.with_name("run.pt.old"), contents(path)
     out = succeed(*flags)
-    assert f"is now {older}; python main.py --resume {older} continues it\n" in out
+    assert f"now at {older}; python main.py --resume {older} continues its unfinished run\n" in out
     assert contents(older) == before
     succeed("--resume", older)
     assert same(outcome(path), outcome(older))  # the same flags and seed: the same run
 
     finished, before = path.with_name("run.pt.old2"), contents(path)
     out = stop([1], *flags)
-    assert f"is now {finished}\n" in out
+    assert f"now at {finished}\n" in out
     assert contents(finished) == before
     # What follows is compared with nothing older.
     assert "Saving model" in succeed("--resume", path, "--lr", 4)
@@ -396,8 +396,8 @@ def test_a_model_that_is_never_written_is_tested_and_reported(
     assert status == 2
     assert "| End of training | test loss" in out
     assert err.splitlines()[-1] == (
-        f"main.py: error: {path}: could not be written; free disk space, then "
-        f"run python main.py --resume {path}"
+        f"main.py: error: {path}: could not be written; free disk space, or make the folder "
+        f"writable, then run python main.py --resume {path}"
     )
     assert not path.exists()
     # Never newer than the checkpoint of which it speaks.

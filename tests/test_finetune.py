@@ -78,9 +78,11 @@ def test_finetune_resumes_itself_and_names_the_command_for_the_others(unfinished
     # Fine-tuning what was cut short keeps the run, so that it can still go on.
     more = ["--epochs", 3, "--nonmono", 9]
     out = stop([40], "--save", path, *more, command=finetune.main)
+    base = path.with_name("run.pt.base")
+    assert f"stays at {base}; python main.py --resume {base} continues its unfinished run" in out
     assert f"python finetune.py --resume {path} resumes from here" in out
     assert f"python finetune.py --resume {path} continues it" in refuse("--resume", path)
-    base, whole = path.with_name("run.pt.base"), tmp_path / "whole.pt"
+    whole = tmp_path / "whole.pt"
     shutil.copy(base, whole)
     out = succeed("--resume", path, command=finetune.main)
     assert "of fine-tuning, batch" in out and IDENTICAL in out

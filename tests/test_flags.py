@@ -60,12 +60,12 @@ BAD_FLAGS = [
     ("--save .", "--save .: is not a file name"),
     ("--save new/", "--save new/: is not a file name"),
     ("--save " + "n" * 251, "cannot be written (File name too long)"),
-    ("--save notes.txt", "notes.txt is damaged or was not written by a run"),
-    ("--save run", "run.jsonl is damaged or was not written by a run"),
-    ("--save run2", "run2.jsonl is damaged or was not written by a run"),
-    ("--save s.pt", "s.pt.state is damaged or was not written by a run"),
-    ("--save l.pt", "l.pt.lock is damaged or was not written by a run"),
-    ("--save w.pt --when 3 1", "w.pt.e1 is damaged or was not written by a run"),
+    ("--save notes.txt", "notes.txt: is damaged or was not written by a run"),
+    ("--save run", "run.jsonl: is damaged or was not written by a run"),
+    ("--save run2", "run2.jsonl: is damaged or was not written by a run"),
+    ("--save s.pt", "s.pt.state: is damaged or was not written by a run"),
+    ("--save l.pt", "l.pt.lock: is damaged or was not written by a run"),
+    ("--save w.pt --when 3 1", "w.pt.e1: is damaged or was not written by a run"),
 ]
 
 
