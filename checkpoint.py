@@ -219,7 +219,7 @@ def continuation(state, path):
     """The end of a log line: how to continue the run of `state`, now at `path`; "" if finished."""
     if state is None or is_finished(state):
         return ""
-    return f"; {how_to_resume(state['command'], path)} continues its unfinished run"
+    return f"; {how_to_resume(state['command'], path)} continues the unfinished run"
 
 
 def state_to_resume(path, command):
@@ -290,8 +290,7 @@ def run_lock(path):
             ) from None
         except OSError as error:
             raise InputError(
-                f"--save {path}: cannot be written ({error.strerror}); choose a path in a folder "
-                "that exists and is writable"
+                f"--save {path}: cannot be written ({error.strerror}); choose another path"
             ) from None
         try:
             yield
@@ -312,8 +311,7 @@ def check_replaceable(args):
     for file, kind in kinds.items():
         if os.path.exists(file) and not is_of_kind(file, kind):
             raise InputError(
-                f"{file}: is damaged or was not written by a run; move it away, or choose another "
-                "--save"
+                f"{file}: is damaged or was not written by a run; move it away"
             )
 
 

@@ -52,9 +52,9 @@ def finetune(corpus, args, run, state=None):
     params = saved_params(args.save, corpus, args)
     loss, parts = evaluate_model(params, corpus.valid, args, run.check_signals)
     base = broadcast(copy_base(args.save) if is_first() else None)
-    # After main.py's own training, the state is that of a finished run.
-    older = read_state(base) if run.command == COMMAND else None
-    log(f"Fine-tuning {args.save}; its base model stays at {base}{continuation(older, base)}")
+    # After main.py's own training the state is of this same run, which need not be continued.
+    note = continuation(read_state(base), base) if run.command == COMMAND else ""
+    log(f"Fine-tuning {args.save}; its base model stays at {base}{note}")
     log(f"| base model | {loss_columns(loss, 'valid ')}")
     log_parts(parts)
     flags = (format_flag(flag, getattr(args, flag)) for flag in RATES_AND_REGULARIZERS)

@@ -736,7 +736,8 @@ def train_and_test(trainer):
             return status
         report_test(trainer)  # the next signal ends the process at once
     run.retry()
-    if lost := ", ".join(run.pending):
+    # All ranks wait here: finetune reads these files.
+    if lost := distributed.broadcast(", ".join(run.pending)):
         has_state = trainer.saved or trainer.args.resume
         again = f"run {run.resume_command}" if has_state else "train again"
         raise InputError(

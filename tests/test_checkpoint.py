@@ -252,7 +252,7 @@ def test_a_new_run_keeps_the_files_of_an_older_one(unfinished):
 
     older, before = path.with_name("run.pt.old"), contents(path)
     out = succeed(*flags)
-    assert f"now at {older}; python main.py --resume {older} continues its unfinished run\n" in out
+    assert f"now at {older}; python main.py --resume {older} continues the unfinished run\n" in out
     assert contents(older) == before
     succeed("--resume", older)
     assert same(outcome(path), outcome(older))  # the same flags and seed: the same run

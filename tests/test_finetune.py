@@ -79,7 +79,7 @@ def test_finetune_resumes_itself_and_names_the_command_for_the_others(unfinished
     more = ["--epochs", 3, "--nonmono", 9]
     out = stop([40], "--save", path, *more, command=finetune.main)
     base = path.with_name("run.pt.base")
-    assert f"stays at {base}; python main.py --resume {base} continues its unfinished run" in out
+    assert f"stays at {base}; python main.py --resume {base} continues the unfinished run" in out
     assert f"python finetune.py --resume {path} resumes from here" in out
     assert f"python finetune.py --resume {path} continues it" in refuse("--resume", path)
     whole = tmp_path / "whole.pt"
