@@ -310,9 +310,7 @@ def check_replaceable(args):
     kinds[f"{path}.lock"] = "lock"
     for file, kind in kinds.items():
         if os.path.exists(file) and not is_of_kind(file, kind):
-            raise InputError(
-                f"{file}: is damaged or was not written by a run; move it away"
-            )
+            raise InputError(f"{file}: is damaged or was not written by a run; move it away")
 
 
 def is_of_kind(file, kind):

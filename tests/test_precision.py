@@ -216,7 +216,6 @@ def test_where_cuda_has_no_bfloat16_the_message_says_what_it_needs(monkeypatch):
         flags.resolve_precision(args, is_given=True)
 
 
-
 def test_cudnn_is_not_held_to_float32_where_its_layers_are_in_bfloat16(settings):
     matmul, rnn = zip(*settings.values())
     assert matmul[0] == matmul[2] != matmul[1]
